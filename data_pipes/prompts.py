@@ -1,0 +1,132 @@
+"""Dialogues and questions as token ids, with label masks.
+
+A media tag (`<video>`, `<image>`) is no vocabulary item: it becomes a negative id, and each piece
+of text around it is tokenised alone. Equal to the published trainer and mm_infer, id for id
+(videorefer/train.py:173-250, mm_utils.py:370-395, __init__.py:66-84).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from data_pipes.tokenizer import Tokenizer
+
+MEDIA_IDS = {"<image>": -200, "<video>": -201, "<audio>": -202}
+MEDIA_TAGS = {"video": "<video>", "image": "<image>"}
+IGNORE = -100  # label of a position that is no target
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Turn:
+  """One message of a dialogue; `role` is the published word, `human` or `gpt`."""
+
+  role: str
+  text: str
+
+
+@dataclass(frozen=True)
+class Text:
+  """Token ids before the media and `<region>` are expanded.
+
+  Attributes:
+    ids: int32 [n]; negative where a media tag stands.
+    labels: int32 [n]; the id where it is a training target, IGNORE elsewhere.
+  """
+
+  ids: np.ndarray
+  labels: np.ndarray
+
+  def cut(self, max_ids: int | None) -> "Text":
+    """The first `max_ids` ids, as published collation cuts (before expansion)."""
+    return self if max_ids is None else Text(self.ids[:max_ids], self.labels[:max_ids])
+
+
+def tokenize(text: str, tokenizer: Tokenizer, tag: str | None) -> list[int]:
+  """Ids of `text` with each `tag` as its negative id (published tokenizer_multimodal_token)."""
+  if tag not in MEDIA_IDS:
+    return tokenizer.encode(text)
+  first, *rest = text.split(tag)
+  ids = tokenizer.encode(first)
+  for piece in rest:
+    ids.append(MEDIA_IDS[tag])
+    ids.extend(tokenizer.encode(piece))
+  return ids
+
+
+def tag_to_head(turns: Sequence[Turn], tag: str | None) -> list[Turn]:
+  """Moves the media tag to the head of the turn that has it (published preprocess_multimodal)."""
+  return [
+    Turn(t.role, f"{tag}\n{t.text.replace(tag, '').strip()}".strip())
+    if tag and tag in t.text
+    else t
+    for t in turns
+  ]
+
+
+def from_human(turns: Sequence[Turn]) -> list[Turn]:
+  """The dialogue without a first message that is not from `human`, checked to alternate.
+
+  Raises:
+    InputError: no messages, an odd number of them, or two of one side in a row.
+  """
+  kept = list(turns[1:] if turns and turns[0].role != "human" else turns)
+  if not kept or len(kept) % 2 or [t.role for t in kept] != ["human", "gpt"] * (len(kept) // 2):
+    found = ", ".join(t.role for t in turns) or "nothing"
+    raise InputError(f"conversations: found {found}; accepted: human, gpt, human, gpt, ...")
+  return kept
+
+
+def dialogue_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> Text:
+  """A templated dialogue; targets are each answer's text with its `<|im_end|>` and newline.
+
+  Published `preprocess` after `preprocess_multimodal` (stages 2, 2.5 and 3). `tag` is None for a
+  dialogue without media.
+  """
+  turns = from_human(tag_to_head(turns, tag))
+  messages = [{"role": ROLES[t.role], "content": t.text} for t in turns]
+  ids = np.array(tokenize(tokenizer.render(messages), tokenizer, tag), np.int32)
+  labels = ids.copy()
+  end = 0
+  for asked in range(1, len(messages), 2):
+    question = tokenizer.render(messages[:asked], add_generation_prompt=True)
+    labels[end : len(tokenize(question, tokenizer, tag))] = IGNORE
+    end = len(tokenize(tokenizer.render(messages[: asked + 1]), tokenizer, tag))
+  return Text(ids, labels)
+
+
+def plain_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> Text:
+  """Question, one space, answer, no template; all but the media id are targets.
+
+  Published `preprocess_plain` after `preprocess_multimodal` (stage 1).
+  """
+  turns = tag_to_head(turns, tag)
+  if [t.role for t in turns] != ["human", "gpt"] or tag is None or tag not in turns[0].text:
+    found = ", ".join(t.role for t in turns) or "nothing"
+    raise InputError(
+      f"conversations: found {found} with tag {tag}; accepted without template: one message of "
+      "human holding the media tag, one of gpt"
+    )
+  ids = np.array(tokenize(" ".join(t.text for t in turns), tokenizer, tag), np.int32)
+  return Text(ids, np.where(ids == MEDIA_IDS[tag], IGNORE, ids).astype(np.int32))
+
+
+def question_prompt(
+  instruct: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer, media: str | None
+) -> tuple[str, Text]:
+  """The prompt of published mm_infer: (rendered text, ids with nothing supervised).
+
+  Args:
+    instruct: the question, or messages with `role` and `content` whose first takes the tag.
+    media: "video", "image" or None; without media the text begins with a newline, as published.
+  """
+  tag = MEDIA_TAGS[media] if media else ""
+  messages = [{"role": "user", "content": instruct}] if isinstance(instruct, str) else instruct
+  if not messages:
+    raise InputError("the question is empty: no message to put the media tag into")
+  first = {**messages[0], "content": f"{tag}\n{messages[0]['content']}"}
+  prompt = tokenizer.render([first, *messages[1:]], add_generation_prompt=True)
+  ids = np.array(tokenize(prompt, tokenizer, tag), np.int32)
+  return prompt, Text(ids, np.full_like(ids, IGNORE))

@@ -1,0 +1,314 @@
+"""Training samples in the published VideoRefer-700K JSON and the variants of it that are about.
+
+One file is one JSON array of items (up to 5.6 GB), so items are read through an index of byte
+ranges; nothing here ever holds a whole file.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from data_pipes.prompts import MEDIA_TAGS, ROLES, Turn, from_human, tag_to_head
+from data_pipes.tokenizer import REGION
+
+_BLOCK = 4 << 20  # bytes
+_SPACE = " \t\n\r"
+
+
+@dataclass(frozen=True)
+class Record:
+  """One dialogue about one video, one image or nothing.
+
+  Attributes:
+    where: file and item, for messages.
+    media: "video", "image" or None (text only).
+    path: the media file or folder as the item names it, relative to the media root; "" if none.
+    turns: the dialogue as written.
+    objects: per object {frame number: segmentation}, in the item's order of frames. Frames count in
+      the source video; an image has frame 0 only. A segmentation is COCO RLE (compressed or not), a
+      list of polygons, or None for an object that is listed but not seen (an empty mask).
+    size: (height, width) in pixels where the item gives both.
+  """
+
+  id: str | int
+  where: str
+  media: str | None
+  path: str
+  turns: tuple[Turn, ...]
+  objects: tuple[Mapping[int, Any], ...]
+  size: tuple[int, int] | None
+
+  @property
+  def tag(self) -> str | None:
+    """The media tag of the dialogue's text."""
+    return MEDIA_TAGS[self.media] if self.media else None
+
+
+def parse_record(item: Any, where: str) -> Record:
+  """Reads one item of the JSON array.
+
+  Args:
+    item: the parsed JSON object.
+    where: file and item number, put in front of messages.
+
+  Raises:
+    InputError: the item is not in the format; names the key, what was found and what is accepted.
+  """
+  if not isinstance(item, dict):
+    raise InputError(f"{where}: found {_kind(item)}; accepted: an object with 'conversations'")
+  where = f"{where} (id {item['id']!r})" if "id" in item else where
+  media, path = _parse_media(item, where)
+  turns = _parse_turns(item.get("conversations"), where)
+  objects = parse_objects(item, where, media)
+  _check_tag(turns, media, len(objects), where)
+  size = None
+  if item.get("height") is not None or item.get("width") is not None:
+    size = (item.get("height"), item.get("width"))
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
+      raise InputError(
+        f"{where}: keys 'height', 'width': found {size[0]!r}, {size[1]!r}; accepted: two positive "
+        "whole numbers, or neither key"
+      )
+  return Record(item.get("id", where), where, media, path, turns, objects, size)
+
+
+def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "video") -> tuple:
+  """The annotated objects of an item: a tuple of {frame number: segmentation or None}.
+
+  Reads key `annotation` (`{frame: {"segmentation": S}}`, VideoRefer-700K and VideoRefer-Bench) or
+  `masks` (`{frame: S}`, the later trainers). A list nested one deeper is flattened, and
+  `{frame_idx: {frame: ...}}`, as in the Ref-YouTube-VOS items, unwrapped.
+  """
+  found = [key for key in ("annotation", "masks") if item.get(key) is not None]
+  if len(found) == 2:
+    raise InputError(f"{where}: found keys 'annotation' and 'masks'; accepted: one of them")
+  if not found:
+    return ()
+  key = found[0]
+  entries = item[key]
+  if isinstance(entries, list) and entries and all(isinstance(e, list) for e in entries):
+    entries = [e for inner in entries for e in inner]
+  if not isinstance(entries, list):
+    raise InputError(f"{where}: key '{key}': found {_kind(entries)}; accepted: a list of objects")
+  return tuple(
+    _parse_object(entry, f"{where}: key '{key}', object {i}", media)
+    for i, entry in enumerate(entries)
+  )
+
+
+class RecordFile:
+  """Random access to the items of one JSON array; holds 16 bytes an item.
+
+  `file[i]` reads and parses item i alone, from any thread. Making one scans the file once.
+
+  Raises:
+    InputError: the file is absent, not JSON, no array, or ends early.
+  """
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path)
+    spans = [(start, len(raw)) for start, raw, _ in _scan(self.path)]
+    self._spans = np.array(spans, np.int64).reshape(-1, 2)
+
+  def __len__(self) -> int:
+    return len(self._spans)
+
+  def item(self, index: int) -> Any:
+    """The parsed JSON of one item, unchecked."""
+    start, length = (int(n) for n in self._spans[index])
+    with open(self.path, "rb") as file:
+      file.seek(start)
+      return json.loads(file.read(length))
+
+  def where(self, index: int) -> str:
+    """How messages name an item."""
+    return f"{self.path}: item {index}"
+
+  def __getitem__(self, index: int) -> Record:
+    return parse_record(self.item(index), self.where(index))
+
+
+def read_items(path: str | Path) -> Iterator[Any]:
+  """The items of a JSON array one after another, in constant memory.
+
+  Raises:
+    InputError: as RecordFile; items before the defect have been given out by then.
+  """
+  for _, raw, item in _scan(Path(path)):
+    # Scanning reads bytes as latin-1: right for ASCII, otherwise the item is parsed again.
+    yield item if raw.isascii() else json.loads(raw.encode("latin-1"))
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+  """As read_items, each item checked and made a Record."""
+  for i, item in enumerate(read_items(path)):
+    yield parse_record(item, f"{path}: item {i}")
+
+
+def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
+  """Yields (byte offset, raw text, parsed item); latin-1 makes characters and bytes the same."""
+  if not path.is_file():
+    raise InputError(f"{path}: found no such file; accepted: a JSON array of items")
+  decode = json.JSONDecoder().raw_decode
+  with open(path, encoding="latin-1", newline="") as file:
+    text, base, at, ended, count = "", 0, 0, False, 0
+
+    def more() -> None:
+      # Doubling keeps the repeated tries at one item linear in its length.
+      nonlocal text, base, at, ended
+      block = file.read(max(_BLOCK, len(text) - at))
+      base, text, at = base + at, text[at:] + block, 0
+      ended = not block
+
+    def skip_space() -> str:
+      nonlocal at
+      while True:
+        while at < len(text) and text[at] in _SPACE:
+          at += 1
+        if at < len(text) or ended:
+          return text[at : at + 1]
+        more()
+
+    def fail(found: str):
+      accepted = "accepted: one JSON array of items, [{...}, ...]"
+      return InputError(f"{path}: at byte {base + at}, after {count} items: {found}; {accepted}")
+
+    if skip_space() == "\xef":
+      text, base = text.removeprefix("\xef\xbb\xbf"), 3  # byte order mark
+    if skip_space() != "[":
+      raise fail(f"found {text[at : at + 1]!r}" if text[at : at + 1] else "found nothing")
+    at += 1
+    closed = skip_space() == "]"
+    while not closed:
+      if not skip_space():
+        raise fail("the file ends inside the array (truncated?)")
+      while True:
+        try:
+          item, end = decode(text, at)
+        except json.JSONDecodeError as error:
+          # An error away from the end of what was read is a real one, unless it is the opening of
+          # a string whose end is still to come.
+          if ended or (error.pos < len(text) - 16 and "Unterminated" not in error.msg):
+            broken = error.pos >= len(text) - 1 or "Unterminated" in error.msg
+            at = min(error.pos, len(text))
+            raise fail(
+              "the file ends inside an item (truncated?)" if broken else error.msg
+            ) from None
+        else:
+          if end < len(text) or ended:
+            break
+        more()
+      yield base + at, text[at:end], item
+      at, count = end, count + 1
+      following = skip_space()
+      if following not in (",", "]"):
+        raise fail(
+          f"found {following!r}" if following else "the file ends inside the array (truncated?)"
+        )
+      closed = following == "]"
+      at += 1
+    if closed and count == 0:
+      at += 1
+    if skip_space():
+      raise fail(f"found {text[at]!r} after the array")
+
+
+def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
+  named = [kind for kind in MEDIA_TAGS if item.get(kind) is not None]
+  if len(named) == 2:
+    raise InputError(f"{where}: found keys 'video' and 'image'; accepted: one of them, or neither")
+  if not named:
+    return None, ""
+  path = item[named[0]]
+  if not isinstance(path, str) or not path:
+    raise InputError(f"{where}: key '{named[0]}': found {_kind(path)}; accepted: one path")
+  return named[0], path
+
+
+def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
+  if not isinstance(value, list) or not value:
+    found = "nothing" if value is None else _kind(value)
+    raise InputError(f"{where}: key 'conversations': found {found}; accepted: a list of messages")
+  for i, turn in enumerate(value):
+    spot = f"{where}: key 'conversations', message {i}"
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+      raise InputError(f"{spot}: found {_kind(turn)}; accepted: {{'from': ..., 'value': text}}")
+    if turn.get("from") not in ROLES:
+      raise InputError(f"{spot}: key 'from': found {turn.get('from')!r}; accepted: human, gpt")
+  turns = tuple(Turn(turn["from"], turn["value"]) for turn in value)
+  try:
+    from_human(turns)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from None
+  return turns
+
+
+def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any]:
+  if isinstance(entry, dict) and len(entry) == 1:
+    (inner,) = entry.values()
+    if isinstance(inner, dict) and inner and all(key.isdecimal() for key in inner):
+      entry = inner
+  if not isinstance(entry, dict) or not entry:
+    found = "an object without frames" if entry == {} else _kind(entry)
+    raise InputError(f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
+  frames = {}
+  for key, value in entry.items():
+    if not key.isdecimal():
+      raise InputError(f'{where}: frame key: found {key!r}; accepted: a frame number such as "36"')
+    frames[int(key)] = _parse_segmentation(value, f"{where}, frame {key}")
+  if media == "image":
+    if len(frames) > 1:
+      raise InputError(f"{where}: found {len(frames)} frames; accepted: one, as it is an image")
+    frames = {0: next(iter(frames.values()))}  # any key is a dummy
+  return frames
+
+
+def _parse_segmentation(value: Any, where: str) -> Any:
+  if isinstance(value, dict) and "counts" not in value:
+    value = value.get("segmentation")
+  if value is None or (isinstance(value, dict) and value.get("counts") is None):
+    return None
+  if isinstance(value, list) and all(isinstance(polygon, list) for polygon in value):
+    return value
+  if isinstance(value, dict) and "size" in value and isinstance(value["counts"], str | list):
+    return value
+  keys = f" with keys {sorted(value)}" if isinstance(value, dict) else ""
+  raise InputError(
+    f"{where}: segmentation: found {_kind(value)}{keys}; accepted: RLE {{'size': [height, width], "
+    "'counts': text or list}, a list of polygons [[x, y, ...], ...], or null"
+  )
+
+
+def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: str) -> None:
+  """One tag for the media, and as many `<region>` after it as objects."""
+  texts = [t.text for t in from_human(tag_to_head(turns, MEDIA_TAGS.get(media)))]
+  if media is None:
+    stray = next((tag for tag in MEDIA_TAGS.values() for text in texts if tag in text), None)
+    if stray or objects:
+      found = f"{stray} in the text" if stray else f"{objects} annotated objects"
+      raise InputError(f"{where}: found {found} but no media; accepted: a key 'video' or 'image'")
+    return
+  tag = MEDIA_TAGS[media]
+  tags = sum(text.count(tag) for text in texts)
+  if tags != 1:
+    raise InputError(
+      f"{where}: key 'conversations': found {tags or 'no'} messages with {tag} although key "
+      f"'{media}' is given; accepted: exactly one"
+    )
+  # A <region> before the tag stays an ordinary word (model_spec section 7).
+  regions = "\n".join(texts).partition(tag)[2].count(REGION)
+  if regions != objects:
+    raise InputError(
+      f"{where}: found {regions} {REGION} after {tag} but {objects} annotated objects; accepted: "
+      "equal numbers, the i-th tag takes the i-th object"
+    )
+
+
+def _kind(value: Any) -> str:
+  names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+  return names.get(type(value), "a number")
