@@ -1,0 +1,153 @@
+"""Which parameters train, learning rates, and AdamW's arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipes.errors import InputError
+from vr_jax.configs import base_config
+from vr_jax.training.schedule import make_optimizer, merge, split_by_table
+
+
+def params():
+  rng = np.random.default_rng(0)
+
+  def array(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  return {
+    "img": {"kernel": array(4, 4)},
+    "connector": {"kernel": array(4, 3), "norm": {"scale": array(3), "bias": array(3)}},
+    "llm": {"embed": array(5, 3), "norm": {"scale": array(3)}},
+  }
+
+
+def config(**fields):
+  config = base_config()
+  config.update(fields)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("total", "ratio", "want"),
+  [
+    # Recorded runs of the published trainer (transformers 4.40, cosine).
+    (6, 0.34, [0.0, 1 / 3, 2 / 3, 1.0, 0.75, 0.25]),
+    (4, 0.25, [0.0, 1.0, 0.75, 0.25]),
+    (3, 0.03, [0.0, 1.0, 0.5]),
+    (2, 0.0, [1.0, 0.5]),
+  ],
+)
+def test_warmup_and_cosine_are_the_published_ones(total, ratio, want):
+  c = config(lr=2e-5, schedule=((".*", {"warmup_percent": ratio}),))
+  optimizer = make_optimizer(c, params(), total_steps=total)
+  got = [float(optimizer.lrs(step)["lr"]) for step in range(total)]
+  np.testing.assert_allclose(got, np.array(want) * 2e-5, rtol=1e-6, atol=1e-12)
+
+
+def test_groups_have_their_own_rate_and_decay():
+  c = config(
+    lr=1.0,
+    schedule=(
+      ("img/.*", None),
+      ("connector/.*", {"peak": 0.2, "decay": "linear"}),
+      (".*", {"decay": "constant", "warmup_examples": 17}),
+    ),
+    input={"batch_size": 8},
+  )
+  lrs = make_optimizer(c, params(), total_steps=10).lrs
+  assert lrs(0) == {"lr": pytest.approx(0.2), "lr/connector/.*": pytest.approx(0.2), "lr/.*": 0}
+  assert float(lrs(5)["lr/connector/.*"]) == pytest.approx(0.1)
+  assert [float(lrs(k)["lr/.*"]) for k in (1, 2, 3, 9)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_frozen_parameters_leave_the_tree_and_have_no_optimizer_slots():
+  table = (("img/.*", None), ("llm/embed", None), (".*", {}))
+  train, frozen = split_by_table(params(), table)
+  assert set(train) == {"connector", "llm"}
+  assert set(train["llm"]) == {"norm"}
+  assert set(frozen) == {"img", "llm"}
+  assert set(frozen["llm"]) == {"embed"}
+  jax.tree.map(np.testing.assert_array_equal, merge(train, frozen), params())
+  state = make_optimizer(config(schedule=table), params(), total_steps=1).init(train)
+  assert jax.tree.structure(state["mu"]) == jax.tree.structure(train)
+  assert len(jax.tree.leaves(state)) == 2 * len(jax.tree.leaves(train))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"schedule": (("img/.*", None),)}, "schedule: no rule covers parameter 'connector/kernel'"),
+    ({"schedule": ((".*", {}), ("imge/.*", None))}, "rule 'imge/.*' matches no parameter"),
+    ({"schedule": ((".*", {"peek": 1}),)}, "schedule.0.1.peek is not known; did you mean 'peak'"),
+    ({"schedule": ((".*", 3),)}, "expected .regex, None. or"),
+    ({"schedule": ((".*", {"decay": "cos"}),)}, "decay='cos': accepted: cosine, linear"),
+    ({"schedule": ((".*", {"warmup_steps": 1, "warmup_percent": 0.1}),)}, "set only one of"),
+    ({"schedule": ((".*", {"warmup_epochs": 1}),)}, "the size of the data is not known; use steps"),
+    ({"wd_mults": (("img/.*", 0.0),)}, "config.wd_mults: no rule covers"),
+  ],
+)
+def test_tables_are_checked(fields, message):
+  with pytest.raises(InputError, match=message):
+    make_optimizer(config(**fields), params(), total_steps=1)
+
+
+def test_all_frozen_is_refused():
+  with pytest.raises(InputError, match="every parameter is frozen"):
+    split_by_table(params(), ((".*", None),))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_updates_equal_torch_adamw_with_groups(clip):
+  import torch
+
+  c = config(
+    lr=3e-3,
+    wd=0.1,
+    grad_clip_norm=clip,
+    schedule=(
+      ("img/.*", None),
+      ("connector/.*", {"peak": 0.2, "warmup_steps": 2}),
+      (".*", {"warmup_steps": 2}),
+    ),
+    wd_mults=((".*/bias", 0.0), ("connector/norm/scale", 0.0), (".*", 1.0)),
+  )
+  steps = 8
+  optimizer = make_optimizer(c, params(), total_steps=steps)
+  train, _ = split_by_table(params(), c.schedule)
+  leaves, treedef = jax.tree.flatten(train)
+  names = [
+    jax.tree_util.keystr(p, simple=True, separator="/")
+    for p, _ in jax.tree_util.tree_leaves_with_path(train)
+  ]
+
+  theirs = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in leaves]
+  groups = [
+    {
+      "params": [p],
+      "weight_decay": 0.0 if name.endswith("bias") or name == "connector/norm/scale" else 0.1,
+      "lr": 3e-3 * (0.2 if name.startswith("connector") else 1.0),
+    }
+    for name, p in zip(names, theirs, strict=True)
+  ]
+  torch_adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+  def factor(k):  # transformers.get_cosine_schedule_with_warmup
+    return k / 2 if k < 2 else 0.5 * (1 + np.cos(np.pi * (k - 2) / (steps - 2)))
+
+  torch_lr = torch.optim.lr_scheduler.LambdaLR(torch_adam, factor)
+  state, rng = optimizer.init(train), np.random.default_rng(1)
+  update = jax.jit(optimizer.update)
+  for step in range(steps):
+    grads = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    for p, g in zip(theirs, grads, strict=True):
+      p.grad = torch.tensor(g)
+    norm = torch.nn.utils.clip_grad_norm_(theirs, clip or 1e9)
+    torch_adam.step()
+    torch_lr.step()
+    train, state, metrics = update(jax.tree.unflatten(treedef, grads), state, train, step)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+  for ours, p in zip(jax.tree.leaves(train), theirs, strict=True):
+    np.testing.assert_allclose(ours, p.detach().numpy(), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,346 @@
+"""Configs: a Python file with `get_config(arg)` becomes a locked, checked, storable ConfigDict.
+
+    load_config("stage2_region")                                # a packaged one, by name
+    load_config("my/run.py:frames=8,debug", ["config.lr=1e-4"]) # a file, its arguments, overrides
+
+The words are big_vision's (`schedule`, `mesh`, `sharding_strategy`, `model_init`, …); differences
+are noted beside the field in `base_config`. A config file starts from `base_config()`, which is
+locked: an unknown field is an error that names the nearest one.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import traceback
+from ast import literal_eval
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from data_pipes.errors import InputError
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def base_config() -> ConfigDict:
+  """Every field that training reads, with its default; locked. `None` means not set."""
+  config = ConfigDict()
+  config.seed = 42
+  config.task = "videorefer"  # what is trained: "videorefer", or "module:function" (loop.Task)
+
+  # The model: a variant by name, dotted changes to it, and what it starts from.
+  config.model_name = "vr-mini"
+  config.model = ()  # (("llm.remat", "dots"), …): fields of VideoReferConfig
+  # Weights to start from: ((sub-tree or "" for all, path), …), later ones over earlier ones. A path
+  # is a checkpoint of ours, a published folder or a big_vision npz. Parameters whose names match
+  # `dont_load` stay freshly initialised; everything else must be there.
+  config.model_init = ()
+  config.dont_load = ()
+  config.tokenizer = placeholder(str)  # folder of tokenizer files; default: the first model_init's
+  config.frozen_dtype = "float32"  # of the frozen parameters in memory: "float32" or "bfloat16"
+
+  config.input = ConfigDict()
+  config.input.files = ()  # annotation files in the published JSON format, one list after another
+  config.input.media = "."  # folder that the videos and images of the files are relative to
+  config.input.batch_size = 8  # examples of one optimizer step, over all devices
+  config.input.accum_steps = 1  # the step works through the batch in so many equal parts
+  config.input.shuffle = True
+  config.input.threads = 4
+  config.input.max_unreadable = 0.01  # share of unreadable samples above which the run fails
+
+  # One of them; a fraction of an epoch is fine.
+  config.total_steps = placeholder(int)
+  config.total_examples = placeholder(int)
+  config.total_epochs = placeholder(float)
+
+  # Loss: supervised tokens a row can hold (0: as many as its slots), predictors a chunk of logits.
+  config.loss_budget = 0
+  config.loss_chunk = 128
+  # "tokens": the mean over all supervised tokens of the step, whatever accum_steps is.
+  # "published": the mean over parts of their means (transformers 4.40).
+  config.accum_mean = "tokens"
+
+  # Optimizer. `schedule`: (path regex, None | options), first match wins, None is frozen; options:
+  # peak (times lr), warmup_{steps,examples,epochs,percent}, decay ("cosine"|"linear"|"constant").
+  # Unlike big_vision's, warmup_percent is rounded up and starts from lr 0, as transformers does.
+  config.lr = 1e-3
+  config.schedule = ((".*", {"warmup_percent": 0.03, "decay": "cosine"}),)
+  config.wd = 0.0
+  config.wd_mults = ((".*", 1.0),)  # (path regex, factor on wd), first match wins
+  config.b1 = 0.9
+  config.b2 = 0.999
+  config.eps = 1e-8
+  config.grad_clip_norm = 1.0  # 0: no clipping
+
+  # Devices.
+  config.mesh = (("data", -1), ("fsdp", 1))
+  config.sharding_strategy = ((".*", "fsdp(axis='fsdp')"),)
+  config.sharding_rules = (("batch", ("data", "fsdp")),)
+
+  # What is written, and when.
+  config.log_steps = 10
+  config.ckpt_steps = 1000
+  config.keep_ckpts = 1
+  config.keep_ckpt_steps = placeholder(int)  # keep every so-many-th step's for good
+  return config.lock()
+
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+  """Runs a config file and returns its locked config.
+
+  Args:
+    spec: `path/to/file.py`, or the name of a packaged config (`stage2_region`, with or without
+      `configs/` and `.py`), then optionally `:key=value,flag` for its `get_config(arg)`.
+    overrides: `config.key=value` (or `key=value`); nested fields with dots, items of a table by
+      number (`schedule.1.1.peak=0.5`). The value must be of the field's type.
+
+  Raises:
+    InputError: no such config, an error in the file, an unknown key or argument (the nearest one
+      is named), a value of the wrong type.
+  """
+  name, arg = _split_spec(spec)
+  path = find_config(name)
+  try:
+    config = _call(path, arg)
+  except InputError as error:
+    raise InputError(f"{path.name}: {error}") from error
+  except Exception as error:
+    raise InputError(f"{path}{_line(error, path)}: {_one_line(error)}") from error
+  if not isinstance(config, ConfigDict):
+    raise InputError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
+  config = _normal(config, "config")
+  for override in overrides:
+    _override(config, override)
+  return config.lock()
+
+
+def packaged_configs() -> dict[str, Path]:
+  """The configs that come with vr_jax, by name: of the checkout, or of the installed package."""
+  package = Path(__file__).parent
+  for folder in (package / "configs", package.parent / "configs"):
+    if folder.is_dir():
+      return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+  return {}
+
+
+def find_config(name: str) -> Path:
+  """The file of a config given by path or by the name of a packaged one."""
+  path = Path(name)
+  if path.suffix == ".py" and path.is_file():
+    return path
+  packaged = packaged_configs()
+  if path.parent in (Path(), Path("configs")) and path.suffix in ("", ".py"):
+    if path.stem in packaged:
+      return packaged[path.stem]
+    hint = nearest(path.stem, packaged)
+  else:
+    hint = ""
+  raise InputError(
+    f"config {name!r}: no such file and no packaged config of that name{hint}; "
+    f"packaged: {', '.join(packaged) or 'none'}"
+  )
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Reads the argument string of `get_config`: `key=value,flag` over the given defaults.
+
+  A bare `flag` is `flag=true`. Values take the type of their default (one that is None takes a
+  number if it reads as one, else the text).
+
+  Raises:
+    InputError: an argument that has no default here, or a value of another type.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or "").split(",")):
+    key, equals, text = item.partition("=")
+    if key not in defaults:
+      raise InputError(
+        f"argument {key!r} is not known{nearest(key, defaults)}; "
+        f"accepted: {', '.join(defaults) or 'none'}"
+      )
+    values[key] = _parse(text if equals else "true", defaults[key], f"argument {key}")
+  return ConfigDict(values)
+
+
+def to_json(config: ConfigDict) -> str:
+  """The resolved config as JSON; `from_json` gives an equal config back."""
+
+  def plain(value):
+    if isinstance(value, ConfigDict | Mapping):
+      return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+  return json.dumps(plain(config), indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+  """Reads what `to_json` wrote (lists come back as tuples); locked."""
+  return _normal(ConfigDict(json.loads(text)), "config").lock()
+
+
+def diff(a: ConfigDict, b: ConfigDict) -> dict[str, tuple[Any, Any]]:
+  """The fields in which two configs differ: {dotted key: (value in a, value in b)}.
+
+  A field that one of them lacks has the value `MISSING` there.
+  """
+  left, right = _flat(a), _flat(b)
+  keys = list(left) + [key for key in right if key not in left]
+  pairs = {key: (left.get(key, MISSING), right.get(key, MISSING)) for key in keys}
+  return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+class _Missing:
+  def __repr__(self) -> str:
+    return "(not there)"
+
+
+MISSING = _Missing()
+
+
+def check_keys(given: Mapping, known: Iterable[str], where: str) -> None:
+  """Refuses keys that nobody reads.
+
+  Raises:
+    InputError: naming the key and the nearest known one.
+  """
+  known = list(known)
+  for key in given:
+    if key not in known:
+      raise InputError(f"{where}.{key} is not known{nearest(key, known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """`; did you mean 'x'?` for the closest known name, or nothing."""
+  known = list(known)
+  by_tail = {k.rpartition(".")[2]: k for k in reversed(known)}
+  close = difflib.get_close_matches(name, known, 1, 0.6) or [
+    by_tail[k] for k in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1, 0.6)
+  ]
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _split_spec(spec: str) -> tuple[str, str | None]:
+  match = re.fullmatch(r"(.+?\.py|[^:]+)(?::(.*))?", spec, re.DOTALL)
+  if not match:
+    raise InputError(f"config {spec!r}: expected FILE.py, NAME or either with :key=value,flag")
+  return match[1], match[2]
+
+
+def _call(path: Path, arg: str | None) -> Any:
+  # The module's name must not shadow anything a config imports.
+  module_spec = importlib.util.spec_from_file_location(f"_vr_config_{path.stem}", path)
+  module = importlib.util.module_from_spec(module_spec)
+  # A config that was only read leaves no files behind.
+  before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+  try:
+    module_spec.loader.exec_module(module)
+  finally:
+    sys.dont_write_bytecode = before
+  if not callable(getattr(module, "get_config", None)):
+    raise InputError("the file defines no get_config()")
+  if inspect.signature(module.get_config).parameters:
+    return module.get_config(arg)
+  if arg:
+    raise InputError(f"get_config() takes no argument, got {arg!r}")
+  return module.get_config()
+
+
+def _line(error: Exception, path: Path) -> str:
+  if isinstance(error, SyntaxError):
+    return f":{error.lineno}"
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+  return f":{lines[-1]}" if lines else ""
+
+
+def _one_line(error: Exception) -> str:
+  unknown = re.match(r"'?\"?Key \"(.+?)\" does not exist", str(error))
+  if unknown and isinstance(error, AttributeError | KeyError):
+    return f"config has no field {unknown[1]!r}{nearest(unknown[1], _flat(base_config()))}"
+  return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _normal(value: Any, where: str) -> Any:
+  """Nested mappings to ConfigDicts, lists to tuples, so that JSON and back changes nothing."""
+  if isinstance(value, ConfigDict):
+    out = ConfigDict()
+    for key in value:
+      child = _normal(value[key], f"{where}.{key}")
+      # Keep the type of a field that is not set yet, so that an override is checked against it.
+      out[key] = placeholder(value.get_type(key)) if child is None else child
+    return out
+  if isinstance(value, Mapping):
+    return {str(k): _normal(v, f"{where}.{k}") for k, v in value.items()}
+  if isinstance(value, tuple | list):
+    return tuple(_normal(v, f"{where}.{i}") for i, v in enumerate(value))
+  if isinstance(value, _SCALARS):
+    return value
+  raise InputError(
+    f"{where} is a {type(value).__name__}; a config holds numbers, strings, None, tuples, dicts"
+  )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+  if isinstance(value, ConfigDict):
+    return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
+  return {prefix.rstrip("."): value}
+
+
+def _override(config: ConfigDict, text: str) -> None:
+  key, equals, value = text.removeprefix("--").partition("=")
+  if not equals:
+    raise InputError(f"override {text!r}: expected config.key=value")
+  key = key.removeprefix("config.")
+
+  def replaced(node: Any, names: list[str]) -> Any:
+    """`node` with the item at `names` set; tables (tuples, dicts) are rebuilt."""
+    name, *rest = names
+    if isinstance(node, tuple):
+      if not name.isdigit() or int(name) >= len(node):
+        raise InputError(f"config.{key}: expected an item from 0 to {len(node) - 1}, got {name!r}")
+      index = int(name)
+      return (*node[:index], item(node[index], rest, None), *node[index + 1 :])
+    if not isinstance(node, ConfigDict | dict) or name not in node:
+      raise InputError(f"config.{key} is not known{nearest(key, _flat(config))}")
+    if isinstance(node, ConfigDict):
+      node[name] = item(node[name], rest, node.get_type(name))
+      return node
+    return {**node, name: item(node[name], rest, None)}
+
+  def item(old: Any, rest: list[str], kind: type | None) -> Any:
+    if rest:
+      return replaced(old, rest)
+    if isinstance(old, ConfigDict):
+      raise InputError(f"config.{key} is a group; set one of its fields: {', '.join(old)}")
+    return _parse(value, kind if old is None and kind else old, f"config.{key}")
+
+  replaced(config, key.split("."))
+
+
+def _parse(text: str, like: Any, where: str) -> Any:
+  """The value of `text` in the type of `like` (a value, or a type for a field that is not set)."""
+  kind = like if isinstance(like, type) else type(like)
+  try:
+    if kind is bool:
+      return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind in (int, float):
+      return None if like is kind and text.lower() == "none" else kind(text)
+    if kind is str:
+      return text
+    if kind in (tuple, list, dict):
+      value = literal_eval(text)
+      if not isinstance(value, dict if kind is dict else tuple | list):
+        raise ValueError
+      return _normal(value, where)
+  except (ValueError, KeyError, SyntaxError):
+    shown = {tuple: "tuple such as (1, 2)", dict: "dict"}.get(kind, kind.__name__)
+    raise InputError(f"{where}={text!r}: expected {shown}") from None
+  try:  # the default is None and has no type: a literal if it reads as one, else the text
+    return _normal(literal_eval(text), where)
+  except (ValueError, SyntaxError):
+    return text

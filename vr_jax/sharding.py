@@ -1,0 +1,232 @@
+"""Where arrays live: the mesh, the table that places parameters, the names that place activations.
+
+Meshes are made here and have Auto axes (Linen does not work under Explicit ones); run under
+`jax.set_mesh(mesh)`. Tables are ordered `(path regex, …)` pairs: the first match wins, and a table
+must be total (every parameter covered) and tight (every rule used).
+"""
+
+import ast
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from data_pipes.errors import InputError
+
+Rule = TypeVar("Rule")
+# Names of activation axes and the mesh axes they are split over; hashable, so that a jitted
+# function can take it as a static field. () switches the constraints off.
+ActivationRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh such as `[("data", -1), ("fsdp", 4)]`; one size may be -1, which takes the rest.
+
+  Args:
+    axes: names and sizes, outermost (slowest links) first.
+    devices: default all devices.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  names, sizes = zip(*((str(name), int(size)) for name, size in axes), strict=True)
+  count = len(jax.devices() if devices is None else devices)
+  try:
+    sizes = np.empty(count).reshape(sizes).shape
+  except ValueError:
+    asked = " x ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
+    raise InputError(
+      f"config.mesh: {asked} does not fit {count} devices; the sizes must multiply to {count} "
+      "(one of them may be -1)"
+    ) from None
+  return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+
+
+def path_names(tree: Any) -> Any:
+  """The tree with each leaf replaced by its path, keys joined by "/" (`llm/layers/attn/…`)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
+  )
+
+
+def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any:
+  """The tree with each leaf replaced by the rule of the first regex that matches its whole path.
+
+  Args:
+    tree: parameters, or their shapes.
+    table: ordered `(regex, rule)`.
+    field: the config's name for the table, used in errors.
+
+  Raises:
+    InputError: a path that nothing matches, a rule that no path uses, a broken regex.
+  """
+  table = list(table)
+  used: set[int] = set()
+  try:
+    patterns = [re.compile(pattern) for pattern, _ in table]
+  except (re.error, TypeError, ValueError) as error:
+    raise InputError(f"config.{field}: {error}") from error
+
+  def rule_of(path: str) -> int:
+    for index, pattern in enumerate(patterns):
+      if pattern.fullmatch(path):
+        used.add(index)
+        return index
+    raise InputError(
+      f"config.{field}: no rule covers parameter {path!r}; end the table with ('.*', …)"
+    )
+
+  indices = jax.tree.map(rule_of, path_names(tree))
+  for index, (pattern, _) in enumerate(table):
+    if index not in used:
+      raise InputError(
+        f"config.{field}: rule {pattern!r} matches no parameter that an earlier rule left; "
+        "remove or correct it"
+      )
+  return jax.tree.map(lambda index: table[index][1], indices)
+
+
+def param_shardings(shapes: Any, mesh: Mesh, strategy: Iterable[tuple[str, str]]) -> Any:
+  """Places parameters by an ordered table; the tree of `shapes` with a NamedSharding per leaf.
+
+  A rule is one of, or several joined by `|` (each acts on the dims that are still free):
+    `replicate`
+    `fsdp(axis='fsdp', min_size_to_shard_mb=4)`: the largest dim that the axis divides, of arrays
+      of at least that size; smaller ones, and those it divides nowhere, stay whole
+    `shard_dim(axis='model', dim=-1)`: that dim; the axis must divide it
+
+  `axis` may be a tuple of mesh axes.
+
+  Raises:
+    InputError: a table that is not total and tight, an unknown rule, a dim that is not divisible.
+  """
+  rules = match_table(shapes, strategy, "sharding_strategy")
+
+  def place(path: str, leaf: Any, rule: str) -> NamedSharding:
+    spec: list[Any] = [None] * len(leaf.shape)
+    for part in rule.split("|"):
+      _tactic(part)(spec, path, leaf, mesh)
+    return NamedSharding(mesh, P(*spec))
+
+  return jax.tree.map(place, path_names(shapes), shapes, rules)
+
+
+def batch_sharding(mesh: Mesh, rules: ActivationRules, leading: int = 0) -> NamedSharding:
+  """Of batch arrays: `leading` whole axes, then the axis "batch", split as the rules say."""
+  return NamedSharding(mesh, P(*[None] * leading, _lookup(rules, "batch", mesh.axis_names)))
+
+
+def shard_act(x: Array, rules: ActivationRules, *names: str | None) -> Array:
+  """Constrains an activation: one name (or None) per axis of x, looked up strictly in the rules.
+
+  Under `jax.set_mesh`. Rules `()` leave x as it is.
+
+  Raises:
+    ValueError: a name without a rule, the wrong number of names, two axes on one mesh axis.
+  """
+  if not rules:
+    return x
+  if len(names) != x.ndim:
+    raise ValueError(f"shard_act: {len(names)} names {names} for an array of shape {x.shape}")
+  spec = [None if name is None else _lookup(rules, name) for name in names]
+  flat = [axis for part in spec for axis in _axes(part)]
+  if len(set(flat)) < len(flat):
+    raise ValueError(f"shard_act: {names} puts two axes of {x.shape} on one mesh axis: {spec}")
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def _lookup(rules: ActivationRules, name: str, mesh_axes: Sequence[str] | None = None) -> Any:
+  table = dict(rules)
+  if name not in table:
+    raise InputError(f"config.sharding_rules has no {name!r}; it has {', '.join(table)}")
+  unknown = set(_axes(table[name])) - set(mesh_axes or _axes(table[name]))
+  if unknown:
+    raise InputError(
+      f"config.sharding_rules: {name!r} is on mesh axes {sorted(unknown)}, "
+      f"which config.mesh has not; it has {', '.join(mesh_axes)}"
+    )
+  return table[name]
+
+
+Tactic = Callable[[list[Any], str, Any, Mesh], None]
+
+
+def _tactic(text: str) -> Tactic:
+  """The function of one rule: it enters mesh axes in a partition spec, in place."""
+  try:
+    node = ast.parse(text.strip(), mode="eval").body
+    name = node.func.id if isinstance(node, ast.Call) else node.id
+    args = [] if isinstance(node, ast.Name) else [ast.literal_eval(a) for a in node.args]
+    kwargs = (
+      {}
+      if isinstance(node, ast.Name)
+      else {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+    )
+    return _TACTICS[name](*args, **kwargs)
+  except (SyntaxError, ValueError, AttributeError, KeyError, TypeError):
+    raise InputError(
+      f"config.sharding_strategy: {text!r} is not a rule; accepted: replicate, "
+      "fsdp(axis='fsdp', min_size_to_shard_mb=4), shard_dim(axis='model', dim=-1), joined by |"
+    ) from None
+
+
+def _replicate() -> Tactic:
+  return lambda spec, path, leaf, mesh: None
+
+
+def _fsdp(axis: str | tuple[str, ...], min_size_to_shard_mb: float = 4) -> Tactic:
+  def place(spec, path, leaf, mesh):
+    size = _axis_size(mesh, axis)
+    if math.prod(leaf.shape) * leaf.dtype.itemsize < min_size_to_shard_mb * 2**20:
+      return
+    free = [
+      (length, -dim)
+      for dim, length in enumerate(leaf.shape)
+      if spec[dim] is None and length % size == 0
+    ]
+    if free and size > 1:
+      spec[-max(free)[1]] = axis
+
+  return place
+
+
+def _shard_dim(axis: str | tuple[str, ...], dim: int) -> Tactic:
+  def place(spec, path, leaf, mesh):
+    size = _axis_size(mesh, axis)
+    if not -len(leaf.shape) <= dim < len(leaf.shape) or leaf.shape[dim] % size:
+      raise InputError(
+        f"config.sharding_strategy: {path!r} of shape {tuple(leaf.shape)} cannot be split over "
+        f"{axis!r} (size {size}) at dim {dim}"
+      )
+    if spec[dim] is not None:
+      raise InputError(f"config.sharding_strategy: {path!r}: dim {dim} is split twice")
+    spec[dim] = axis
+
+  return place
+
+
+def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+  for name in _axes(axis):
+    if name not in mesh.shape:
+      raise InputError(
+        f"config.sharding_strategy: axis {name!r} is not in config.mesh; it has "
+        f"{', '.join(mesh.axis_names)}"
+      )
+  return math.prod(mesh.shape[name] for name in _axes(axis))
+
+
+_TACTICS: Mapping[str, Callable[..., Tactic]] = {
+  "replicate": _replicate,
+  "fsdp": _fsdp,
+  "shard_dim": _shard_dim,
+}

@@ -1,0 +1,207 @@
+"""Which parameters train, at what learning rate, with what decay: regex tables, then AdamW.
+
+    schedule = [("img/.*", None), ("connector/.*", dict(peak=0.2)), (".*", dict(decay="linear"))]
+
+First match wins; a table must cover every parameter and use every rule; `None` is frozen. The
+arithmetic is that of torch.optim.AdamW, `clip_grad_norm_` and transformers' cosine schedule, with
+which the published model was trained.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from data_pipes.errors import InputError
+from vr_jax.configs import check_keys
+from vr_jax.sharding import match_table
+
+Params = dict[str, Any]
+ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
+_UNITS = ("steps", "examples", "epochs", "percent")
+_OPTIONS = ("peak", "decay", *(f"warmup_{unit}" for unit in _UNITS))
+
+
+class Optimizer(NamedTuple):
+  """AdamW over the trained parameters.
+
+  `init(params_train)` gives the state {"mu": tree, "nu": tree}, zeros of the parameters' shapes.
+  `update(grads, state, params_train, step)` gives (params_train, state, metrics) after optimizer
+  step `step` (i32, 0-based); metrics: `grad_norm` before clipping, and `lr` (with several groups
+  also `lr/<regex>`, `lr` being the first group's). `lrs(step)` gives the latter alone.
+  """
+
+  init: Callable[[Params], Params]
+  update: Callable[[Params, Params, Params, Int[Array, ""]], tuple[Params, Params, dict]]
+  lrs: Callable[[Int[Array, ""]], dict[str, Float[Array, ""]]]
+
+
+def split_by_table(params: Params, table: ScheduleTable) -> tuple[Params, Params]:
+  """(trained, frozen): nested dicts that share no leaf and merge back to `params`.
+
+  Works on arrays, shapes and shardings alike.
+
+  Raises:
+    InputError: the table does not cover a parameter, has an unused rule, or trains nothing.
+  """
+  table = list(table)
+  rules = _rule_indices(params, table)
+  trained = jax.tree.map(lambda index: table[index][1] is not None, rules)
+  if not any(jax.tree.leaves(trained)):
+    raise InputError("config.schedule: every parameter is frozen (None); nothing would be trained")
+  return _pick(params, trained, True), _pick(params, trained, False)
+
+
+def merge(a: Params, b: Params) -> Params:
+  """The union of two nested dicts without a common leaf."""
+  out = dict(a)
+  for key, value in b.items():
+    out[key] = merge(a[key], value) if key in a else value
+  return out
+
+
+def make_optimizer(
+  config: ConfigDict, params: Params, *, total_steps: int, data_size: int = 0
+) -> Optimizer:
+  """The optimizer that a config describes.
+
+  Args:
+    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, input.batch_size.
+    params: all parameters (or their shapes), frozen ones too: the tables are checked against them.
+    total_steps: optimizer steps of the whole run.
+    data_size: examples in an epoch; only `warmup_epochs` needs it.
+
+  Raises:
+    InputError: a table that is not total and tight, an unknown option.
+  """
+  table = list(config.schedule)
+  rules = _rule_indices(params, table)
+  schedules = {}
+  for index, (pattern, options) in enumerate(table):
+    if options is not None:
+      where = f"config.schedule.{index}.1"
+      check_keys(options, _OPTIONS, where)
+      lr = config.lr * options.get("peak", 1.0)
+      warmup = count_steps(
+        "warmup", options, where, total_steps, config.input.batch_size, data_size
+      )
+      schedules[index] = (pattern, _learning_rate(lr, warmup or 0, total_steps, options, where))
+
+  # By path, because the trained parameters are a sub-tree.
+  group_of, decay_of = _by_path(rules), _by_path(match_table(params, config.wd_mults, "wd_mults"))
+  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+  def lrs(step):
+    named = [(pattern, fn(step)) for pattern, fn in schedules.values()]
+    groups = {f"lr/{pattern}": value for pattern, value in named} if len(named) > 1 else {}
+    return {"lr": named[0][1], **groups}
+
+  def init(params_train):
+    return {
+      "mu": jax.tree.map(jnp.zeros_like, params_train),
+      "nu": jax.tree.map(jnp.zeros_like, params_train),
+    }
+
+  def update(grads, state, params_train, step):
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    if config.grad_clip_norm:
+      factor = jnp.minimum(1.0, config.grad_clip_norm / (norm + 1e-6))
+      grads = jax.tree.map(lambda g: g * factor, grads)
+    moments = optax.ScaleByAdamState(count=step, mu=state["mu"], nu=state["nu"])
+    directions, moments = adam.update(grads, moments)
+    rate = {index: fn(step) for index, (_, fn) in schedules.items()}
+
+    def stepped(path, p, direction):
+      path = _key(path)
+      wd = config.wd * decay_of[path]
+      return p - rate[group_of[path]] * (direction + wd * p)
+
+    params_train = jax.tree_util.tree_map_with_path(stepped, params_train, directions)
+    return params_train, {"mu": moments.mu, "nu": moments.nu}, {"grad_norm": norm, **lrs(step)}
+
+  return Optimizer(init, update, lrs)
+
+
+def count_steps(
+  prefix: str,
+  options: Mapping[str, Any],
+  where: str,
+  total_steps: int,
+  batch_size: int,
+  data_size: int,
+) -> int | None:
+  """Optimizer steps that `{prefix}_{steps,examples,epochs,percent}` asks for, rounded up.
+
+  `_percent` is a fraction of total_steps, as in big_vision. None if no such option is set.
+
+  Raises:
+    InputError: more than one of them is set, or one that cannot be known here.
+  """
+  given = {unit: options.get(f"{prefix}_{unit}") for unit in _UNITS}
+  given = {unit: value for unit, value in given.items() if value is not None}
+  if not given:
+    return None
+  if len(given) > 1:
+    raise InputError(f"{where}: set only one of {', '.join(f'{prefix}_{u}' for u in given)}")
+  ((unit, value),) = given.items()
+  if unit == "epochs" and not data_size:
+    raise InputError(f"{where}.{prefix}_epochs: the size of the data is not known; use steps")
+  per_step = {"examples": batch_size, "epochs": batch_size / data_size if data_size else 1}
+  steps = value * total_steps if unit == "percent" else value / per_step.get(unit, 1)
+  return math.ceil(steps)
+
+
+def _learning_rate(
+  peak: float, warmup: int, total: int, options: Mapping[str, Any], where: str
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+  """Linear from 0 over `warmup` steps, then the decay to 0 at `total`.
+
+  Source: transformers 4.40 get_cosine_schedule_with_warmup; with a warm-up, step 0 has lr 0.
+  """
+  decays = {
+    "cosine": lambda done: 0.5 * (1.0 + jnp.cos(np.pi * done)),
+    "linear": lambda done: 1.0 - done,
+    "constant": jnp.ones_like,
+  }
+  decay = options.get("decay", "cosine")
+  if decay not in decays:
+    raise InputError(f"{where}.decay={decay!r}: accepted: {', '.join(decays)}")
+
+  def lr(step):
+    step = jnp.asarray(step, jnp.float32)
+    done = jnp.clip((step - warmup) / max(1, total - warmup), 0.0, 1.0)
+    return peak * jnp.where(step < warmup, step / max(1, warmup), decays[decay](done))
+
+  return lr
+
+
+def _rule_indices(params: Params, table: list) -> Params:
+  for row in table:
+    if len(row) != 2 or not (row[1] is None or isinstance(row[1], Mapping)):
+      raise InputError(f"config.schedule: {row!r}: expected (regex, None) or (regex, options)")
+  return match_table(params, [(row[0], i) for i, row in enumerate(table)], "schedule")
+
+
+def _pick(params: Params, trained: Params, wanted: bool) -> Params:
+  out = {}
+  for key, value in params.items():
+    if isinstance(value, Mapping):
+      if sub := _pick(value, trained[key], wanted):
+        out[key] = sub
+    elif trained[key] == wanted:
+      out[key] = value
+  return out
+
+
+def _key(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_path(tree: Params) -> dict[str, Any]:
+  return {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
