@@ -1,0 +1,220 @@
+"""The decoder: every family against itself here, against transformers under the torch marker."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vr_jax.attention import attention, choice
+from vr_jax.models.decoder import Block, Decoder, DecoderConfig, KVCache, Tables, visible
+
+GEMMA = DecoderConfig(
+  width=64, depth=4, heads=4, kv_heads=2, head_dim=16, mlp_dim=96, vocab_size=120
+)
+FAMILIES = {
+  "gemma": dataclasses.replace(GEMMA, kv_heads=1),
+  "gemma_mha": dataclasses.replace(GEMMA, kv_heads=4),
+  "gemma2": dataclasses.replace(
+    GEMMA,
+    post_norms=True,
+    attn_soft_cap=50.0,
+    final_soft_cap=30.0,
+    query_scale=24**-0.5,
+    pattern=("local", "global"),
+    window=4,
+  ),
+  "gemma3": dataclasses.replace(
+    GEMMA,
+    post_norms=True,
+    qk_norm=True,
+    pattern=("local", "local", "global"),
+    window=4,
+    rope_base=1e6,
+    local_rope_base=1e4,
+    rope_scale=8.0,
+  ),
+  "qwen2": dataclasses.replace(
+    GEMMA,
+    activation="silu",
+    norm_plus_one=False,
+    scale_embedding=False,
+    tied_head=False,
+    qkv_bias=True,
+    rope_base=1e6,
+  ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def cfg(request):
+  return FAMILIES[request.param]
+
+
+def init(cfg, seed=0):
+  """Parameters with nothing left at zero or one, so that every one of them matters."""
+  shapes = jax.eval_shape(lambda: Decoder(cfg).init(jax.random.key(0), *example(cfg), method=full))
+  leaves, tree = jax.tree.flatten(shapes)
+  rng = np.random.default_rng(seed)
+  scale = [0.3 if leaf.ndim < 3 else max(leaf.shape[-3:-1]) ** -0.5 for leaf in leaves]
+  values = [rng.normal(0, s, leaf.shape).astype("f") for s, leaf in zip(scale, leaves, strict=True)]
+  return jax.tree.unflatten(tree, values)
+
+
+def example(cfg, rows=2, length=11):
+  tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (rows, length), np.int32)
+  return tokens, np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+
+
+def full(model, tokens, positions, cache=None, **kwargs):
+  hidden, cache = model(model.embed(tokens), positions, cache, **kwargs)
+  logits = model.logits(hidden)
+  return logits if cache is None else (logits, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(cfg, params, *args, **kwargs):
+  return Decoder(cfg).apply(params, *args, method=full, **kwargs)
+
+
+def test_cached_decode_equals_full_forward(cfg):
+  params, (tokens, positions) = init(cfg), example(cfg)
+  expected = apply(cfg, params, tokens, positions)
+  cache = KVCache.empty(cfg, 2, 16)
+  steps = []
+  for i, j in ((0, 5), (5, 7), (7, 8), (8, 9), (9, 11)):
+    logits, cache = apply(cfg, params, tokens[:, i:j], positions[:, i:j], cache)
+    steps.append(logits)
+  np.testing.assert_allclose(jnp.concatenate(steps, 1), expected, atol=2e-5)
+  assert int(cache.end) == 11
+  assert not cache.fresh
+
+
+def test_rows_of_different_length_equal_each_alone(cfg):
+  params, (tokens, positions) = init(cfg), example(cfg)
+  lengths = jnp.array([[11], [6]])
+  padded = jnp.where(positions < lengths, positions, -1)
+  logits, cache = apply(cfg, params, tokens, padded, KVCache.empty(cfg, 2, 14))
+  more, _ = apply(cfg, params, tokens[:, :2], lengths + jnp.arange(2), cache)
+  for row, n in enumerate(lengths[:, 0]):
+    alone, cache = apply(
+      cfg, params, tokens[row, None, :n], positions[:1, :n], KVCache.empty(cfg, 1, 14)
+    )
+    alone_more, _ = apply(cfg, params, tokens[row, None, :2], n + jnp.arange(2)[None], cache)
+    np.testing.assert_allclose(logits[row, :n], alone[0], atol=2e-5)
+    np.testing.assert_allclose(more[row], alone_more[0], atol=2e-5)
+
+
+def test_prefix_cache_serves_many_questions(cfg):
+  params, (tokens, positions) = init(cfg), example(cfg, rows=3)
+  tokens[:, :7] = tokens[0, :7]
+  expected = apply(cfg, params, tokens, positions)
+  _, cache = apply(cfg, params, tokens[:1, :7], positions[:1, :7], KVCache.empty(cfg, 1, 12))
+  logits, _ = apply(cfg, params, tokens[:, 7:], positions[:, 7:], cache.take(jnp.zeros(3, int)))
+  np.testing.assert_allclose(logits, expected[:, 7:], atol=2e-5)
+
+
+def test_scanned_layers_equal_a_loop_over_stacked_parameters(cfg):
+  params, (tokens, positions) = init(cfg), example(cfg)
+
+  @jax.jit
+  def loop(params):
+    model = Decoder(cfg).bind(params)
+    kinds = sorted(set(cfg.layer_kinds()))
+    rows = [model._tables(kind, positions, positions, None, None) for kind in kinds]
+    tables = Tables(*(jnp.stack(t) for t in zip(*rows, strict=True)), end=None, fresh=True)
+    x = model.embed(tokens)
+    for i, kind in enumerate(cfg.layer_kinds()):
+      layer = jax.tree.map(lambda w, i=i: w[i], params["params"]["layers"])
+      (x, _), _ = Block(cfg).apply({"params": layer}, (x, None), tables, (kinds.index(kind), i))
+    return model.logits(model.final_norm(x))
+
+  np.testing.assert_allclose(loop(params), apply(cfg, params, tokens, positions), atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_value_or_gradient(remat):
+  cfg = FAMILIES["gemma3"]
+  params, inputs = init(cfg), example(cfg)
+
+  def loss(cfg):
+    return jax.jit(jax.value_and_grad(lambda p: jnp.sin(apply(cfg, p, *inputs)).sum()))(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+    loss(cfg),
+    loss(dataclasses.replace(cfg, remat=remat)),
+  )
+
+
+def test_packed_segments_equal_each_alone(cfg):
+  params, (tokens, _) = init(cfg), example(cfg, rows=1)
+  positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, -1, -1]])
+  segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 2])
+  packed = apply(cfg, params, tokens, positions, segments=segments)
+  for i, j in ((0, 5), (5, 9)):
+    alone = apply(cfg, params, tokens[:, i:j], positions[:, i:j])
+    np.testing.assert_allclose(packed[:, i:j], alone, atol=2e-5)
+
+
+def test_visible_is_causal_windowed_and_skips_padding():
+  positions = jnp.array([[0, 1, 2, 3, -1]])
+  mask = visible(positions, positions)[0].astype(int)
+  np.testing.assert_array_equal(mask[:4], np.tri(4, 5))
+  np.testing.assert_array_equal(
+    visible(positions, positions, window=2)[0, :4].astype(int), np.tri(4, 5) - np.tri(4, 5, -2)
+  )
+
+
+def test_prefix_sees_itself_and_the_rest_is_causal():
+  positions = jnp.arange(5)[None]
+  mask = visible(positions, positions, prefix=jnp.array([3]))[0]
+  expected = np.tri(5, dtype=bool)
+  expected[:3, :3] = True
+  np.testing.assert_array_equal(mask, expected)
+
+  cfg = dataclasses.replace(FAMILIES["gemma"], prefix_lm=True)
+  params, (tokens, positions) = init(cfg), example(cfg)
+  causal = apply(cfg, params, tokens, positions)
+  prefixed = apply(cfg, params, tokens, positions, prefix=jnp.array([6, 0]))
+  other = tokens.copy()
+  other[:, 5] += 1
+  changed = apply(cfg, params, other, positions, prefix=jnp.array([6, 0]))
+  assert np.abs(prefixed[0, 0] - changed[0, 0]).max() > 1e-3  # the first slot sees the sixth
+  np.testing.assert_allclose(prefixed[1], causal[1], atol=2e-5)
+  cache = KVCache.empty(cfg, 2, 12)
+  head, cache = apply(cfg, params, tokens[:, :8], positions[:, :8], cache, prefix=jnp.array([6, 0]))
+  tail, _ = apply(cfg, params, tokens[:, 8:], positions[:, 8:], cache)
+  np.testing.assert_allclose(jnp.concatenate([head, tail], 1), prefixed, atol=2e-5)
+
+
+def test_arguments_that_do_not_go_together():
+  cfg = FAMILIES["gemma"]
+  params, (tokens, positions) = init(cfg), example(cfg)
+  with pytest.raises(ValueError, match="prefix_lm"):
+    apply(cfg, params, tokens, positions, prefix=jnp.array([2, 2]))
+  with pytest.raises(ValueError, match="segments"):
+    apply(cfg, params, tokens, positions, KVCache.empty(cfg, 2, 16), segments=positions)
+
+
+def test_dtype_policy():
+  cfg = dataclasses.replace(FAMILIES["gemma2"], dtype="bfloat16")
+  params, (tokens, positions) = init(cfg), example(cfg)
+  embeds = jnp.zeros((2, 11, cfg.width))
+  fresh = jax.eval_shape(Decoder(cfg).init, jax.random.key(0), embeds, positions)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+  cache = KVCache.empty(cfg, 2, 11)
+  hidden, cache = jax.eval_shape(Decoder(cfg).apply, params, embeds, positions, cache)
+  assert hidden.dtype == cache.k.dtype == cache.v.dtype == jnp.bfloat16
+  logits = apply(cfg, params, tokens, positions)
+  assert logits.dtype == jnp.float32
+  exact = apply(dataclasses.replace(cfg, dtype="float32"), params, tokens, positions)
+  assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_attention_says_which_kernel_it_takes():
+  q = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+  assert choice(q)["xla"] == "taken"
+  assert attention(*(jnp.ones((1, 4, 2, 8)),) * 3, scale=1.0).shape == (1, 4, 2, 8)

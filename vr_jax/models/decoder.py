@@ -1,0 +1,372 @@
+"""The language model: one decoder whose switches give Gemma 1, Gemma 2, Gemma 3 and Qwen2.
+
+Letters: B batch, L slot of this call, S key slot, D width, N query head, K key/value head,
+H head width, F MLP width, W vocabulary, X layer, Z kind of layer (local, global).
+
+Parameters carry big_vision's Gemma names, with the layer axis X in front:
+  embedder/{input_embedding, output_embedding}  [W,D]   (output only if the head is untied)
+  layers/attn/q_einsum/w [X,N,D,H], kv_einsum/w [X,2,K,D,H], attn_vec_einsum/w [X,N,H,D]
+  layers/attn/qkv_einsum/w [X,3,N,D,H]                  (instead of q and kv where N == K)
+  layers/attn/{q_einsum,kv_einsum,qkv_einsum}/b         (Qwen2)
+  layers/attn/{q_norm,k_norm}/scale [X,H]               (Gemma 3)
+  layers/mlp/{gating_einsum [X,2,D,F], linear [X,F,D]}
+  layers/{pre_attention_norm,pre_ffw_norm}/scale [X,D], final_norm/scale [D]
+  layers/{post_attention_norm,post_ffw_norm}/scale      (Gemma 2, Gemma 3)
+
+Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Qwen2 (2407.10671).
+"""
+
+import dataclasses
+import math
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vr_jax.attention import attention
+
+REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every weight matmul
+  "full": jax.checkpoint_policies.nothing_saveable,  # keeps only each layer's input
+}
+
+ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes and switches; the defaults are those of Gemma 1.
+
+  `pattern` repeats over the layers, each "local" (sees `window` slots back, itself included) or
+  "global". `rope_scale` divides the positions of global layers (Gemma 3: 8). `norm_plus_one`:
+  norms multiply by 1 + scale. `query_scale` None means head_dim ** -0.5. `dtype` is that of the
+  matmuls and the KV cache. `remat` is none, dots or full. `prefix_lm`: slots of a prefix see the
+  whole prefix (PaliGemma); otherwise causal.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  vocab_size: int
+  activation: str = "gelu_tanh"
+  norm_eps: float = 1e-6
+  norm_plus_one: bool = True
+  scale_embedding: bool = True
+  tied_head: bool = True
+  qkv_bias: bool = False
+  post_norms: bool = False
+  qk_norm: bool = False
+  attn_soft_cap: float | None = None
+  final_soft_cap: float | None = None
+  query_scale: float | None = None
+  pattern: tuple[str, ...] = ("global",)
+  window: int | None = None
+  rope_base: float = 10_000.0
+  local_rope_base: float | None = None
+  rope_scale: float = 1.0
+  prefix_lm: bool = False
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def layer_kinds(self) -> tuple[str, ...]:
+    """ "local" or "global" for each layer."""
+    return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of the slots seen so far; passed in, returned, never mutated.
+
+  k, v [X,B,S,K,H]; positions i32 [B,S], -1 = empty slot; end i32, the next slot to write (the
+  same for every row: a row that pads or has ended writes slots of position -1, which no query
+  sees). `fresh` is static: nothing is cached yet, so a prefill need not look at the cache.
+  """
+
+  k: Float[Array, "X B S K H"]
+  v: Float[Array, "X B S K H"]
+  positions: Int[Array, "B S"]
+  end: Int[Array, ""]
+  fresh: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @classmethod
+  def empty(cls, cfg: DecoderConfig, rows: int, slots: int) -> "KVCache":
+    """A cache with room for `slots` slots of each row."""
+    shape = (cfg.depth, rows, slots, cfg.kv_heads, cfg.head_dim)
+    return cls(
+      k=jnp.zeros(shape, cfg.dtype),
+      v=jnp.zeros(shape, cfg.dtype),
+      positions=jnp.full((rows, slots), -1, jnp.int32),
+      end=jnp.zeros((), jnp.int32),
+      fresh=True,
+    )
+
+  def take(self, rows: Int[Array, "B"]) -> "KVCache":
+    """The cache of the given rows, repeated or reordered: one video prefix for many questions."""
+    return self.replace(
+      k=self.k[:, rows], v=self.v[:, rows], positions=self.positions[rows], end=self.end
+    )
+
+
+@flax.struct.dataclass
+class Tables:
+  """What layers of one kind share in a call: which keys are seen, and the rotary angles.
+
+  mask bool [Z,B,L,S]; cos, sin f32 [Z,B,L,H/2]; end: cache slot of this call's first key;
+  fresh: the keys are those of this call alone.
+  """
+
+  mask: Bool[Array, "Z B L S"]
+  cos: Float[Array, "Z B L H/2"]
+  sin: Float[Array, "Z B L H/2"]
+  end: Int[Array, ""] | None
+  fresh: bool = flax.struct.field(pytree_node=False)
+
+
+def visible(
+  positions: Int[Array, "B L"],
+  key_positions: Int[Array, "B S"],
+  *,
+  window: int | None = None,
+  prefix: Int[Array, "B"] | None = None,
+) -> Bool[Array, "B L S"]:
+  """Which keys a query sees, from positions alone (-1: padding or empty, never seen).
+
+  Causal; slots below `prefix` see all slots below it; `window` w keeps keys closer than w.
+  """
+  horizon = positions if prefix is None else jnp.maximum(positions, prefix[:, None] - 1)
+  q, k = positions[:, :, None], key_positions[:, None, :]
+  mask = (k >= 0) & (k <= horizon[:, :, None])
+  return mask if window is None else mask & (jnp.abs(q - k) < window)
+
+
+def rotate(
+  x: Float[Array, "B L N H"], cos: Float[Array, "B L H/2"], sin: Float[Array, "B L H/2"]
+) -> Float[Array, "B L N H"]:
+  """Rotary position embedding in float32, halves as pairs (RoFormer, arXiv 2104.09864)."""
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """Root mean square norm over the last axis, in float32."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    init = nn.initializers.zeros if self.cfg.norm_plus_one else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],)) + float(self.cfg.norm_plus_one)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
+    return (y * scale).astype(x.dtype)
+
+
+def _scaled_by(*in_axes: int):
+  """Normal initialiser with variance 1 / (size of the axes that are summed over)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype) * math.prod(shape[a] for a in in_axes) ** -0.5
+
+  return init
+
+
+class Einsum(nn.Module):
+  """A projection with big_vision's parameter names: `w`, and `b` of shape `bias` if given."""
+
+  shape: tuple[int, ...]
+  in_axes: tuple[int, ...]
+  bias: tuple[int, ...] | None = None
+
+  @nn.compact
+  def __call__(self, equation: str, x: Array) -> Array:
+    w = self.param("w", _scaled_by(*self.in_axes), self.shape)
+    y = jnp.einsum(equation, x, w.astype(x.dtype))
+    if self.bias is not None:
+      b = self.param("b", nn.initializers.zeros, self.bias).astype(x.dtype)
+      y = y + jnp.expand_dims(b, (-4, -3))  # [N,H] or [T,N,H] onto [B,L,N,H] or [T,B,L,N,H]
+    return y
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention with rotary positions."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x, tables: Tables, kind, layer, kv):
+    c = self.cfg
+    N, K, H, D = c.heads, c.kv_heads, c.head_dim, c.width
+
+    def project(name, equation, *shape):
+      bias = (*shape[:-2], H) if c.qkv_bias else None
+      return Einsum(shape, (-2,), bias, name=name)(equation, x)
+
+    if N == K:
+      q, k, v = project("qkv_einsum", "BLD,TNDH->TBLNH", 3, N, D, H)
+    else:
+      q = project("q_einsum", "BLD,NDH->BLNH", N, D, H)
+      k, v = project("kv_einsum", "BLD,TKDH->TBLKH", 2, K, D, H)
+    if c.qk_norm:
+      q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
+    cos, sin = tables.cos[kind], tables.sin[kind]
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+    if kv is not None:
+      start = (layer, 0, tables.end, 0, 0)
+      kv = tuple(
+        jax.lax.dynamic_update_slice(old, new[None], start)
+        for old, new in zip(kv, (k, v), strict=True)
+      )
+      if not tables.fresh:
+        k, v = kv[0][layer], kv[1][layer]
+    scale = H**-0.5 if c.query_scale is None else c.query_scale
+    y = attention(q, k, v, tables.mask[kind], scale=scale, soft_cap=c.attn_soft_cap)
+    return Einsum((N, H, D), (0, 1), name="attn_vec_einsum")("BLNH,NHD->BLD", y), kv
+
+
+class FeedForward(nn.Module):
+  """Gated MLP."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    c = self.cfg
+    gating = self.param("gating_einsum", _scaled_by(1), (2, c.width, c.mlp_dim)).astype(x.dtype)
+    linear = self.param("linear", _scaled_by(0), (c.mlp_dim, c.width)).astype(x.dtype)
+    return (ACTIVATIONS[c.activation](x @ gating[0]) * (x @ gating[1])) @ linear
+
+
+class Block(nn.Module):
+  """One layer; scanned, so it takes (carry, tables, what is particular to the layer)."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, carry, tables: Tables, of_layer):
+    x, kv = carry
+    kind, layer = of_layer
+    c = self.cfg
+
+    def post(name, y):
+      return RMSNorm(c, name=name)(y) if c.post_norms else y
+
+    y = RMSNorm(c, name="pre_attention_norm")(x)
+    y, kv = Attention(c, name="attn")(y, tables, kind, layer, kv)
+    x = x + post("post_attention_norm", y)
+    y = FeedForward(c, name="mlp")(RMSNorm(c, name="pre_ffw_norm")(x))
+    return (x + post("post_ffw_norm", y), kv), None
+
+
+class Embedder(nn.Module):
+  """Token table and head."""
+
+  cfg: DecoderConfig
+
+  def setup(self):
+    shape, init = (self.cfg.vocab_size, self.cfg.width), _scaled_by(1)
+    self.input_embedding = self.param("input_embedding", init, shape)
+    if not self.cfg.tied_head:
+      self.output_embedding = self.param("output_embedding", init, shape)
+
+  def encode(self, tokens):
+    x = self.input_embedding[tokens].astype(self.cfg.dtype)
+    return x * jnp.asarray(self.cfg.width**0.5, x.dtype) if self.cfg.scale_embedding else x
+
+  def decode(self, x):
+    table = self.input_embedding if self.cfg.tied_head else self.output_embedding
+    table = table.astype(self.cfg.dtype)
+    x = x.astype(self.cfg.dtype)
+    return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)
+
+
+class Decoder(nn.Module):
+  """Token embedding, scanned layers, final norm and head."""
+
+  cfg: DecoderConfig
+
+  def setup(self):
+    c = self.cfg
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    self.embedder = Embedder(c)
+    self.layers = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, 0),
+      length=c.depth,
+    )(c)
+    self.final_norm = RMSNorm(c)
+
+  def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Token ids to the residual stream, scaled by sqrt(D) for Gemma; dtype `cfg.dtype`."""
+    return self.embedder.encode(tokens)
+
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    positions: Int[Array, "B L"],
+    cache: KVCache | None = None,
+    *,
+    prefix: Int[Array, "B"] | None = None,
+    segments: Int[Array, "B L"] | None = None,
+  ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+    """Hidden states after the final norm, in `cfg.dtype`, and the cache with these slots added.
+
+    `positions` count from 0 in each row (or segment); -1 marks padding. Slots see each other and
+    what the cache holds, which must have L free slots. `prefix` gives the length of each row's
+    prefix (`cfg.prefix_lm`; all of it must be in one call). `segments` keeps the documents of a
+    packed row apart; it does not go with a cache.
+    """
+    c = self.cfg
+    if prefix is not None and not c.prefix_lm:
+      raise ValueError("prefix was given, but the config is causal (prefix_lm=False)")
+    if segments is not None and cache is not None:
+      raise ValueError("segments are for packed training rows and do not go with a KV cache")
+    key_positions = positions
+    if cache is not None:
+      stored = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.end))
+      key_positions = positions if cache.fresh else stored
+    kinds = sorted(set(c.layer_kinds()))
+    tables = [self._tables(k, positions, key_positions, prefix, segments) for k in kinds]
+    mask, cos, sin = (jnp.stack(t) for t in zip(*tables, strict=True))
+    tables = Tables(
+      mask, cos, sin, *((cache.end, cache.fresh) if cache is not None else (None, True))
+    )
+
+    kind = jnp.asarray([kinds.index(k) for k in c.layer_kinds()], jnp.int32)
+    kv = None if cache is None else (cache.k, cache.v)
+    of_layer = (kind, jnp.arange(c.depth, dtype=jnp.int32))
+    (x, kv), _ = self.layers((x.astype(c.dtype), kv), tables, of_layer)
+    if cache is not None:
+      end = cache.end + positions.shape[1]
+      cache = KVCache(k=kv[0], v=kv[1], positions=stored, end=end)
+    return self.final_norm(x), cache
+
+  def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... W"]:
+    """Float32 scores over the vocabulary; apply to the slots that need them, not to all."""
+    logits = self.embedder.decode(hidden)
+    cap = self.cfg.final_soft_cap
+    return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+  def _tables(self, kind, positions, key_positions, prefix, segments):
+    """Mask, cos and sin of one kind of layer."""
+    c = self.cfg
+    local = kind == "local"
+    base = c.local_rope_base if local and c.local_rope_base else c.rope_base
+    scale = 1.0 if local and c.local_rope_base else c.rope_scale
+    window = c.window if local else None
+    mask = visible(positions, key_positions, window=window, prefix=prefix)
+    if segments is not None:
+      mask &= segments[:, :, None] == segments[:, None, :]
+    powers = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
+    angles = positions.astype(jnp.float32)[:, :, None] * (1.0 / (base**powers) / scale)
+    return mask, jnp.cos(angles), jnp.sin(angles)
