@@ -1,0 +1,158 @@
+"""The `vr` command: parses and hands over; nothing else.
+
+Exit codes: 0 done, 1 our fault (a traceback), 2 the user's input is wrong (one line on stderr).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from data_pipes.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one `vr` command and returns its exit code."""
+  args = parse(sys.argv[1:] if argv is None else argv)
+  try:
+    return args.run(args) or 0
+  except InputError as error:
+    print(f"vr {args.command}: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The arguments; `overrides` holds every `--config.key=value`."""
+  parser = _parser()
+  overrides = [a.removeprefix("--") for a in argv if a.startswith("--config.")]
+  args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+  args.overrides = overrides
+  if overrides and args.command not in ("train", "config"):
+    parser.error(f"--config.… belongs to vr train and vr config, not to vr {args.command}")
+  return args
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="vr",
+    description="VideoRefer in JAX: ask about objects in a video; train and check the model.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=summary, description=summary)
+    sub.set_defaults(run=run)
+    return sub
+
+  quickstart = command("quickstart", _quickstart, "make a small video set, train, score, ask")
+  quickstart.add_argument("--workdir", default="vr-quickstart", help="default: %(default)s")
+  quickstart.add_argument("--json", action="store_true", help="print the results as JSON")
+
+  train = command("train", _train, "train, or resume what is in the work directory")
+  train.add_argument(
+    "--config", required=True, metavar="F.py[:ARGS]", help="a config file or a packaged name"
+  )
+  train.add_argument("--workdir", required=True)
+  train.epilog = "Any field of the config: --config.key=value"
+
+  for name, summary in (
+    ("ask", "answer a question about objects in a video"),
+    ("describe", "describe an object in a video"),
+  ):
+    ask = command(name, _ask, summary)
+    ask.add_argument("--checkpoint", help="a checkpoint folder (default: the packaged vr-mini)")
+    ask.add_argument("--video", required=True, help="a video, GIF, image or folder of frames")
+    ask.add_argument(
+      "--region",
+      action="append",
+      default=[],
+      metavar="SPEC",
+      help="mask.png@FRAME, box:x1,y1,x2,y2@FRAME, point:x,y@FRAME or rle.json; FRAME is a frame "
+      "number or a time such as 1.5s. SPECs with the same ID= in front are one object",
+    )
+    if name == "ask":
+      ask.add_argument("--question", required=True, help="holds one <region> for each object")
+    ask.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    ask.add_argument("--top-k", type=int, default=0, metavar="K")
+    ask.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    ask.add_argument("--seed", type=int, default=0, help="of the sampling")
+    ask.add_argument(
+      "--scene-frames", type=int, metavar="N", help="default: as many as in training"
+    )
+    ask.add_argument("--json", action="store_true", help="print the answer and what it rests on")
+
+  parity = command("parity", _parity, "run a golden-case folder of the published code")
+  parity.add_argument("folder")
+  parity.add_argument("--stage", action="append", metavar="NAME", help="such as 03_region")
+  parity.add_argument("--json", action="store_true", help="print the results as JSON")
+
+  config = command("config", _config, "resolve configs without running them")
+  config.add_argument("what", choices=["show", "diff", "shapes"])
+  config.add_argument("configs", nargs="+", metavar="F.py[:ARGS]")
+  return parser
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+  from vr_jax import quickstart
+
+  results = quickstart.run(args.workdir)
+  if args.json:
+    print(json.dumps(results, indent=2))
+
+
+def _train(args: argparse.Namespace) -> None:
+  from vr_jax.configs import load_config
+  from vr_jax.training.loop import train
+
+  train(load_config(args.config, args.overrides), args.workdir)
+
+
+def _ask(args: argparse.Namespace) -> None:
+  from vr_jax.inference.model import load
+  from vr_jax.inference.regions import parse_regions
+
+  model = load(args.checkpoint)
+  regions = parse_regions(args.region, args.video)
+  options = {
+    "max_new_tokens": args.max_new_tokens,
+    "temperature": args.temperature,
+    "top_k": args.top_k,
+    "top_p": args.top_p,
+    "seed": args.seed,
+    "scene_frames": args.scene_frames,
+  }
+  if args.command == "ask":
+    answer = model.ask(args.video, args.question, regions, **options)
+  else:
+    answer = model.describe(args.video, regions, **options)
+  for warning in answer.warnings:
+    print(f"vr {args.command}: warning: {warning}", file=sys.stderr)
+  print(json.dumps(answer.to_dict(), indent=2) if args.json else answer.text)
+
+
+def _parity(args: argparse.Namespace) -> int:
+  from vr_jax.evaluation.parity import run_parity
+
+  results = run_parity(args.folder, args.stage, echo=not args.json)
+  if args.json:
+    print(json.dumps([r.to_dict() for r in results], indent=2))
+  return int(any(r.failed for r in results))
+
+
+def _config(args: argparse.Namespace) -> None:
+  from vr_jax import configs
+
+  resolved = [configs.load_config(c, args.overrides) for c in args.configs]
+  if args.what == "diff" and len(resolved) != 2:
+    raise InputError(f"diff compares two configs; found {len(resolved)}")
+  if args.what == "diff":
+    print("\n".join(configs.diff(*resolved)))
+  for config in resolved if args.what != "diff" else []:
+    print(configs.to_json(config) if args.what == "show" else configs.shapes(config))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

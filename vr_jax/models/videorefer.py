@@ -1,0 +1,208 @@
+"""VideoRefer: frames and masks become tokens, tokens become an answer.
+
+    frames ── img (SigLIP) ──┬── connector ─────────────────────► scene tokens ──┐
+                             └── region (pool, merge, project) ─► object tokens ─┤ splice ── llm ── logits
+    token ids ── embedding ──────────────────────────────────────────────────────┘
+
+Letters: B batch, P frame of the row, S pixel, T scene frame, N patch, D tower width, R object,
+F frame of an object, U token kept per object, V scene token, L sequence slot, E decoder width,
+W vocabulary.
+
+A batch is the dict that `data_pipes.batch` makes: `frames` u8 [B,P,S,S,3], `scene` i32 [B,T],
+`region_masks` u8 [B,R,P,N], `region_frames` i32 [B,R,F], `tokens`, `visual` i32 [B,L], `valid`,
+`supervised` bool [B,L].
+
+Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_arch.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from vr_jax.models.connector import Connector, ConnectorConfig
+from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
+from vr_jax.models.region import RegionConfig, RegionEncoder
+from vr_jax.models.siglip import Siglip, SiglipConfig
+
+Batch = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoReferConfig:
+  """Everything that decides the shapes and the arithmetic of the model; stored in checkpoints.
+
+  `num_frames` is the number of scene frames the model was trained with; `image_aspect_ratio` is
+  'square' (resize without keeping the aspect, as VideoRefer-7B) or 'pad'.
+  """
+
+  name: str
+  img: SiglipConfig
+  connector: ConnectorConfig
+  region: RegionConfig
+  llm: DecoderConfig
+  num_frames: int = 16
+  image_aspect_ratio: str = "square"
+  max_text_ids: int = 2048
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "VideoReferConfig":
+    """Reads what `to_dict` (through JSON) wrote."""
+    parts = {
+      "img": SiglipConfig,
+      "connector": ConnectorConfig,
+      "region": RegionConfig,
+      "llm": DecoderConfig,
+    }
+
+    def frozen(value):
+      return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+    def part(kind, values):
+      return kind(**{k: frozen(v) for k, v in values.items()})
+
+    return cls(**{k: part(parts[k], v) if k in parts else v for k, v in fields.items()})
+
+
+@flax.struct.dataclass
+class Spliced:
+  """The decoder's input rows after splicing: valid slots first, padding behind them.
+
+  embeds [B,L,E]; tokens i32 [B,L] (0 in visual slots); supervised, valid bool [B,L];
+  positions i32 [B,L], 0.. for valid slots and -1 for padding.
+  """
+
+  embeds: Float[Array, "B L E"]
+  tokens: Int[Array, "B L"]
+  supervised: Bool[Array, "B L"]
+  valid: Bool[Array, "B L"]
+  positions: Int[Array, "B L"]
+
+
+def pixels(frames: UInt8[Array, "... S S 3"]) -> Float[Array, "... S S 3"]:
+  """uint8 frames to the tower's range [-1, 1], float32, bit-equal to SiglipImageProcessor."""
+  scaled = frames.astype(jnp.float32) * jnp.float32(0.00392156862745098)
+  return (scaled - 0.5) / 0.5
+
+
+class VideoRefer(nn.Module):
+  """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out."""
+
+  cfg: VideoReferConfig
+
+  def setup(self):
+    self.img = Siglip(self.cfg.img)
+    self.connector = Connector(self.cfg.connector)
+    self.region = RegionEncoder(self.cfg.region)
+    self.llm = Decoder(self.cfg.llm)
+
+  def encode_frames(self, frames: UInt8[Array, "B P S S 3"]) -> Float[Array, "B P N D"]:
+    """Tower features of every frame of the rows, each frame once."""
+    B, P = frames.shape[:2]
+    features, _ = self.img(pixels(frames).reshape(B * P, *frames.shape[2:]))
+    return features.reshape(B, P, *features.shape[1:])
+
+  def visual_table(
+    self, features: Float[Array, "B P N D"], batch: Batch
+  ) -> tuple[Float[Array, "B X E"], Bool[Array, "B X"]]:
+    """Scene tokens, then the U object tokens of each object: (rows, valid), X = V + R*U."""
+    scene_features = jnp.take_along_axis(features, batch["scene"][:, :, None, None], axis=1)
+    scene = self.connector(scene_features)
+    objects, kept = self.region(features, batch["region_masks"], batch["region_frames"])
+    B, _, E = scene.shape
+    rows = jnp.concatenate([scene, objects.reshape(B, -1, E).astype(scene.dtype)], axis=1)
+    valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept.reshape(B, -1)], axis=1)
+    return rows, valid
+
+  def splice(self, batch: Batch) -> Spliced:
+    """Text embeddings with scene and object tokens in their slots, compacted.
+
+    An object may keep fewer than U tokens (ties in the merge, few frames); its spare slots are
+    dropped here, so that positions are those of the published, ragged splice.
+    """
+    rows, rows_valid = self.visual_table(self.encode_frames(batch["frames"]), batch)
+    is_visual = batch["visual"] >= 0
+    row = jnp.maximum(batch["visual"], 0)
+    text = self.llm.embed(batch["tokens"])
+    visual = jnp.take_along_axis(rows, row[:, :, None], axis=1).astype(text.dtype)
+    valid = batch["valid"] & (~is_visual | jnp.take_along_axis(rows_valid, row, axis=1))
+
+    order = jnp.argsort(~valid, axis=1, stable=True)
+    embeds = jnp.where(is_visual[:, :, None], visual, text)
+    valid = jnp.take_along_axis(valid, order, axis=1)
+    return Spliced(
+      embeds=jnp.where(
+        valid[:, :, None], jnp.take_along_axis(embeds, order[:, :, None], axis=1), 0
+      ),
+      tokens=jnp.take_along_axis(batch["tokens"], order, axis=1),
+      supervised=jnp.take_along_axis(batch["supervised"], order, axis=1) & valid,
+      valid=valid,
+      positions=jnp.where(valid, jnp.arange(valid.shape[1]), -1).astype(jnp.int32),
+    )
+
+  def __call__(self, batch: Batch) -> tuple[Float[Array, "B L E"], Spliced]:
+    """Hidden states of every slot, and the spliced rows they belong to."""
+    spliced = self.splice(batch)
+    hidden, _ = self.llm(spliced.embeds, spliced.positions)
+    return hidden, spliced
+
+  def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... W"]:
+    """Float32 logits over the vocabulary."""
+    return self.llm.logits(hidden)
+
+  def prefill(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B W"], KVCache]:
+    """Fills an empty cache with the rows and gives the logits after each row's last slot."""
+    spliced = self.splice(batch)
+    hidden, cache = self.llm(spliced.embeds, spliced.positions, cache)
+    last = jnp.maximum(spliced.valid.sum(axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return self.llm.logits(hidden), cache
+
+  def extend(
+    self, tokens: Int[Array, "B K"], positions: Int[Array, "B K"], cache: KVCache
+  ) -> tuple[Float[Array, "B K W"], KVCache]:
+    """Feeds K more text tokens per row; positions -1 mark rows that have ended."""
+    hidden, cache = self.llm(self.llm.embed(tokens), positions, cache)
+    return self.llm.logits(hidden), cache
+
+  def object_similarity(self, batch: Batch) -> tuple[Float[Array, "B R F F"], Int[Array, "B R F"]]:
+    """Cosine similarity of an object's frames and the merged token each frame went to (Fig. 7)."""
+    return self.region.similarity(
+      self.encode_frames(batch["frames"]), batch["region_masks"], batch["region_frames"]
+    )
+
+
+def empty_batch(
+  cfg: VideoReferConfig, *, rows: int = 1, frames: int = 2, objects: int = 1, length: int = 8
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a small batch, enough to initialise parameters."""
+  N = cfg.img.grid**2
+  shapes = {
+    "frames": ((frames, cfg.img.image_size, cfg.img.image_size, 3), jnp.uint8),
+    "scene": ((cfg.num_frames,), jnp.int32),
+    "region_masks": ((objects, frames, N), jnp.uint8),
+    "region_frames": ((objects, frames), jnp.int32),
+    "tokens": ((length,), jnp.int32),
+    "visual": ((length,), jnp.int32),
+    "valid": ((length,), jnp.bool_),
+    "supervised": ((length,), jnp.bool_),
+  }
+  return {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, (shape, dtype) in shapes.items()}
+
+
+def init_params(cfg: VideoReferConfig, key: Array) -> dict[str, Any]:
+  """Fresh float32 parameters (use under `jax.eval_shape` or `jax.jit` for full-size models)."""
+  batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty_batch(cfg))
+
+  def everything(model: VideoRefer, batch: Batch):
+    hidden, _ = model(batch)
+    return model.logits(hidden[:, :1])
+
+  return VideoRefer(cfg).init(key, batch, method=everything)["params"]
