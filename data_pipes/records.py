@@ -123,7 +123,7 @@ class RecordFile:
     start, length = (int(n) for n in self._spans[index])
     with open(self.path, "rb") as file:
       file.seek(start)
-      return json.loads(file.read(length))
+      return _loads(file.read(length), self.where(index))
 
   def where(self, index: int) -> str:
     """How messages name an item."""
@@ -139,15 +139,22 @@ def read_items(path: str | Path) -> Iterator[Any]:
   Raises:
     InputError: as RecordFile; items before the defect have been given out by then.
   """
-  for _, raw, item in _scan(Path(path)):
+  for i, (_, raw, item) in enumerate(_scan(Path(path))):
     # Scanning reads bytes as latin-1: right for ASCII, otherwise the item is parsed again.
-    yield item if raw.isascii() else json.loads(raw.encode("latin-1"))
+    yield item if raw.isascii() else _loads(raw.encode("latin-1"), f"{path}: item {i}")
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
   """As read_items, each item checked and made a Record."""
   for i, item in enumerate(read_items(path)):
     yield parse_record(item, f"{path}: item {i}")
+
+
+def _loads(raw: bytes, where: str) -> Any:
+  try:
+    return json.loads(raw)
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise InputError(f"{where}: found {error}; accepted: JSON in UTF-8") from None
 
 
 def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -194,11 +201,12 @@ def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
           # An error away from the end of what was read is a real one, unless it is the opening of
           # a string whose end is still to come.
           if ended or (error.pos < len(text) - 16 and "Unterminated" not in error.msg):
-            broken = error.pos >= len(text) - 1 or "Unterminated" in error.msg
-            at = min(error.pos, len(text))
-            raise fail(
-              "the file ends inside an item (truncated?)" if broken else error.msg
-            ) from None
+            rest = text[error.pos :].strip()
+            cut = any(word.startswith(rest) for word in ("true", "false", "null"))
+            at = error.pos
+            if cut or "Unterminated" in error.msg:
+              raise fail("the file ends inside an item (truncated?)") from None
+            raise fail(error.msg) from None
         else:
           if end < len(text) or ended:
             break
