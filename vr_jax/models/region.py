@@ -1,0 +1,131 @@
+"""Object tokens: spatial token extractor and temporal token merge.
+
+Letters: B batch, P frame of the row, N patch, D tower width, R object, F frame of an object,
+U token kept per object, E decoder width.
+
+An object's features under its mask are averaged in each of its frames; more than U frames are
+merged into at most U runs of consecutive, similar frames; an MLP lifts each to the decoder.
+
+Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `layer.py`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from data_pipes.errors import InputError
+from vr_jax.models.connector import Mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionConfig:
+  """`width` is that of the decoder (E), `tokens` the union number U of the temporal merge."""
+
+  width: int = 3584
+  tokens: int = 4
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.tokens < 1:
+      raise InputError(f"tokens={self.tokens}: an object needs at least one token")
+
+
+def pool_regions(
+  features: Float[Array, "B P N D"], masks: Float[Array, "B R P N"]
+) -> Float[Array, "B R P D"]:
+  """Mean of the features under each 0/1 mask, in float32; an empty mask gives an exact zero."""
+  masks = masks.astype(jnp.float32)
+  weights = masks / jnp.maximum(masks.sum(-1, keepdims=True), 1)
+  features = features.astype(jnp.float32)
+  return jnp.einsum("BPND,BRPN->BRPD", features, weights, precision="highest")
+
+
+def merge_segments(
+  x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"], u: int
+) -> tuple[Int[Array, "*b F"], Float[Array, "*b F-1"]]:
+  """Which merged token each frame goes to, and the cosine similarity of neighbouring frames.
+
+  The valid frames come first; k is their number. With k <= u every frame is its own segment.
+  Otherwise a cut falls after a frame whose similarity to the next is *strictly* below the
+  (k-u)-th largest of the k-1 similarities, so ties keep frames together and fewer than u
+  segments may come out. Frames beyond k get segment -1; their similarities mean nothing.
+  """
+  x = jax.lax.stop_gradient(x.astype(jnp.float32))
+  unit = x / jnp.maximum(jnp.sqrt((x * x).sum(-1, keepdims=True)), 1e-12)
+  similarity = (unit[..., :-1, :] * unit[..., 1:, :]).sum(-1)
+  cut = valid[..., 1:]
+  if similarity.shape[-1] >= u:
+    # The (k-u)-th largest of k-1 numbers is their u-th smallest: a static place in the order.
+    threshold = jnp.sort(jnp.where(cut, similarity, jnp.inf), axis=-1)[..., u - 1, None]
+    keep_all = valid.sum(-1, keepdims=True) <= u
+    cut &= keep_all | (similarity < threshold)
+  cuts_before = jnp.cumsum(cut, axis=-1, dtype=jnp.int32)
+  segment = jnp.concatenate([jnp.zeros_like(cuts_before[..., :1]), cuts_before], axis=-1)
+  return jnp.where(valid, segment, -1), similarity
+
+
+def merge_tokens(
+  x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"], u: int
+) -> tuple[Float[Array, "*b u D"], Bool[Array, "*b u"]]:
+  """Temporal token merge: each segment of `merge_segments` becomes the mean of its frames.
+
+  Returns (tokens float32, valid); tokens that are not valid are zero.
+  """
+  segment, _ = merge_segments(x, valid, u)
+  member = (segment[..., None, :] == jnp.arange(u)[:, None]).astype(jnp.float32)
+  count = member.sum(-1, keepdims=True)
+  x = jnp.where(valid[..., None], x.astype(jnp.float32), 0)
+  tokens = jnp.einsum("...uF,...FD->...uD", member, x, precision="highest")
+  return tokens / jnp.maximum(count, 1), count[..., 0] > 0
+
+
+def object_features(
+  features: Float[Array, "B P N D"],
+  region_masks: Float[Array, "B R P N"],
+  region_frames: Int[Array, "B R F"],
+) -> tuple[Float[Array, "B R F D"], Bool[Array, "B R F"]]:
+  """Pooled features of each object in the order of its own frames, and which of them exist.
+
+  `region_frames` indexes the P frames; -1, only behind the object's frames, means none.
+  """
+  pooled = pool_regions(features, region_masks)
+  index = jnp.maximum(region_frames, 0)[..., None]
+  return jnp.take_along_axis(pooled, index, axis=2), region_frames >= 0
+
+
+class RegionEncoder(nn.Module):
+  """Masks on frames to object tokens. Parameters: fc1 [D,E], fc2 [E,E] with biases."""
+
+  cfg: RegionConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    features: Float[Array, "B P N D"],
+    region_masks: Float[Array, "B R P N"],
+    region_frames: Int[Array, "B R F"],
+  ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
+    """(object tokens in `cfg.dtype`, which of them count); the merge comes before the MLP."""
+    x, valid = object_features(features, region_masks, region_frames)
+    tokens, kept = merge_tokens(x, valid, self.cfg.tokens)
+    mlp = Mlp(self.cfg.width, 2, self.cfg.dtype)
+    nn.share_scope(self, mlp)
+    return mlp(tokens.astype(self.cfg.dtype)), kept
+
+  def similarity(
+    self,
+    features: Float[Array, "B P N D"],
+    region_masks: Float[Array, "B R P N"],
+    region_frames: Int[Array, "B R F"],
+  ) -> tuple[Float[Array, "B R F F"], Int[Array, "B R F"]]:
+    """Cosine similarity of every two frames of an object, and each frame's merged token (Fig. 7).
+
+    An empty mask has similarity 0 to everything; the segment of a frame that is none is -1.
+    """
+    x, valid = object_features(features, region_masks, region_frames)
+    segment, _ = merge_segments(x, valid, self.cfg.tokens)
+    unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return jnp.einsum("BRFD,BRGD->BRFG", unit, unit, precision="highest"), segment

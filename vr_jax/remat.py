@@ -1,0 +1,21 @@
+"""What a layer keeps for its backward pass, by name."""
+
+import flax.linen as nn
+import jax
+
+POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every weight matmul
+  "full": jax.checkpoint_policies.nothing_saveable,  # keeps only each layer's input
+}
+
+
+def remat(layer: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
+  """`layer` under a policy: "none" (keep everything), "dots" or "full".
+
+  `scanned`: the layer is the body of a scan, which needs no barrier against reuse of its forward.
+  """
+  if policy == "none":
+    return layer
+  if policy not in POLICIES:
+    raise ValueError(f"remat={policy!r} is not one of none, {', '.join(POLICIES)}")
+  return nn.remat(layer, policy=POLICIES[policy], prevent_cse=not scanned)
