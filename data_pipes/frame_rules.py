@@ -64,7 +64,7 @@ def frame_range(
     if time is not None and not math.isfinite(time):
       raise InputError(f"{name} time {time} is not a number of seconds")
   if fps is None:
-    raise InputError("a list of frames has no times; leave out start and end, or cut the list")
+    raise InputError("a list of frames or an image has no times: leave out start and end")
   low, high = start, end
   if low is not None and high is not None:
     low, high = sorted((max(low, 0.0), max(high, 0.0)))

@@ -1,0 +1,93 @@
+"""Frames at the resolution of the vision tower, equal to the published SigLIP processor.
+
+Images are RGB uint8 [H, W, 3]. They stay uint8 until the device turns them into pixels: the
+published resize works on uint8 (PIL bicubic, antialiased), and a float resize differs from it.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data_pipes.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+PAD_FILL = 127  # int(0.5 * 255): SigLIP's mean colour
+ASPECT_RATIOS = ("square", "pad")
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+  """An image file as RGB uint8 [H, W, 3]; orientation tags are ignored, as published."""
+  try:
+    with Image.open(path) as image:
+      return to_rgb(image)
+  except FileNotFoundError as error:
+    raise InputError(f"{path}: no such image") from error
+  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+    raise InputError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+  """A PIL image of any mode as RGB uint8 [H, W, 3]; transparency is dropped."""
+  return np.asarray(image.convert("RGB"))
+
+
+def pad_square(image: np.ndarray, fill: int = PAD_FILL) -> np.ndarray:
+  """Pads the shorter side to a square [S, S, 3], the image in the middle (rounded to left/top)."""
+  height, width = image.shape[:2]
+  side = max(height, width)
+  if height == width:
+    return image
+  square = np.full((side, side, 3), fill, np.uint8)
+  top, left = (side - height) // 2, (side - width) // 2
+  square[top : top + height, left : left + width] = image
+  return square
+
+
+def resize_square(image: np.ndarray, size: int) -> np.ndarray:
+  """uint8 [size, size, 3] by PIL's bicubic filter; the aspect ratio is not kept."""
+  if image.shape[:2] == (size, size):
+    return image
+  return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def to_model(image: np.ndarray, size: int, aspect_ratio: str = "square") -> np.ndarray:
+  """A frame as the vision tower sees it, uint8 [size, size, 3]; aspect_ratio "square" or "pad"."""
+  if aspect_ratio not in ASPECT_RATIOS:
+    raise InputError(f"image_aspect_ratio {aspect_ratio!r}; accepted: {', '.join(ASPECT_RATIOS)}")
+  return resize_square(pad_square(image) if aspect_ratio == "pad" else image, size)
+
+
+def photo_grid(
+  frames: Sequence[np.ndarray], rows: int | None = None, cols: int | None = None
+) -> np.ndarray:
+  """T equal-sized frames row by row in one picture [rows*H, cols*W, 3]; empty places are black.
+
+  By default ceil(sqrt(T)) rows. An image asked for with `image_grid` is num_frames copies of
+  itself in ceil(sqrt(num_frames)) rows and columns, followed by the image alone (published
+  `process_image`).
+  """
+  count = len(frames)
+  if rows is None:
+    rows = math.ceil(math.sqrt(count)) if cols is None else math.ceil(count / cols)
+  if cols is None:
+    cols = math.ceil(count / rows)
+  if rows * cols < count:
+    raise InputError(f"{count} frames do not fit a grid of {rows} rows and {cols} columns")
+  height, width, channels = frames[0].shape
+  grid = np.zeros((rows * cols, height, width, channels), frames[0].dtype)
+  grid[:count] = frames
+  grid = grid.reshape(rows, cols, height, width, channels).swapaxes(1, 2)
+  return grid.reshape(rows * height, cols * width, channels)
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+  """uint8 to pixels in [-1, 1], float32, rounded as the published processor rounds.
+
+  The model does this on the device; here it is the reference.
+  """
+  scaled = (image * 0.00392156862745098).astype(np.float32)
+  return (scaled - np.float32(0.5)) / np.float32(0.5)
