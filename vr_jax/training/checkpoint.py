@@ -1,0 +1,330 @@
+"""Checkpoints: what a run needs to go on, and what an answer needs; the only file with orbax.
+
+    W/checkpoints/<step>/state    step, optimizer moments
+                         params   the whole parameter tree, alone of use for inference
+                         data     {"next_index": global batches used so far}
+                         meta     config, model, tokenizer files, generation settings, versions
+
+A step's folder appears under its name only when it is complete; a folder that `export` wrote holds
+`params` and `meta`.
+"""
+
+import base64
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from data_pipes.errors import InputError
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.training.schedule import Params
+from vr_jax.training.step import TrainState
+
+ITEMS = ("state", "params", "data", "meta")
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+
+
+class Inference(NamedTuple):
+  """What `load_for_inference` reads.
+
+  model: fields of the model's config (`VideoReferConfig.from_dict` takes them). params: nested
+  dict of arrays. tokenizer_files: name -> content. generation: eos_ids, pad_id,
+  repetition_penalty. config: the resolved training config, {} if the model was not trained here.
+  """
+
+  model: dict[str, Any]
+  params: Params
+  tokenizer_files: dict[str, bytes]
+  generation: dict[str, Any]
+  config: dict[str, Any]
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the files.
+
+    Raises:
+      InputError: the checkpoint holds none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+      for name, content in self.tokenizer_files.items():
+        Path(folder, name).write_bytes(content)
+      return Tokenizer.from_folder(folder)
+
+
+class Checkpoints:
+  """The checkpoints of one run. Saving is asynchronous; `close` waits for it.
+
+  A save first copies the arrays to the host, so the state may be donated to the next step.
+  """
+
+  def __init__(self, folder: Path | str, *, keep: int = 1, keep_every: int | None = None):
+    """`keep` newest ones stay, and those whose step is a multiple of `keep_every`."""
+    self.folder = Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      keep_period=keep_every,
+      cleanup_tmp_directories=True,  # what a killed save left behind
+      enable_async_checkpointing=True,
+    )
+    self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint, None if there is none."""
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, position: int, meta: Mapping[str, Any]) -> None:
+    """Starts to save the state; nothing happens if its step is saved already.
+
+    Args:
+      position: global batches used so far.
+      meta: JSON, see `make_meta`.
+    """
+    step = int(state.step)
+    if step == self.latest_step():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+        params=ocp.args.StandardSave(state.params()),
+        data=ocp.args.JsonSave({"next_index": position}),
+        meta=ocp.args.JsonSave(dict(meta)),
+      ),
+    )
+
+  def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
+    """The state and the data position of a step.
+
+    Args:
+      target: a state of `jax.ShapeDtypeStruct`s with shardings; those of another mesh than the one
+        that saved are fine.
+
+    Raises:
+      InputError: the checkpoint has another tree, shape or dtype, or is damaged.
+    """
+    path = self.folder / str(step)
+    items = {"state": {"step": target.step, "opt_state": target.opt_state}}
+    items["params"] = target.params()
+    read = _restore(path, items, ("data",))
+    params = read["params"]
+    state = TrainState(
+      step=read["state"]["step"],
+      params_train=_sub_tree(params, target.params_train),
+      params_frozen=_sub_tree(params, target.params_frozen),
+      opt_state=read["state"]["opt_state"],
+    )
+    return state, int(read["data"]["next_index"])
+
+  def close(self) -> None:
+    """Waits until the last save is complete."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+def make_meta(
+  model: Mapping[str, Any],
+  tokenizer_files: Mapping[str, bytes] | None = None,
+  generation: Mapping[str, Any] | None = None,
+  config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """The `meta` item: JSON that makes the parameters usable without anything else."""
+  packages = ("vr-jax", "jax", "flax", "optax", "orbax-checkpoint")
+  return {
+    "model": dict(model),
+    "tokenizer": {name: _to_text(data) for name, data in (tokenizer_files or {}).items()},
+    "generation": dict(generation or {}),
+    "config": dict(config or {}),
+    "layers": "stacked",  # scanned layers: one array with a leading layer axis
+    "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+  }
+
+
+def read_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
+  """The tokenizer's files in a folder, by name.
+
+  Raises:
+    InputError: there are none.
+  """
+  paths = [Path(folder) / name for name in TOKENIZER_FILES]
+  files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+  if not files:
+    raise InputError(f"{folder}: no tokenizer files; expected tokenizer.json or vocab.json, …")
+  return files
+
+
+def export(folder: Path | str, params: Params, meta: Mapping[str, Any]) -> None:
+  """Writes a checkpoint for inference alone: `params` and `meta` (of `make_meta`)."""
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    checkpointer.save(
+      Path(folder).absolute(),
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(dict(meta))
+      ),
+    )
+
+
+def find_checkpoint(path: Path | str) -> Path:
+  """The folder of one step for a path to it, to `checkpoints`, or to a work directory (newest).
+
+  Raises:
+    InputError: none there.
+  """
+  path = Path(path).absolute()
+  if (path / "params").is_dir() and (path / "meta").is_dir():
+    return path
+  for folder in (path / "checkpoints", path):
+    steps = [child for child in folder.glob("*") if child.name.isdigit()]
+    if steps:
+      return max(steps, key=lambda child: int(child.name))
+  raise InputError(
+    f"{path}: no checkpoint here; expected a work directory of vr train, its checkpoints folder, "
+    "or one step's folder with params/ and meta/"
+  )
+
+
+def is_checkpoint(path: Path | str) -> bool:
+  """Whether `find_checkpoint` finds one of ours."""
+  try:
+    return bool(find_checkpoint(path))
+  except InputError:
+    return False
+
+
+def load_for_inference(path: Path | str, shardings: Params | None = None) -> Inference:
+  """Reads the parameters and all that decoding with them needs.
+
+  Args:
+    path: see `find_checkpoint`.
+    shardings: a tree like the parameters; by default they go to the first device.
+
+  Raises:
+    InputError: no checkpoint, a damaged one, or none of ours.
+  """
+  path = find_checkpoint(path)
+  meta = _restore(path, {}, ("meta",))["meta"]
+  if not isinstance(meta, dict) or not {"model", "tokenizer"} <= set(meta):
+    raise InputError(f"{path}: the checkpoint is not one of vr_jax (its meta holds no model)")
+  return Inference(
+    model=meta["model"],
+    params=load_params(path, shardings),
+    tokenizer_files={name: _to_bytes(text) for name, text in meta["tokenizer"].items()},
+    generation=meta.get("generation", {}),
+    config=meta.get("config", {}),
+  )
+
+
+def load_params(path: Path | str, shardings: Params | None = None) -> Params:
+  """The parameters of a checkpoint, in the dtypes they were saved in; see load_for_inference."""
+  path = find_checkpoint(path)
+  saved = _saved_shapes(path, "params")
+  if shardings is None:
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: first, saved)
+  target = jax.tree.map(
+    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), saved, shardings
+  )
+  return _restore(path, {"params": target}, ())["params"]
+
+
+def _restore(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
+  """Items of one step's folder: trees of arrays by their targets, and JSON items."""
+  for item, target in trees.items():
+    _check_tree(path / item, _saved_shapes(path, item), target)
+  args = {item: ocp.args.StandardRestore(target) for item, target in trees.items()}
+  args |= {item: ocp.args.JsonRestore() for item in texts}
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      read = checkpointer.restore(path, args=ocp.args.Composite(**args))
+    read = {item: read[item] for item in args}
+    jax.block_until_ready([read[item] for item in trees])
+  except Exception as error:  # orbax and tensorstore raise all kinds on damaged files
+    raise _damaged(path, error) from error
+  for item, target in trees.items():
+    # Orbax casts silently, so look at what came back.
+    _check_tree(path / item, read[item], target)
+  return read
+
+
+def _saved_shapes(path: Path, item: str) -> Any:
+  """The tree of an item as jax.ShapeDtypeStructs."""
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.metadata(path / item).item_metadata.tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+  except Exception as error:
+    raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+  reason = " ".join(str(error).split())[:200]
+  return InputError(
+    f"{path}: the checkpoint is truncated, damaged or not one of vr_jax "
+    f"({type(error).__name__}: {reason})"
+  )
+
+
+def _check_tree(where: Path, found: Any, target: Any) -> None:
+  """Raises InputError with the first few leaves in which two trees differ."""
+
+  def leaves(tree):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  found, expected = leaves(found), leaves(target)
+  problems = [f"{k} is missing" for k in expected if k not in found]
+  problems += [f"{k} is not expected" for k in found if k not in expected]
+  problems += [
+    f"{k} is {found[k]} instead of {expected[k]}"
+    for k in expected
+    if k in found and found[k] != expected[k]
+  ]
+  if problems:
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    raise InputError(f"{where}: does not fit the config: {'; '.join(problems[:4])}{more}")
+
+
+def _sub_tree(tree: Params, like: Params) -> Params:
+  return {
+    key: _sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
+    for key, value in like.items()
+  }
+
+
+def _to_text(data: bytes) -> str | dict[str, str]:
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError:
+    return {"base64": base64.b64encode(data).decode("ascii")}
+
+
+def _to_bytes(text: str | dict[str, str]) -> bytes:
+  return text.encode("utf-8") if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"

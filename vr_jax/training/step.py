@@ -1,0 +1,142 @@
+"""One optimizer step: micro-batches, gradients of the trained part, AdamW.
+
+Letters: A micro-batch of the step, B row.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from data_pipes.errors import InputError
+from vr_jax.training.loss import LossSums
+from vr_jax.training.schedule import Optimizer, Params, ScheduleTable, merge, split_by_table
+
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step reads and writes. `step` i32 [] counts finished optimizer steps.
+
+  The trained and the frozen parameters are apart, so that the frozen ones get neither gradients
+  nor optimizer slots; `params()` puts them together.
+  """
+
+  step: Int[Array, ""]
+  params_train: Params
+  params_frozen: Params
+  opt_state: Params
+
+  @classmethod
+  def create(cls, params: Params, table: ScheduleTable, optimizer: Optimizer) -> "TrainState":
+    """The state before the first step (also under `jax.eval_shape`)."""
+    train, frozen = split_by_table(params, table)
+    return cls(jnp.zeros((), jnp.int32), train, frozen, optimizer.init(train))
+
+  def params(self) -> Params:
+    """The whole parameter tree."""
+    return merge(self.params_train, self.params_frozen)
+
+
+def make_step(
+  loss: Callable[[Params, Any], LossSums],
+  optimizer: Optimizer,
+  *,
+  accum_mean: str = "tokens",
+  shardings: TrainState | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+  """The jitted step `(state, rows) -> (state, metrics)`; the state is donated.
+
+  Args:
+    loss: (params, rows of one micro-batch) -> LossSums.
+    optimizer: see `schedule.make_optimizer`.
+    accum_mean: "tokens": gradient of the mean over all supervised tokens of the step, the same for
+      any number of micro-batches. "published": the mean over micro-batches of their means, as in
+      transformers 4.40, which the published model was trained with.
+    shardings: of the state, kept over the step; None leaves placement to the compiler.
+
+  `rows` has a leading axis A (see `micro_batches`). Metrics: `loss` (nats, by accum_mean),
+  `micro_loss` [A], `supervised_tokens`, `overflow` (tokens beyond the loss budget), `grad_norm`
+  before clipping, `lr`.
+
+  Raises:
+    InputError: an unknown accum_mean.
+  """
+  if accum_mean not in ("tokens", "published"):
+    raise InputError(f"config.accum_mean={accum_mean!r}: accepted: tokens, published")
+
+  def step(state: TrainState, rows: Any) -> tuple[TrainState, Metrics]:
+    def micro_loss(params_train, micro):
+      sums = loss(merge(params_train, state.params_frozen), micro)
+      mean = sums.sum / jnp.maximum(sums.weight, 1.0)
+      # What is added up over micro-batches, and what the total is divided by in the end.
+      part = (sums.sum, sums.weight) if accum_mean == "tokens" else (mean, jnp.ones(()))
+      return part[0], (part, mean, sums)
+
+    def one(totals, micro):
+      (_, aux), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.params_train, micro)
+      part, mean, sums = aux
+      new = (grads, part, sums.weight, sums.overflow)
+      return jax.tree.map(jnp.add, totals, new), mean
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params_train)
+    totals = (zeros, (jnp.zeros(()), jnp.zeros(())), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    (grads, (total, divisor), tokens, overflow), micro_losses = jax.lax.scan(one, totals, rows)
+
+    divisor = jnp.maximum(divisor, 1.0)
+    grads = jax.tree.map(lambda g: g / divisor, grads)
+    params_train, opt_state, metrics = optimizer.update(
+      grads, state.opt_state, state.params_train, state.step
+    )
+    state = state.replace(step=state.step + 1, params_train=params_train, opt_state=opt_state)
+    return state, {
+      "loss": total / divisor,
+      "micro_loss": micro_losses,
+      "supervised_tokens": tokens,
+      "overflow": overflow,
+      **metrics,
+    }
+
+  outputs = None if shardings is None else (shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def micro_batches(rows: Mapping[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:
+  """Host rows [B, ...] as [A, B/A, ...], in order.
+
+  Raises:
+    InputError: B is not divisible by the number of parts.
+  """
+  B = len(next(iter(rows.values())))
+  if B % parts:
+    raise InputError(
+      f"input.batch_size={B} is not divisible by input.accum_steps={parts}; "
+      f"use {-(-B // parts) * parts}"
+    )
+  return {k: np.asarray(v).reshape(parts, B // parts, *v.shape[1:]) for k, v in rows.items()}
+
+
+def check_metrics(step: int, metrics: Mapping[str, Any]) -> None:
+  """Refuses a step whose batch could not be trained on; `step` counts from 1.
+
+  Raises:
+    InputError: no supervised token, or more of them in a row than the loss has room for.
+    FloatingPointError: the loss is not finite.
+  """
+  if not metrics["supervised_tokens"]:
+    raise InputError(
+      f"step {step}: the batch has no supervised token, so there is nothing to learn from; "
+      "expected answers ('gpt' turns) that fit the row length"
+    )
+  if metrics["overflow"]:
+    raise InputError(
+      f"step {step}: {int(metrics['overflow'])} supervised tokens do not fit "
+      "config.loss_budget tokens a row; raise it (0 takes the row's length)"
+    )
+  if not np.isfinite(metrics["loss"]):
+    raise FloatingPointError(f"step {step}: the loss is {float(metrics['loss'])}")
