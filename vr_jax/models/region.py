@@ -62,8 +62,8 @@ def merge_segments(
     threshold = jnp.sort(jnp.where(cut, similarity, jnp.inf), axis=-1)[..., u - 1, None]
     keep_all = valid.sum(-1, keepdims=True) <= u
     cut &= keep_all | (similarity < threshold)
-  cuts_before = jnp.cumsum(cut, axis=-1, dtype=jnp.int32)
-  segment = jnp.concatenate([jnp.zeros_like(cuts_before[..., :1]), cuts_before], axis=-1)
+  first = jnp.zeros_like(valid[..., :1], jnp.int32)
+  segment = jnp.concatenate([first, jnp.cumsum(cut, axis=-1, dtype=jnp.int32)], axis=-1)
   return jnp.where(valid, segment, -1), similarity
 
 
