@@ -50,11 +50,13 @@ class Clip:
     scene: the T scene frames in order; an image is T times its frame 0.
     objects: per object {frame number: uint8 [N] mask on the tower's grid}, in merge order. A frame
       with an empty mask counts as a frame of the object.
+    vanished: (object, frame number) where the object is too small to be in any cell.
   """
 
   frames: Mapping[int, np.ndarray]
   scene: Sequence[int]
   objects: Sequence[Mapping[int, np.ndarray]]
+  vanished: Sequence[tuple[int, int]] = ()
 
   def numbers(self) -> list[int]:
     """The frame numbers the row stores, each once: scene frames, then those of masks alone."""

@@ -66,14 +66,7 @@ def parse_record(item: Any, where: str) -> Record:
   turns = _parse_turns(item.get("conversations"), where)
   objects = parse_objects(item, where, media)
   _check_tag(turns, media, len(objects), where)
-  size = None
-  if item.get("height") is not None or item.get("width") is not None:
-    size = (item.get("height"), item.get("width"))
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
-      raise InputError(
-        f"{where}: keys 'height', 'width': found {size[0]!r}, {size[1]!r}; accepted: two positive "
-        "whole numbers, or neither key"
-      )
+  size = _parse_size(item, where)
   return Record(item.get("id", where), where, media, path, turns, objects, size)
 
 
@@ -238,6 +231,18 @@ def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
   return named[0], path
 
 
+def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+  height, width = item.get("height"), item.get("width")
+  if height is None and width is None:
+    return None
+  if type(height) is not int or type(width) is not int or min(height, width) < 1:
+    raise InputError(
+      f"{where}: keys 'height', 'width': found {height!r}, {width!r}; accepted: two positive whole "
+      "numbers, or neither key"
+    )
+  return height, width
+
+
 def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
   if not isinstance(value, list) or not value:
     found = "nothing" if value is None else _kind(value)
@@ -294,14 +299,14 @@ def _parse_segmentation(value: Any, where: str) -> Any:
 
 def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: str) -> None:
   """One tag for the media, and as many `<region>` after it as objects."""
-  texts = [t.text for t in from_human(tag_to_head(turns, MEDIA_TAGS.get(media)))]
-  if media is None:
-    stray = next((tag for tag in MEDIA_TAGS.values() for text in texts if tag in text), None)
+  tag = MEDIA_TAGS[media] if media else None
+  texts = [t.text for t in from_human(tag_to_head(turns, tag))]
+  if tag is None:
+    stray = next((t for t in MEDIA_TAGS.values() for text in texts if t in text), None)
     if stray or objects:
       found = f"{stray} in the text" if stray else f"{objects} annotated objects"
       raise InputError(f"{where}: found {found} but no media; accepted: a key 'video' or 'image'")
     return
-  tag = MEDIA_TAGS[media]
   tags = sum(text.count(tag) for text in texts)
   if tags != 1:
     raise InputError(

@@ -45,7 +45,7 @@ class Tokenizer:
     self._template = None if chat_template is None else _compile_template(chat_template)
     if backend.token_to_id(REGION) is None:
       backend.add_special_tokens([tokenizers.AddedToken(REGION, special=True, normalized=False)])
-    self.region_id: int = backend.token_to_id(REGION)
+    self.region_id: int = backend.get_vocab(with_added_tokens=True)[REGION]
     self.eos_id = self._special_id("eos_token")
     self.pad_id = self._special_id("pad_token")
     self.bos_id = self._special_id("bos_token")

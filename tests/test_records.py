@@ -211,7 +211,7 @@ def test_files_that_are_no_array_are_named(tmp_path, block, text, message):
 def test_text_that_is_not_utf8_is_named(tmp_path):
   path = tmp_path / "f.json"
   path.write_bytes(b'[{}, {"id": "\xe9"}]')
-  with pytest.raises(InputError, match="item 1: found .*accepted: JSON in UTF-8"):
+  with pytest.raises(InputError, match=r"item 1: found .*accepted: JSON in UTF-8"):
     list(read_items(path))
   with pytest.raises(InputError, match="item 1: found"):
     RecordFile(path)[1]

@@ -1,0 +1,111 @@
+"""From a media file and the objects in it to a Clip: each frame once, at model resolution."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data_pipes.batch import Clip, RowShape
+from data_pipes.errors import InputError
+from data_pipes.images import read_image, to_model
+from data_pipes.masks import mask_to_grid, segmentation_to_mask, vanished
+from data_pipes.video import open_video, read_scene, scene_ids
+
+MAX_MASK_FRAMES = 32  # frames of an object in multi-frame mode
+
+
+def read_clip(
+  source: str | os.PathLike | np.ndarray | Sequence,
+  shape: RowShape,
+  objects: Sequence[Mapping[int, Any]] = (),
+  *,
+  image: bool = False,
+  aspect_ratio: str = "square",
+  mask_rule: str = "published",
+  size: tuple[int, int] | None = None,
+  start: float | None = None,
+  end: float | None = None,
+) -> Clip:
+  """Reads the scene frames and the frames of all masks in one pass.
+
+  Args:
+    source: what `open_video` takes; with `image`, the path of one image or an array [H, W, 3].
+    shape: gives T, the image size and the grid.
+    objects: per object {frame number of the source: mask}, in merge order. A mask is a COCO
+      segmentation, a uint8 or bool array [H, W] of the frame's size, or None for an empty one.
+    image: the source is one image, whose frame 0 is every scene frame.
+    aspect_ratio: "square" (published VideoRefer) or "pad".
+    mask_rule: of `mask_to_grid`; under the published one small objects may vanish.
+    size: (height, width) that polygons refer to; by default the frame's.
+    start, end: seconds between which scene frames are taken.
+
+  Raises:
+    InputError: unreadable media, a frame the media lacks, a mask of another size than its frame.
+  """
+  if image:
+    pixels = source if isinstance(source, np.ndarray) else read_image(str(source))
+    name = "the image" if isinstance(source, np.ndarray) else str(source)
+    count, frame_size, scene = 1, pixels.shape[:2], [0] * shape.scene
+  else:
+    video = open_video(source)
+    name, count, frame_size = video.name, len(video), video.size
+    scene = scene_ids(video, shape.scene, start, end)
+  cells, vanishing = [], []
+  for i, by_frame in enumerate(objects):
+    of_object = {}
+    for number, mask in by_frame.items():
+      if not 0 <= number < count:
+        raise InputError(
+          f"object {i}: found frame {number}; accepted: 0 to {count - 1}, the frames of {name}"
+        )
+      mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
+      of_object[number] = mask_to_grid(mask, shape.grid, aspect_ratio, mask_rule).reshape(-1)
+      if vanished(mask, of_object[number].reshape(shape.grid, shape.grid)):
+        vanishing.append((i, number))
+    cells.append(of_object)
+  clip = Clip({}, scene, cells, tuple(vanishing))
+  numbers = clip.numbers()
+  frames = [pixels] if image else read_scene(video, numbers)
+  at_model = (to_model(frame, shape.image_size, aspect_ratio) for frame in frames)
+  return replace(clip, frames=dict(zip(numbers, at_model, strict=True)))
+
+
+def _whole_mask(
+  mask: Any, frame_size: tuple[int, int], size: tuple[int, int] | None, where: str
+) -> np.ndarray:
+  """The mask in pixels. Of another size than its frame it would mark another place."""
+  if not isinstance(mask, np.ndarray):
+    mask = segmentation_to_mask(mask, *(frame_size if mask is None or not size else size))
+  if tuple(mask.shape) != tuple(frame_size):
+    raise InputError(
+      f"{where}: found a mask of {'x'.join(map(str, mask.shape))}; accepted: the size of the "
+      f"frame, {frame_size[0]}x{frame_size[1]} (height x width)"
+    )
+  return mask
+
+
+def choose_mask_frames(
+  objects: Sequence[Mapping[int, Any]], single: bool, limit: int = MAX_MASK_FRAMES, draw=None
+) -> list[dict[int, Any]]:
+  """The annotated frames that a row takes of each object, in their order.
+
+  Args:
+    objects: per object {frame number: segmentation or None}.
+    single: one frame an object, where it is seen if it is seen at all: the first, or the one at
+      `draw(count)` of `count`. Otherwise all frames.
+    limit: more annotated frames than this are thinned out to ids[int(i * count / limit)], as the
+      published notebooks do.
+  """
+  chosen = []
+  for by_frame in objects:
+    numbers = list(by_frame)
+    if single:
+      numbers = [n for n in numbers if by_frame[n] is not None] or numbers
+      at = draw(len(numbers)) if draw else 0
+      numbers = numbers[at : at + 1]
+    elif len(numbers) > limit:
+      numbers = [numbers[int(i * len(numbers) / limit)] for i in range(limit)]
+    chosen.append({n: by_frame[n] for n in numbers})
+  return chosen

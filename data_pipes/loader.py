@@ -1,0 +1,156 @@
+"""Records to batches: random access to the last moment, so that one integer is the whole position.
+
+The order of samples is a function of the seed alone: mix, shuffle, take every process_count-th,
+then batch. Nothing filters after the shuffle, no worker process has a state of its own, and the
+global batches are the same for any number of processes.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+
+from data_pipes.batch import Row, collate, empty_row
+from data_pipes.errors import InputError
+from data_pipes.samples import Samples
+
+log = logging.getLogger(__name__)
+
+
+class Failures:
+  """Samples that could not be read: counted, named in the log, and too many end the run.
+
+  Attributes:
+    messages: one line for each failed sample, in the order met.
+  """
+
+  def __init__(self, max_share: float = 0.0, report: Callable[[str], None] | None = None):
+    """`max_share` of all samples may fail; `report` is called with each line besides the log."""
+    self.max_share = max_share
+    self.messages: list[str] = []
+    self._seen: set[int] = set()
+    self._report = report
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self.messages)
+
+  def add(self, index: int, message: str, total: int) -> None:
+    """Counts sample `index` of `total` once. Raises InputError above the allowed share."""
+    with self._lock:
+      if index not in self._seen:
+        self._seen.add(index)
+        self.messages.append(message)
+        log.warning("unreadable sample %d: %s", len(self.messages), message)
+        if self._report:
+          self._report(message)
+      failed = len(self._seen)
+    if failed > self.max_share * total:
+      raise InputError(
+        f"{failed} of {total} samples could not be read; accepted: a share up to "
+        f"{self.max_share:g}; the last: {message}"
+      )
+
+
+def make_dataset(
+  samples: Sequence[Samples],
+  *,
+  batch_size: int,
+  seed: int,
+  drop_remainder: bool,
+  shuffle: bool = True,
+  epochs: int | None = 1,
+  weights: Sequence[float] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  failures: Failures | None = None,
+) -> grain.MapDataset:
+  """The batches of one process: element k is its part of global batch k.
+
+  A sample that cannot be read becomes a row with no valid slot and nothing supervised, and is
+  counted in `failures`; it is never swapped for another.
+
+  Args:
+    samples: the sets of a stage, all of one RowShape. Without `weights` they are joined and
+      shuffled as one, so that every sample comes exactly once an epoch.
+    batch_size: rows of the global batch; a process holds batch_size / process_count of them,
+      global rows process_index, process_index + process_count, ...
+    seed: of the order; each epoch has its own.
+    drop_remainder: leave out the samples after the last full batch of the whole run; otherwise
+      empty rows fill that batch up.
+    epochs: passes over the samples; None goes on for ever.
+    weights: shares in which to draw from the sets; ends when one of them has given its epochs.
+    failures: where unreadable samples are counted; by default the first one raises.
+  """
+  if batch_size % process_count:
+    raise InputError(
+      f"batch_size={batch_size} is not divisible by the number of processes ({process_count})"
+    )
+  shapes = {s.shape for s in samples}
+  if len(shapes) != 1 or not all(len(s) for s in samples):
+    lengths = ", ".join(str(len(s)) for s in samples)
+    raise InputError(
+      f"found {len(samples)} sets of {lengths or 'no'} samples and {len(shapes)} row shapes; "
+      "accepted: sets that are not empty, of one row shape"
+    )
+  (shape,) = shapes
+  ends = [0]
+  for one in samples:
+    ends.append(ends[-1] + len(one))
+  failures = Failures() if failures is None else failures
+
+  def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
+    numbers = grain.MapDataset.range(first, last)
+    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
+    return numbers.repeat(epochs)
+
+  if weights is None:
+    order = ordered(0, ends[-1], 0)
+  else:
+    # Salts far apart: a later epoch of one set must not repeat the order of another.
+    parts = [ordered(ends[i], ends[i + 1], i << 16) for i in range(len(samples))]
+    order = grain.MapDataset.mix(parts, weights)
+  if not drop_remainder and epochs is not None and len(order) % batch_size:
+    missing = batch_size - len(order) % batch_size
+    order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
+
+  def load(number: int) -> Row:
+    if number < 0:
+      return empty_row(shape)
+    of = next(i for i in range(len(samples)) if number < ends[i + 1])
+    index = number - ends[of]
+    try:
+      return samples[of][index]
+    except InputError as error:
+      failures.add(number, str(error), ends[-1])
+      return empty_row(shape)
+
+  order = order[: len(order) // batch_size * batch_size]  # or processes would differ in length
+  if not len(order):
+    raise InputError(
+      f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
+      "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
+    )
+  rows = order[process_index::process_count].map(load)
+  return rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=collate)
+
+
+def prefetched(
+  dataset: grain.MapDataset, start: int = 0, *, threads: int = 2, buffered: int = 4
+) -> Iterator[Row]:
+  """Batches from position `start` on, read ahead by threads.
+
+  Args:
+    dataset: of `make_dataset`.
+    start: number of global batches already used; the whole state of the data.
+    threads: batches decoded at a time; PyAV and PIL release the GIL.
+    buffered: batches held ready, at least `threads`.
+  """
+  if start >= len(dataset):
+    return
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
+  try:
+    yield from dataset[start:].to_iter_dataset(options)
+  except InputError as error:
+    raise InputError(str(error).splitlines()[0]) from None  # without Grain's note on tracebacks

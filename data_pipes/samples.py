@@ -1,0 +1,147 @@
+"""Records to rows: which frames and words a row takes, and random access to the rows of a set."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipes.batch import Clip, Needs, Row, RowShape, build_row
+from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, read_clip
+from data_pipes.errors import InputError
+from data_pipes.prompts import Text, dialogue_text, plain_text
+from data_pipes.records import Record
+from data_pipes.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+WARNINGS = 10  # about vanishing objects, for each set of samples
+MASK_MODES = ("single", "multi", "half")
+
+
+@dataclass(frozen=True)
+class RowRules:
+  """How a record becomes a row; the choices that the published recipe leaves to its scripts.
+
+  Attributes:
+    templated: chat template and targets on the answers; False is the plain text of stage 1.
+    max_text_ids: text ids kept, before media and `<region>` are expanded; None keeps all.
+    aspect_ratio: "square" (published VideoRefer) or "pad".
+    mask_rule: how masks come onto the grid, see data_pipes.masks.mask_to_grid.
+    masks: "single" frame an object, "multi" (all annotated ones), or "half": one row in two is
+      single, by a hash of its index.
+    single_frame: which one in single mode, "first" where the object is seen, or "random".
+    max_mask_frames: most frames of an object in multi mode.
+    seed: of the draws above. The same record always gets the same frames.
+  """
+
+  templated: bool = True
+  max_text_ids: int | None = 2048
+  aspect_ratio: str = "square"
+  mask_rule: str = "published"
+  masks: str = "multi"
+  single_frame: str = "first"
+  max_mask_frames: int = MAX_MASK_FRAMES
+  seed: int = 0
+
+  def __post_init__(self):
+    for name, accepted in (("masks", MASK_MODES), ("single_frame", ("first", "random"))):
+      if getattr(self, name) not in accepted:
+        raise InputError(f"{name}={getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+
+  def text(self, record: Record, tokenizer: Tokenizer) -> Text:
+    """The dialogue's ids and labels, cut to max_text_ids."""
+    render = dialogue_text if self.templated else plain_text
+    return render(record.turns, tokenizer, record.tag).cut(self.max_text_ids)
+
+  def objects(self, record: Record, index: int) -> list[dict]:
+    """The mask frames of each object that record number `index` uses."""
+    single = self.masks == "single" or (self.masks == "half" and self._draw("half", index, 0) % 2)
+    counter = iter(range(len(record.objects)))
+    draw = lambda count: self._draw("frame", index, next(counter)) % count  # noqa: E731
+    return choose_mask_frames(
+      record.objects,
+      bool(single),
+      self.max_mask_frames,
+      draw if self.single_frame == "random" else None,
+    )
+
+  def _draw(self, *key) -> int:
+    text = ":".join(map(str, (self.seed, *key)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def record_needs(
+  record: Record, index: int, tokenizer: Tokenizer, scene: int, rules: RowRules
+) -> Needs:
+  """What a record takes of a RowShape, without opening its media.
+
+  `frames` is an upper bound: mask frames that are scene frames too are stored once.
+  """
+  text = rules.text(record, tokenizer)
+  if record.media is None:
+    return Needs(0, 0, 0, 0, len(text.ids))
+  objects = rules.objects(record, index)
+  of_masks = {number for by_frame in objects for number in by_frame}
+  return Needs(
+    frames=1 if record.media == "image" else scene + len(of_masks),
+    scene=scene,
+    objects=len(objects),
+    object_frames=max(map(len, objects), default=0),
+    text_ids=len(text.ids) - 1 - len(objects),
+  )
+
+
+class Samples:
+  """Random access to the rows of one set of records: `samples[i]` decodes and builds row i.
+
+  Attributes:
+    vanished: masks met so far that are in no cell of the grid, so that the object is not seen
+      there; the first few are named in the log.
+  """
+
+  def __init__(
+    self,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    shape: RowShape,
+    *,
+    media_root: str | Path = "",
+    rules: RowRules | None = None,
+  ):
+    """`records` is a RecordFile or a list; `media_root` the folder its paths start from."""
+    self.records, self.tokenizer, self.shape = records, tokenizer, shape
+    self.media_root = Path(media_root)
+    self.rules = rules or RowRules()
+    self.vanished = 0
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index: int) -> Row:
+    record = self.records[index]
+    try:
+      text = self.rules.text(record, self.tokenizer)
+      clip = None
+      if record.media is not None:
+        clip = read_clip(
+          self.media_root / record.path,
+          self.shape,
+          self.rules.objects(record, index),
+          image=record.media == "image",
+          aspect_ratio=self.rules.aspect_ratio,
+          mask_rule=self.rules.mask_rule,
+          size=record.size,
+        )
+    except (InputError, OSError) as error:
+      raise InputError(f"{record.where}: {error}") from error
+    if clip and clip.vanished:
+      self._warn(record.where, clip)
+    region_id = self.tokenizer.region_id
+    return build_row(text, clip, self.shape, region_id, record.where)
+
+  def _warn(self, where: str, clip: Clip) -> None:
+    self.vanished += len(clip.vanished)
+    if self.vanished - len(clip.vanished) < WARNINGS:
+      for i, number in clip.vanished:
+        log.warning("%s: object %d vanishes in frame %d: too small for the grid", where, i, number)
