@@ -1,0 +1,378 @@
+"""Object masks: COCO run lengths and polygons, boxes and points; and masks on the patch grid.
+
+A mask is uint8 [height, width], 0 or 1, in pixels of the source video. COCO's run lengths go down
+the columns and begin with the run of zeros; its compressed form writes the difference to the run
+before last, 5 bits a character. Source of both, and of the polygon rule: the COCO API (maskApi.c).
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from data_pipes.errors import InputError
+from data_pipes.images import read_image
+
+GRID_RULES = ("published", "area")
+_POLYGON_SCALE = 5  # COCO draws polygon edges on a grid five times finer than the pixels
+_POLYGON_LIMIT = 1e6  # pixels; a coordinate beyond is a defect, and would need gigabytes
+
+
+# Run lengths
+
+
+def string_to_counts(text: str | bytes) -> np.ndarray:
+  """Compressed COCO run lengths as int64 counts."""
+  data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+  codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+  if not codes.size or codes.min() < 0 or codes.max() > 63:
+    raise InputError(f"mask counts {_short(text)} are no compressed COCO run lengths")
+  last = (codes & 0x20) == 0  # the last character of each number
+  if not last[-1]:
+    raise InputError(f"mask counts {_short(text)} break off in the middle of a number")
+  starts = np.flatnonzero(np.concatenate(([True], last[:-1])))
+  lengths = np.diff(np.append(starts, codes.size))
+  if lengths.max() > 10:
+    raise InputError(f"mask counts {_short(text)} hold a number too large for a mask")
+  shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
+  counts = np.add.reduceat((codes & 0x1F) << shifts, starts)
+  negative = (codes[last] & 0x10) != 0
+  counts[negative] -= 1 << (5 * lengths[negative])
+  # From the fourth on, a number is the difference to the one before last.
+  counts[1::2] = np.cumsum(counts[1::2])
+  counts[2::2] = np.cumsum(counts[2::2])
+  return counts
+
+
+def counts_to_string(counts: Sequence[int] | np.ndarray) -> str:
+  """Run lengths as COCO's compressed string, the same characters that the COCO API writes."""
+  counts = np.asarray(counts, np.int64)
+  rest = counts.copy()
+  rest[3:] -= counts[1:-2]
+  columns = []  # column k: the k-th character of each number, 0 where it has ended
+  more = np.ones(rest.shape, bool)
+  while more.any():
+    low = rest & 0x1F
+    rest >>= 5
+    again = np.where(low & 0x10, rest != -1, rest != 0)
+    columns.append(np.where(more, low + 48 + 0x20 * again, 0))
+    more &= again
+  characters = np.stack(columns, -1) if columns else np.zeros(0, np.int64)
+  return characters[characters > 0].astype(np.uint8).tobytes().decode("ascii")
+
+
+def counts_to_mask(counts: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
+  """Run lengths as a mask, uint8 [height, width] (column-major in memory)."""
+  try:
+    counts = np.asarray(counts)
+  except ValueError:  # numbers and lists mixed
+    counts = np.zeros((0, 0))
+  if counts.ndim != 1 or not (counts.size == 0 or np.issubdtype(counts.dtype, np.integer)):
+    raise InputError("mask counts are not a list of whole numbers")
+  if counts.size and counts.min() < 0:
+    raise InputError(f"mask counts hold a negative run length {counts.min()}")
+  if (total := int(counts.sum())) != height * width:
+    raise InputError(
+      f"mask counts cover {total} pixels; its size {height}x{width} has {height * width}"
+    )
+  values = (np.arange(counts.size) % 2).astype(np.uint8)
+  return np.repeat(values, counts).reshape(width, height).T
+
+
+def mask_to_counts(mask: np.ndarray) -> np.ndarray:
+  """Run lengths of a mask [height, width], int64; anything but 0 is set."""
+  flat = (np.asarray(mask) != 0).T.ravel()
+  changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+  ends = np.concatenate((changes, [flat.size]))
+  counts = np.diff(ends, prepend=0)
+  return np.concatenate(([0], counts)) if flat.size and flat[0] else counts
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+  """A mask as the published JSON holds it: {"size": [height, width], "counts": compressed}."""
+  height, width = mask.shape
+  return {"size": [height, width], "counts": counts_to_string(mask_to_counts(mask))}
+
+
+# Annotations
+
+
+def segmentation_to_mask(
+  segmentation: dict | list | None, height: int | None = None, width: int | None = None
+) -> np.ndarray:
+  """A published "segmentation" as a mask; height and width are those of the video.
+
+  Run lengths (compressed or a list of counts) carry their own size, which is taken; polygons
+  [[x, y, x, y, ...], ...] are united on the size of the video. None, the object being absent, is an
+  empty mask of that size.
+  """
+  if isinstance(segmentation, dict):
+    size = _size(segmentation)
+    counts = segmentation.get("counts")
+    if isinstance(counts, str | bytes):
+      counts = string_to_counts(counts)
+    elif not isinstance(counts, list):
+      raise InputError(f"mask counts are {_short(counts)}; a string or a list is needed")
+    return counts_to_mask(counts, *size)
+  if segmentation is not None and not isinstance(segmentation, list):
+    raise InputError(
+      f"segmentation is {_short(segmentation)}; accepted: run lengths, polygons, null"
+    )
+  if height is None or width is None:
+    raise InputError("a segmentation without run lengths needs the height and width of the video")
+  mask = np.zeros((height, width), np.uint8)
+  for polygon in segmentation or ():
+    mask |= polygon_to_mask(_corners(polygon), height, width)
+  return mask
+
+
+def annotation_to_mask(annotation: dict | None, height: int, width: int) -> np.ndarray:
+  """One frame's entry of an annotation, {"segmentation": ...}, as a mask uint8 [height, width].
+
+  Raises InputError where the mask does not have the size of the video.
+  """
+  if annotation is not None and (
+    not isinstance(annotation, dict) or "segmentation" not in annotation
+  ):
+    raise InputError(f"annotation is {_short(annotation)}; a 'segmentation' key is needed")
+  segmentation = None if annotation is None else annotation["segmentation"]
+  return check_size(segmentation_to_mask(segmentation, height, width), height, width)
+
+
+def check_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+  """The mask itself if it has the size of the video; otherwise InputError."""
+  if mask.shape != (height, width):
+    raise InputError(
+      f"the mask is {mask.shape[0]}x{mask.shape[1]} (height x width), "
+      f"the video {height}x{width}; they must be equal"
+    )
+  return mask
+
+
+def _size(segmentation: dict) -> tuple[int, int]:
+  size = segmentation.get("size")
+  whole = isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)
+  if not whole or len(size) != 2 or min(size) < 1:
+    raise InputError(f"mask size is {_short(size)}; [height, width] is needed")
+  return tuple(size)
+
+
+def _corners(polygon: list) -> np.ndarray:
+  """One polygon of a segmentation, float64 [K, 2]."""
+  try:
+    values = np.asarray(polygon, np.float64)
+  except (TypeError, ValueError):
+    values = np.zeros(0)
+  if values.ndim != 1 or values.size < 6 or values.size % 2:
+    raise InputError(
+      f"polygon {_short(polygon)}; a list x, y, x, y, ... of three points or more is needed"
+    )
+  if not np.abs(values).max() <= _POLYGON_LIMIT:
+    raise InputError(f"polygon {_short(polygon)} has a coordinate that no video has")
+  return values.reshape(-1, 2)
+
+
+def polygon_to_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
+  """A polygon [K, 2] of x, y in pixels as a mask, by the COCO API's rule (rleFrPoly).
+
+  Its edges are drawn on a five times finer grid; where they cross the middle of a pixel column,
+  the mask changes from there on down, so overlapping parts cancel. Other rasterisers differ.
+  """
+  fine = np.trunc(_POLYGON_SCALE * np.asarray(points, np.float64) + 0.5).astype(np.int64)
+  start, end = fine, np.roll(fine, -1, axis=0)
+  step = np.abs(end - start)
+  along = np.where(step[:, 0] >= step[:, 1], 0, 1)  # the axis on which every cell has a point
+  edges = np.arange(len(fine))
+  length = step[edges, along]
+  # COCO draws from the lower end, whichever comes first: it decides how the other axis is rounded.
+  flipped = start[edges, along] > end[edges, along]
+  low = np.where(flipped[:, None], end, start)
+  high = np.where(flipped[:, None], start, end)
+  slope = (high - low)[edges, 1 - along] / np.maximum(length, 1)
+
+  edge = np.repeat(edges, length + 1)
+  t = np.arange(edge.size) - np.repeat(np.cumsum(length + 1) - length - 1, length + 1)
+  t = np.where(flipped[edge], length[edge] - t, t)
+  along = along[edge]
+  on_axis = low[edge, along] + t
+  off_axis = np.trunc(low[edge, 1 - along] + slope[edge] * t + 0.5).astype(np.int64)
+  u = np.where(along == 0, on_axis, off_axis)
+  v = np.where(along == 0, off_axis, on_axis)
+
+  # Where the outline enters another fine column that is the middle of a pixel column.
+  new = u[1:] != u[:-1]
+  column = np.minimum(u[1:], u[:-1])[new]
+  v = np.minimum(v[1:], v[:-1])[new]
+  x, off_middle = np.divmod(column - _POLYGON_SCALE // 2, _POLYGON_SCALE)
+  kept = (off_middle == 0) & (x >= 0) & (x < width)
+  y = np.ceil(np.clip((v[kept] + 0.5) / _POLYGON_SCALE - 0.5, 0, height)).astype(np.int64)
+  toggles, times = np.unique(x[kept] * height + y, return_counts=True)
+  toggles = toggles[(times % 2 == 1) & (toggles < height * width)]
+  return counts_to_mask(np.diff(toggles, prepend=0, append=height * width), height, width)
+
+
+# What a user points at
+
+
+def mask_from_box(box: Sequence[float], height: int, width: int) -> np.ndarray:
+  """Every pixel that the box x1, y1, x2, y2 touches, uint8 [height, width]; the rest is cut off."""
+  x1, y1, x2, y2 = _numbers(box, 4, "box", "x1,y1,x2,y2")
+  if not (x1 < x2 and y1 < y2):
+    raise InputError(f"box {_plain(box)} is empty; x1 < x2 and y1 < y2 are needed")
+  if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+    raise InputError(
+      f"box {_plain(box)} lies outside the video of {width}x{height} (width x height)"
+    )
+  mask = np.zeros((height, width), np.uint8)
+  top, left = max(int(np.floor(y1)), 0), max(int(np.floor(x1)), 0)
+  mask[top : int(np.ceil(y2)), left : int(np.ceil(x2))] = 1
+  return mask
+
+
+def mask_from_point(
+  point: Sequence[float], height: int, width: int, radius: float | None = None
+) -> np.ndarray:
+  """A disc around the point x, y, uint8 [height, width].
+
+  The default radius, 1/40 of the video's diagonal, leaves at least one cell on any grid of 20x20 or
+  finer (mask_to_grid; the published tower has 27x27); on a coarser grid give a larger one.
+  """
+  x, y = _numbers(point, 2, "point", "x,y")
+  if not (0 <= x < width and 0 <= y < height):
+    raise InputError(
+      f"point {_plain(point)} lies outside the video of {width}x{height} (width x height)"
+    )
+  if radius is None:
+    radius = float(np.hypot(height, width)) / 40
+  rows = np.arange(height)[:, None] - y
+  columns = np.arange(width)[None, :] - x
+  mask = (rows**2 + columns**2 <= radius**2).astype(np.uint8)
+  mask[int(y), int(x)] = 1
+  return mask
+
+
+def read_mask(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+  """A mask image, uint8 [height, width]: what is not black, or not index 0 of a palette, is set."""
+  image = read_image(path)  # for its errors
+  with Image.open(path) as file:
+    if file.mode == "P":
+      image = np.asarray(file)[..., None]
+  try:
+    return check_size((image != 0).any(-1).astype(np.uint8), height, width)
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from error
+
+
+def _numbers(values: Sequence[float], count: int, name: str, form: str) -> list[float]:
+  try:
+    numbers = [float(v) for v in values]
+  except (TypeError, ValueError):
+    numbers = []
+  if len(numbers) != count or not np.isfinite(numbers).all():
+    raise InputError(f"{name} {_short(values)}; {form} in pixels is needed")
+  return numbers
+
+
+def _plain(values: Sequence[float]) -> str:
+  return ",".join(f"{float(v):g}" for v in values)
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# The patch grid
+
+
+def mask_to_grid(
+  masks: np.ndarray, grid: int, aspect_ratio: str = "square", rule: str = "published"
+) -> np.ndarray:
+  """Which cells of the vision tower's patch grid belong to the object.
+
+  Args:
+    masks: [..., H, W], any number type.
+    grid: cells per side.
+    aspect_ratio: "pad" first pads the mask with zeros to a square, as the frames are padded.
+    rule: "published": bilinear without antialias, then > 0, decided by float32 rounding as in
+      PyTorch; an object that falls between the sample points vanishes. "area": the cells at least
+      half covered, or else the one covered most, so only an empty mask leaves none.
+
+  Returns uint8 [..., grid, grid]. See `vanished`. Source: videorefer/model/layer.py:77-90, 135-139.
+  """
+  if rule not in GRID_RULES:
+    raise InputError(f"mask grid rule {rule!r}; accepted: {', '.join(GRID_RULES)}")
+  if aspect_ratio == "pad":
+    masks = _pad_square(masks)
+  if rule == "area":
+    return _area_cells(masks, grid)
+  return (resize_mask(masks, grid) > 0).astype(np.uint8)
+
+
+def vanished(masks: np.ndarray, cells: np.ndarray) -> np.ndarray:
+  """bool [...]: the object is in the mask [..., H, W] but in no cell of the grid [..., g, g].
+
+  Such an object reaches the decoder as no information at all.
+  """
+  return (masks != 0).any((-2, -1)) & ~(cells != 0).any((-2, -1))
+
+
+def resize_mask(masks: np.ndarray, grid: int) -> np.ndarray:
+  """[..., H, W] to float32 [..., grid, grid], bilinear, half-pixel centres, no antialias."""
+  height, width = masks.shape[-2:]
+  top, bottom, below = _bilinear(height, grid)
+  left, right, beside = _bilinear(width, grid)
+  below = below[:, None]
+  one = np.float32(1)
+  corners = [
+    masks[..., rows[:, None], columns[None, :]].astype(np.float32)
+    for rows in (top, bottom)
+    for columns in (left, right)
+  ]
+  upper = corners[0] * (one - beside) + corners[1] * beside
+  lower = corners[2] * (one - beside) + corners[3] * beside
+  return upper * (one - below) + lower * below
+
+
+def _bilinear(size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Per cell: the two source indices and the second one's weight, rounded as PyTorch's kernel.
+
+  PyTorch computes scale * (i + 0.5) - 0.5 in float32 with one rounding at the end (a fused
+  multiply-add); whether the result reaches an integer decides which pixels count.
+  """
+  scale = np.float64(np.float32(size) / np.float32(grid))
+  source = np.maximum((scale * (np.arange(grid) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+  first = np.minimum(source.astype(np.int64), size - 1)
+  weight = np.clip(source - first.astype(np.float32), np.float32(0), np.float32(1))
+  return first, np.minimum(first + 1, size - 1), weight
+
+
+def _pad_square(masks: np.ndarray) -> np.ndarray:
+  height, width = masks.shape[-2:]
+  side = max(height, width)
+  square = np.zeros((*masks.shape[:-2], side, side), masks.dtype)
+  top, left = (side - height) // 2, (side - width) // 2
+  square[..., top : top + height, left : left + width] = masks
+  return square
+
+
+def _area_cells(masks: np.ndarray, grid: int) -> np.ndarray:
+  rows = _cell_sums((masks != 0).swapaxes(-1, -2), grid)  # [..., W, grid]
+  covered = _cell_sums(rows.swapaxes(-1, -2), grid)
+  covered *= grid * grid / (masks.shape[-2] * masks.shape[-1])  # share of each cell
+  # At a hair below a half, so that rounding does not decide about exact halves.
+  enough = np.minimum(covered.max((-2, -1), keepdims=True), 0.5 - 1e-9)
+  return ((covered >= enough) & (covered > 0)).astype(np.uint8)
+
+
+def _cell_sums(values: np.ndarray, grid: int) -> np.ndarray:
+  """[..., size] to float64 [..., grid]: sums over equal cells; pixels on an edge count in part."""
+  size = values.shape[-1]
+  sums = np.zeros((*values.shape[:-1], size + 1))
+  np.cumsum(values, axis=-1, out=sums[..., 1:])
+  edges = np.arange(grid + 1) * size / grid
+  below = np.minimum(edges.astype(int), size - 1)
+  part = edges - below
+  at_edges = sums[..., below] * (1 - part) + sums[..., below + 1] * part
+  return np.diff(at_edges, axis=-1)
