@@ -97,7 +97,8 @@ def strict_letter(text: str, options: Sequence[str] = ()) -> str | None:
   then "option B"; a label in front, or in brackets anywhere, if no other label is there; the words
   of exactly one option.
   """
-  labels, texts = _split_options(options)
+  labels, bare = labelled(options)
+  texts = [_plain(t) for t in bare]
   said = " ".join(re.sub(r"[*_`\"“”]+", "", text).split())
   plain = _plain(said)
   whole = {label for label, o in zip(labels, options, strict=False) if plain == _plain(o)}
@@ -124,13 +125,13 @@ def strict_letter(text: str, options: Sequence[str] = ()) -> str | None:
   return None
 
 
-def _split_options(options: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Letters and plain texts of the options; unlabelled ones are lettered in order."""
+def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Letters of the options and their texts without them; bare ones are lettered in order."""
   labels, texts = [], []
   for i, option in enumerate(options):
     match = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.)])\s*", option)
     labels.append(match[1] or match[2] if match else chr(ord("A") + i))
-    texts.append(_plain(option[match.end() :] if match else option))
+    texts.append(option[match.end() :] if match else option)
   return labels, texts
 
 

@@ -1,0 +1,96 @@
+"""Frames with their objects drawn on them: a tint and an outline per object, a number beside it."""
+
+import base64
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; object i takes the i-th.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#4D4D4D")
+
+
+def colour_of(index: int) -> str:
+  """Colour of the i-th object, "#rrggbb"; they repeat after eight."""
+  return COLOURS[index % len(COLOURS)]
+
+
+def draw_objects(
+  frame: np.ndarray,
+  masks: Mapping[int, np.ndarray],
+  width: int,
+  tint: float = 0.15,
+  numbers: bool = True,
+) -> Image.Image:
+  """The frame at `width` pixels with its objects drawn on it.
+
+  Args:
+    frame: RGB uint8 [H, W, 3].
+    masks: object index -> mask [H, W], bool or 0/1; an empty mask draws nothing.
+    width: of the result; the height follows.
+    tint: opacity of the object's colour inside its mask; low, so that its own colour shows.
+    numbers: write each object's index on a small plate at its upper left.
+  """
+  height = max(1, round(frame.shape[0] * width / frame.shape[1]))
+  image = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+  plates = []
+  for index, mask in masks.items():
+    assert mask.shape == frame.shape[:2], f"mask {mask.shape} on a frame {frame.shape[:2]}"
+    area = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255)
+    area = area.resize((width, height), Image.Resampling.BILINEAR)
+    # Blurred by as much as one pixel of a coarse mask, whose outline would be a staircase.
+    area = area.filter(ImageFilter.GaussianBlur(0.6 * max(0.0, width / frame.shape[1] - 1)))
+    area = area.point(lambda value: 255 * (value > 127))
+    box = area.getbbox()
+    if box is None:
+      continue
+    image.paste(Image.new("RGB", image.size, colour_of(index)), mask=_scaled(area, tint))
+    # White outside the coloured line keeps it visible on a ground of the same colour.
+    reach = max(2, width // 160)
+    line = area.filter(ImageFilter.MaxFilter(2 * reach + 1))
+    edge = line.filter(ImageFilter.MaxFilter(3))
+    image.paste("white", mask=_scaled(ImageChops.subtract(edge, line), 0.85))
+    image.paste(colour_of(index), mask=ImageChops.subtract(line, area))
+    plates.append((index, box))
+  if numbers:
+    _write_numbers(image, plates)
+  return image
+
+
+def data_uri(image: Image.Image | np.ndarray, lossless: bool = False) -> str:
+  """The image as a `data:` address: JPEG, or PNG where every pixel counts."""
+  image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+  buffer = io.BytesIO()
+  if lossless:
+    image.save(buffer, "PNG")
+  else:
+    image.save(buffer, "JPEG", quality=86, subsampling=0, optimize=True)
+  kind = "png" if lossless else "jpeg"
+  return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _scaled(mask: Image.Image, share: float) -> Image.Image:
+  return mask.point(lambda value: round(value * share))
+
+
+def _write_numbers(image: Image.Image, plates: list[tuple[int, tuple[int, int, int, int]]]) -> None:
+  draw = ImageDraw.Draw(image)
+  size = max(10, image.width // 18)
+  font = ImageFont.load_default(size)
+  for index, (left, top, *_) in plates:
+    side = round(1.35 * size)
+    x = min(max(0, left - round(0.8 * side)), image.width - side - 1)
+    y = min(max(0, top - round(0.8 * side)), image.height - side - 1)
+    draw.rounded_rectangle(
+      (x, y, x + side, y + side), radius=side // 4, fill=colour_of(index), outline="white"
+    )
+    ink = "black" if luminance(colour_of(index)) > 0.35 else "white"
+    draw.text((x + side / 2, y + side / 2), str(index), fill=ink, font=font, anchor="mm")
+
+
+def luminance(colour: str) -> float:
+  """Relative luminance of "#rrggbb", 0 to 1: dark text is readable above about 0.2."""
+  channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+  linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+  return float(linear @ [0.2126, 0.7152, 0.0722])
