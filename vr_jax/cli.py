@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 our fault (a traceback), 2 the user's input is wrong (one 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def _ask(args: argparse.Namespace) -> None:
   from vr_jax.inference.regions import parse_regions
 
   model = load(args.checkpoint)
-  regions = parse_regions(args.region, args.video)
+  regions = parse_regions(args.region)
   options = {
     "max_new_tokens": args.max_new_tokens,
     "temperature": args.temperature,
@@ -134,12 +135,16 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _parity(args: argparse.Namespace) -> int:
-  from vr_jax.evaluation.parity import run_parity
+  from vr_jax.evaluation.parity import FAIL, run_parity
 
-  results = run_parity(args.folder, args.stage, echo=not args.json)
+  def report(result) -> None:
+    if not args.json:
+      print(result, flush=True)
+
+  results = run_parity(args.folder, args.stage, report)
   if args.json:
-    print(json.dumps([r.to_dict() for r in results], indent=2))
-  return int(any(r.failed for r in results))
+    print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
+  return int(any(r.status == FAIL for r in results))
 
 
 def _config(args: argparse.Namespace) -> None:
