@@ -65,19 +65,20 @@ def counts_to_string(counts: Sequence[int] | np.ndarray) -> str:
 def counts_to_mask(counts: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
   """Run lengths as a mask, uint8 [height, width] (column-major in memory)."""
   try:
-    counts = np.asarray(counts)
+    lengths = np.asarray(counts)
   except ValueError:  # numbers and lists mixed
-    counts = np.zeros((0, 0))
-  if counts.ndim != 1 or not (counts.size == 0 or np.issubdtype(counts.dtype, np.integer)):
+    lengths = np.zeros((1, 1))
+  if lengths.ndim != 1 or (lengths.size and not np.issubdtype(lengths.dtype, np.integer)):
     raise InputError("mask counts are not a list of whole numbers")
-  if counts.size and counts.min() < 0:
-    raise InputError(f"mask counts hold a negative run length {counts.min()}")
-  if (total := int(counts.sum())) != height * width:
+  lengths = lengths.astype(np.int64)
+  if lengths.size and lengths.min() < 0:
+    raise InputError(f"mask counts hold a negative run length {lengths.min()}")
+  if (total := int(lengths.sum())) != height * width:
     raise InputError(
       f"mask counts cover {total} pixels; its size {height}x{width} has {height * width}"
     )
-  values = (np.arange(counts.size) % 2).astype(np.uint8)
-  return np.repeat(values, counts).reshape(width, height).T
+  values = (np.arange(lengths.size) % 2).astype(np.uint8)
+  return np.repeat(values, lengths).reshape(width, height).T
 
 
 def mask_to_counts(mask: np.ndarray) -> np.ndarray:
@@ -152,10 +153,11 @@ def check_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _size(segmentation: dict) -> tuple[int, int]:
   size = segmentation.get("size")
-  whole = isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)
-  if not whole or len(size) != 2 or min(size) < 1:
-    raise InputError(f"mask size is {_short(size)}; [height, width] is needed")
-  return tuple(size)
+  if isinstance(size, list | tuple) and len(size) == 2:
+    height, width = size
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+      return height, width
+  raise InputError(f"mask size is {_short(size)}; [height, width] is needed")
 
 
 def _corners(polygon: list) -> np.ndarray:

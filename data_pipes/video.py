@@ -8,7 +8,7 @@ own count may be larger: edit lists hide frames, and some readers then shift eve
 import bisect
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -25,6 +25,9 @@ BLACK_SWAPPED, BLACK = -1, -2  # scene ids of the black frames that fill up a sc
 
 # A jump over at least this many packets seeks; a shorter one reads past them, which is cheaper.
 _SEEK_PACKETS = 256
+
+
+Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Video:
@@ -47,14 +50,15 @@ class Video:
     raise NotImplementedError
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    """The frames of ascending, distinct, valid numbers, in that order."""
+    """The frames of ascending, distinct, valid numbers, in that order; fewer if it breaks off."""
     raise NotImplementedError
 
-  def frames(self, ids: Iterable[int]) -> list[np.ndarray]:
+  def frames(self, ids: Iterable[int], convert: Convert | None = None) -> list[np.ndarray]:
     """RGB uint8 [H, W, 3] frames in the order asked; a repeated id gives the same array again.
 
-    Ask for all frames of a video at once: each call decodes anew. Raises InputError for an id that
-    the video does not have and for frames that cannot be decoded.
+    Ask for all frames of a video at once: each call decodes anew. `convert` is applied to each
+    frame as it is decoded, so that not all of them are held at full size. Raises InputError for an
+    id that the video does not have and for frames that cannot be decoded.
     """
     ids = [int(i) for i in ids]
     for i in ids:
@@ -63,23 +67,28 @@ class Video:
           f"{self.name}: frame {i} asked for; the video has frames 0 to {len(self) - 1}"
         )
     numbers = sorted(set(ids))
-    found = dict(zip(numbers, self._read(numbers), strict=True)) if numbers else {}
+    found = {}
+    if numbers:
+      for number, frame in zip(numbers, self._read(numbers), strict=False):
+        found[number] = frame if convert is None else convert(frame)
+    if len(found) < len(numbers):
+      raise InputError(f"{self.name}: frame {numbers[len(found)]} is damaged")
     return [found[i] for i in ids]
 
   def time_to_frame(self, seconds: float) -> int:
     """Number of the frame on show `seconds` after the first one appeared."""
     if self.fps is None:
       raise InputError(f"{self.name}: a time was given, but the {self.kind} has none; give a frame")
-    times = self._times()
+    times = self._times(self.fps)
     end = times[-1] + 1 / self.fps
     if not 0 <= seconds < end:
       raise InputError(f"{self.name}: time {seconds:g} s; the video lasts from 0 to {end:.6g} s")
     # A microsecond of slack, so that a time printed with six digits finds its own frame.
     return int(np.searchsorted(times, seconds + 1e-6, side="right")) - 1
 
-  def _times(self) -> np.ndarray:
+  def _times(self, fps: float) -> np.ndarray:
     """When each frame appears, float64 seconds after the first."""
-    return np.arange(len(self)) / self.fps
+    return np.arange(len(self)) / fps
 
 
 def open_video(source: str | os.PathLike | np.ndarray | Sequence) -> Video:
@@ -233,18 +242,23 @@ class _Stream(Video):
   def _open(self) -> "_Container":
     return _Container(self._path)
 
-  def _times(self) -> np.ndarray:
+  def _times(self, fps: float) -> np.ndarray:
     if self._pts is None:
-      return super()._times()
+      return super()._times(fps)
     return (self._pts - self._pts[0]) * float(self._time_base)
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     if self._pts is None:
-      return self._count_through(numbers)
+      yield from self._count_through(numbers)
+      return
+    wanted = [int(self._pts[number]) for number in numbers]
+    done = 0
     try:
-      return iter(list(self._decode(numbers, skip=True)))
+      for frame in self._decode(wanted, skip=True):
+        yield frame
+        done += 1
     except _SkipFailed:  # a keyframe that is no true entry point
-      return self._decode(numbers, skip=False)
+      yield from self._decode(wanted[done:], skip=False)
 
   def _count_through(self, numbers: list[int]) -> Iterator[np.ndarray]:
     wanted = set(numbers)
@@ -256,40 +270,41 @@ class _Stream(Video):
         if i == numbers[-1]:
           return
 
-  def _decode(self, numbers: list[int], skip: bool) -> Iterator[np.ndarray]:
-    """Decodes onwards from frame to frame; with `skip`, past groups of pictures nobody wants."""
+  def _decode(self, wanted: list[int], skip: bool) -> Iterator[np.ndarray]:
+    """The frames of these ascending times, until one cannot be had.
+
+    Decodes onwards from one to the next. With `skip` it leaves out the groups of pictures between,
+    and raises _SkipFailed where that does not lead to the frame.
+    """
     with self._open() as container:
       stream = container.streams.video[0]
       packets = _Packets(container, stream)
       to_rgb_frame = _RgbFrames()
       decoded: Iterator[av.VideoFrame] = iter(())
       skipped = False
-      for number in numbers:
-        pts = self._pts[number]
+      for pts in wanted:
         if skip and (keyframe := self._keyframe(pts)) and keyframe.packet > packets.next:
           # The decoder has not reached this keyframe, and no frame before it is wanted any more.
           stream.codec_context.flush_buffers()
           packets.skip_to(keyframe)
-          decoded, skipped = iter(()), True
-        while True:
+          skipped = True
+        frame = None
+        while frame is None or frame.pts is None or frame.pts < pts:
           frame = next(decoded, None)
           if frame is None:
             packet = packets.take()
             if packet is None:
-              raise self._undecodable(number, skipped)
+              break
             decoded = iter(packet.decode())
-          elif frame.pts is not None and frame.pts >= pts:
-            break
-        if frame.pts > pts or (skipped and frame.is_corrupt):
-          raise self._undecodable(number, skipped)
+        if frame is None or frame.pts != pts or (skipped and frame.is_corrupt):
+          if skipped:
+            raise _SkipFailed()
+          return
         yield to_rgb_frame(frame)
 
   def _keyframe(self, pts: int) -> _Keyframe | None:
     at = bisect.bisect_right(self._keyframes, pts, key=lambda k: k.pts)
     return self._keyframes[at - 1] if at else None
-
-  def _undecodable(self, number: int, skipped: bool) -> Exception:
-    return _SkipFailed() if skipped else InputError(f"{self.name}: frame {number} is damaged")
 
 
 class _Container:
@@ -334,7 +349,10 @@ class _Packets:
   def skip_to(self, keyframe: _Keyframe) -> None:
     """Makes `keyframe` the next packet."""
     if keyframe.packet - self.next >= _SEEK_PACKETS:
-      self._container.seek(keyframe.dts, stream=self._stream, backward=True)
+      try:
+        self._container.seek(keyframe.dts, stream=self._stream, backward=True)
+      except av.FFmpegError as error:
+        raise _SkipFailed() from error
       self._packets = self._container.demux(self._stream)
     # Seeks often land a group of pictures early; what lies before the keyframe is not decoded.
     for packet in self._packets:
@@ -378,14 +396,14 @@ def scene_ids(
   """
   if video.kind == "list" and start is None and end is None:
     ids = list(range(len(video)))
-  elif video.kind == "image" and num_frames is None:
-    ids = [0]
   else:
     candidates = frame_range(len(video), video.fps, start, end)
-    if num_frames is None:
-      positions = fps_frames(len(candidates), video.fps)
-    else:
+    if num_frames is not None:
       positions = uniform_frames(len(candidates), num_frames)
+    elif video.fps is not None:
+      positions = fps_frames(len(candidates), video.fps)
+    else:  # an image
+      positions = np.zeros(1, np.int64)
     ids = [candidates[i] for i in positions]
     if video.kind == "gif":
       ids = list(dict.fromkeys(ids))
@@ -394,14 +412,16 @@ def scene_ids(
   return ids[:max_frames]
 
 
-def read_scene(video: Video, ids: Sequence[int]) -> list[np.ndarray]:
-  """Frames of `scene_ids`, RGB uint8 [H, W, 3]; as `video.frames`, and black frames where asked."""
+def read_scene(
+  video: Video, ids: Sequence[int], convert: Convert | None = None
+) -> list[np.ndarray]:
+  """Frames of `scene_ids`: those of `video.frames`, and black ones [H, W, 3] where asked."""
   height, width = video.size
-  black = {
-    BLACK_SWAPPED: np.zeros((width, height, 3), np.uint8),
-    BLACK: np.zeros((height, width, 3), np.uint8),
-  }
-  real = iter(video.frames(i for i in ids if i not in black))
+  sizes = {BLACK_SWAPPED: (width, height, 3), BLACK: (height, width, 3)}
+  real = iter(video.frames((i for i in ids if i not in sizes), convert))
+  black = {i: np.zeros(size, np.uint8) for i, size in sizes.items() if i in ids}
+  if convert is not None:
+    black = {i: convert(frame) for i, frame in black.items()}
   return [black[i] if i in black else next(real) for i in ids]
 
 

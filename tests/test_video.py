@@ -284,6 +284,13 @@ def test_packets_without_times(clips, monkeypatch):
   assert video.time_to_frame(0.1) == 2
 
 
+def test_a_stream_that_breaks_off(clips):
+  video = open_video(clips["b_frames.mp4"])
+  video._pts, video._count = None, 45
+  with pytest.raises(InputError, match=r"b_frames\.mp4: frame 42 is damaged"):
+    video.frames([3, 42])
+
+
 def test_keyframe_that_is_no_entry_point(clips):
   """Frames are right, or decoding starts over from the beginning; never a wrong frame."""
   video, wanted = open_video(clips["one_keyframe.mp4"]), decode_all(clips["one_keyframe.mp4"])
@@ -362,6 +369,16 @@ def test_scene_and_mask_frames_in_one_read(golden):
   np.testing.assert_array_equal(frames[-2], frames[4])
   assert len(sample_scene(video, 40)) == 32
   assert len(sample_scene(video, 40, max_frames=35)) == 35
+
+
+def test_frames_are_converted_as_they_come(clips, golden):
+  video = open_video(clips["short_gops.mp4"])
+  small = video.frames([30, 2, 30], lambda frame: to_model(frame, 8))
+  for i, frame in zip([30, 2, 30], small, strict=True):
+    np.testing.assert_array_equal(frame, to_model(video.frames([i])[0], 8))
+  gif = open_video(golden / "media/clip_gif.gif")
+  shapes = [f.shape for f in read_scene(gif, [0, BLACK, BLACK_SWAPPED], lambda f: to_model(f, 8))]
+  assert shapes == [(8, 8, 3)] * 3
 
 
 # Wrong input: one line that names the file and what is accepted
