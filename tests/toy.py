@@ -52,6 +52,7 @@ def make_rows(count, seed=0):
   }
 
 
-def init_params(seed=0):
+def init_params(key=None):
   rows = jax.tree.map(jnp.asarray, make_rows(1))
-  return ToyModel().init(jax.random.key(seed), rows, method=everything)["params"]
+  key = jax.random.key(0) if key is None else key
+  return ToyModel().init(key, rows, method=everything)["params"]

@@ -35,14 +35,14 @@ def base_config() -> ConfigDict:
   config.task = "videorefer"  # what is trained: "videorefer", or "module:function" (loop.Task)
 
   # The model: a variant by name, dotted changes to it, and what it starts from.
-  config.model_name = "vr-mini"
+  config.model_name = placeholder(str)  # default: the model of the first checkpoint in model_init
   config.model = ()  # (("llm.remat", "dots"), …): fields of VideoReferConfig
-  # Weights to start from: ((sub-tree or "" for all, path), …), later ones over earlier ones. A path
-  # is a checkpoint of ours, a published folder or a big_vision npz. Parameters whose names match
-  # `dont_load` stay freshly initialised; everything else must be there.
+  # Weights to start from: ((part such as "img", or "" for all, path), …), later ones over earlier
+  # ones; training/start.py lists what a path may be. Parameters whose names match `dont_load`, and
+  # those of parts not named, are initialised.
   config.model_init = ()
   config.dont_load = ()
-  config.tokenizer = placeholder(str)  # folder of tokenizer files; default: the first model_init's
+  config.tokenizer = placeholder(str)  # folder of tokenizer files; default: that of model_init
   config.frozen_dtype = "float32"  # of the frozen parameters in memory: "float32" or "bfloat16"
 
   config.input = ConfigDict()
@@ -50,9 +50,19 @@ def base_config() -> ConfigDict:
   config.input.media = "."  # folder that the videos and images of the files are relative to
   config.input.batch_size = 8  # examples of one optimizer step, over all devices
   config.input.accum_steps = 1  # the step works through the batch in so many equal parts
+  config.input.weights = ()  # shares in which to draw from the files; default: joined and shuffled
   config.input.shuffle = True
-  config.input.threads = 4
+  config.input.threads = 4  # that decode
   config.input.max_unreadable = 0.01  # share of unreadable samples above which the run fails
+  config.input.templated = True  # chat template, answers supervised; False: plain text (stage 1)
+  config.input.masks = "multi"  # frames of an object: "single", "multi", or "half" of the rows each
+  config.input.single_frame = "first"  # which frame in single mode: "first" or "random"
+  config.input.max_mask_frames = 32
+  # Static sizes of a row; 0: what the largest record needs (reads the text of all records once).
+  config.input.row_frames = 0
+  config.input.row_objects = 0
+  config.input.row_object_frames = 0
+  config.input.row_length = 0
 
   # One of them; a fraction of an epoch is fine.
   config.total_steps = placeholder(int)

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.training.schedule import Params
+from vr_jax.training.schedule import Params, sub_tree
 from vr_jax.training.step import TrainState
 
 ITEMS = ("state", "params", "data", "meta")
@@ -52,17 +52,6 @@ class Inference(NamedTuple):
   tokenizer_files: dict[str, bytes]
   generation: dict[str, Any]
   config: dict[str, Any]
-
-  def tokenizer(self) -> Tokenizer:
-    """The tokenizer of the files.
-
-    Raises:
-      InputError: the checkpoint holds none.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-      for name, content in self.tokenizer_files.items():
-        Path(folder, name).write_bytes(content)
-      return Tokenizer.from_folder(folder)
 
 
 class Checkpoints:
@@ -123,11 +112,15 @@ class Checkpoints:
     params = read["params"]
     state = TrainState(
       step=read["state"]["step"],
-      params_train=_sub_tree(params, target.params_train),
-      params_frozen=_sub_tree(params, target.params_frozen),
+      params_train=sub_tree(params, target.params_train),
+      params_frozen=sub_tree(params, target.params_frozen),
       opt_state=read["state"]["opt_state"],
     )
     return state, int(read["data"]["next_index"])
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the system told any process that it will stop; the same answer in all of them."""
+    return self._manager.reached_preemption(step)
 
   def close(self) -> None:
     """Waits until the last save is complete."""
@@ -221,16 +214,40 @@ def load_for_inference(path: Path | str, shardings: Params | None = None) -> Inf
     InputError: no checkpoint, a damaged one, or none of ours.
   """
   path = find_checkpoint(path)
-  meta = _restore(path, {}, ("meta",))["meta"]
-  if not isinstance(meta, dict) or not {"model", "tokenizer"} <= set(meta):
-    raise InputError(f"{path}: the checkpoint is not one of vr_jax (its meta holds no model)")
+  meta = load_meta(path)
   return Inference(
     model=meta["model"],
     params=load_params(path, shardings),
-    tokenizer_files={name: _to_bytes(text) for name, text in meta["tokenizer"].items()},
+    tokenizer_files=tokenizer_files_of(meta),
     generation=meta.get("generation", {}),
     config=meta.get("config", {}),
   )
+
+
+def load_meta(path: Path | str) -> dict[str, Any]:
+  """The `meta` item of a checkpoint, see `make_meta`; reads no arrays."""
+  path = find_checkpoint(path)
+  meta = _restore(path, {}, ("meta",))["meta"]
+  if not isinstance(meta, dict) or not {"model", "tokenizer"} <= set(meta):
+    raise InputError(f"{path}: the checkpoint is not one of vr_jax (its meta holds no model)")
+  return meta
+
+
+def tokenizer_files_of(meta: Mapping[str, Any]) -> dict[str, bytes]:
+  """The tokenizer files that a `meta` item holds, by name."""
+  return {name: _to_bytes(text) for name, text in meta["tokenizer"].items()}
+
+
+def make_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
+  """The tokenizer of files by name.
+
+  Raises:
+    InputError: they are not complete.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    for name, content in files.items():
+      Path(folder, name).write_bytes(content)
+    return Tokenizer.from_folder(folder)
 
 
 def load_params(path: Path | str, shardings: Params | None = None) -> Params:
@@ -303,13 +320,6 @@ def _check_tree(where: Path, found: Any, target: Any) -> None:
   if problems:
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
     raise InputError(f"{where}: does not fit the config: {'; '.join(problems[:4])}{more}")
-
-
-def _sub_tree(tree: Params, like: Params) -> Params:
-  return {
-    key: _sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
-    for key, value in like.items()
-  }
 
 
 def _to_text(data: bytes) -> str | dict[str, str]:

@@ -66,6 +66,14 @@ def merge(a: Params, b: Params) -> Params:
   return out
 
 
+def sub_tree(tree: Params, like: Params) -> Params:
+  """The leaves of a nested dict at the places where `like` has leaves."""
+  return {
+    key: sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
+    for key, value in like.items()
+  }
+
+
 def make_optimizer(
   config: ConfigDict, params: Params, *, total_steps: int, data_size: int = 0
 ) -> Optimizer:

@@ -33,9 +33,16 @@ class TrainState:
   opt_state: Params
 
   @classmethod
-  def create(cls, params: Params, table: ScheduleTable, optimizer: Optimizer) -> "TrainState":
+  def create(
+    cls,
+    params: Params,
+    table: ScheduleTable,
+    optimizer: Optimizer,
+    frozen_dtype: str = "float32",
+  ) -> "TrainState":
     """The state before the first step (also under `jax.eval_shape`)."""
     train, frozen = split_by_table(params, table)
+    frozen = jax.tree.map(lambda p: p.astype(frozen_dtype), frozen)
     return cls(jnp.zeros((), jnp.int32), train, frozen, optimizer.init(train))
 
   def params(self) -> Params:

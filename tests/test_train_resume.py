@@ -1,0 +1,160 @@
+"""Runs that are stopped, killed and started again, and work directories of other configs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy_task import EXAMPLES
+
+from data_pipes.errors import InputError
+from vr_jax.configs import load_config
+from vr_jax.training.checkpoint import load_for_inference, load_params
+from vr_jax.training.loop import train
+from vr_jax.training.metrics import read_metrics
+
+CONFIG = str(Path(__file__).parent / "toy_config.py")
+STEPS = 10  # two epochs of 80 examples, 16 a step
+
+RUN = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from vr_jax.configs import load_config
+from vr_jax.training.loop import train
+train(load_config(sys.argv[1]), sys.argv[2])
+"""
+
+
+def run_process(workdir, **environment):
+  root = Path(__file__).parent.parent
+  path = os.pathsep.join([str(root), str(root / "tests")])
+  return subprocess.run(
+    [sys.executable, "-c", RUN, CONFIG, str(workdir)],
+    env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def examples_seen(log):
+  """Per epoch, how often each example was trained on: what a batch was last drawn for counts."""
+  drawn = dict(json.loads(line) for line in log.read_text().splitlines())
+  assert sorted(drawn) == list(range(STEPS))
+  order = [number for index in sorted(drawn) for number in drawn[index]]
+  return [Counter(order[i : i + EXAMPLES]) for i in range(0, len(order), EXAMPLES)]
+
+
+def assert_same_params(a, b):
+  jax.tree.map(np.testing.assert_array_equal, load_params(a), load_params(b))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  assert train(load_config(CONFIG), workdir).finished
+  return workdir
+
+
+@pytest.mark.multiprocess
+def test_killed_runs_end_with_the_same_bits_and_see_every_example_once(
+  straight, tmp_path, monkeypatch
+):
+  log = tmp_path / "log"
+  # Between two checkpoints, and while the one of step 6 is being written.
+  for position in (4, 6):
+    killed = run_process(tmp_path / "run", TOY_LOG=str(log), TOY_SIGNAL=f"SIGKILL:{position}")
+    assert killed.returncode == -9, killed.stderr
+  monkeypatch.setenv("TOY_LOG", str(log))
+  assert train(load_config(CONFIG), tmp_path / "run").finished
+
+  assert_same_params(straight, tmp_path / "run")
+  assert examples_seen(log) == [Counter(range(EXAMPLES))] * 2
+  ours, theirs = read_metrics(straight), read_metrics(tmp_path / "run")
+  assert [m["step"] for m in ours] == [m["step"] for m in theirs] == list(range(1, STEPS + 1))
+  assert [m["loss"] for m in ours] == [m["loss"] for m in theirs]
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypatch):
+  monkeypatch.setenv("TOY_SIGNAL", "SIGTERM:4")
+  stopped = train(load_config(CONFIG), tmp_path)
+  assert (stopped.step, stopped.finished) == (5, False)
+  assert stopped.metrics["supervised_tokens"] > 0
+  assert (tmp_path / "checkpoints" / "5").is_dir()
+  monkeypatch.delenv("TOY_SIGNAL")
+  assert train(load_config(CONFIG), tmp_path).finished
+  assert_same_params(straight, tmp_path)
+
+
+def test_a_finished_run_is_left_alone(straight):
+  before = sorted(p.name for p in (straight / "checkpoints").iterdir())
+  result = train(load_config(CONFIG), straight)
+  assert (result.step, result.finished, result.metrics) == (STEPS, True, {})
+  assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == before
+  assert len(read_metrics(straight)) == STEPS
+
+
+def test_the_log_tells_what_happened(straight):
+  lines = read_metrics(straight)
+  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+  assert lines[-1]["loss"] < lines[0]["loss"]
+  assert lines[0]["lr"] == 0  # warm-up
+  assert lines[4]["epoch"] == 1.0
+  assert {"grad_norm", "supervised_tokens", "seconds", "input_seconds", "rss_gb"} <= set(lines[0])
+  assert list((straight / "tensorboard").glob("events*"))
+
+
+def test_the_checkpoint_holds_the_resolved_config_and_the_model(straight):
+  loaded = load_for_inference(straight)
+  assert loaded.model["name"] == "toy"
+  assert loaded.config["input"]["batch_size"] == 16
+  assert loaded.config["grad_clip_norm"] == 1.0
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(straight):
+  config = load_config(f"{CONFIG}:lr=0.02", ["input.batch_size=8"])
+  with pytest.raises(InputError) as error:
+    train(config, straight)
+  message = str(error.value)
+  assert "input.batch_size was 16, is 8" in message
+  assert "lr was 0.01, is 0.02" in message
+  assert "\n" not in message
+
+
+def test_another_mesh_may_go_on(straight):
+  config = load_config(CONFIG, ["mesh=(('data', 8), ('fsdp', 1))", "log_steps=5"])
+  assert train(config, straight).finished
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (["total_epochs=0"], "set one of total_steps, total_examples, total_epochs"),
+    (["total_steps=3"], "config: set only one of total_steps, total_epochs"),
+    (["task=toy_task:mke"], "config.task='toy_task:mke': .*no attribute 'mke'"),
+    (["task=videorefr"], "accepted: videorefer, or module:function"),
+    (["mesh=(('data', 3),)"], "data=3 does not fit 8 devices"),
+    (["input.accum_steps=3"], "batch_size=16 is not divisible .*accum_steps=3 x .* 8; use 24"),
+    (["input.accum_steps=4"], "batch_size=16 is not divisible .*accum_steps=4 x .* 8; use 32"),
+    (["schedule.0.0=towr/.*"], "schedule: rule 'towr.*' matches no parameter"),
+    (["frozen_dtype=float16"], "frozen_dtype='float16': accepted: float32, bfloat16"),
+    (["loss_budget=0", "accum_mean=mean"], "accepted: tokens, published"),
+  ],
+)
+def test_a_config_that_does_not_fit_writes_nothing(tmp_path, overrides, message):
+  with pytest.raises(InputError, match=message):
+    train(load_config(CONFIG, overrides), tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_unknown_field_is_refused(tmp_path):
+  config = load_config(CONFIG).unlock()
+  config.learning_rate = 1.0
+  with pytest.raises(InputError, match=r"config.learning_rate is not known"):
+    train(config.lock(), tmp_path)

@@ -1,0 +1,160 @@
+"""What a run starts from: the model's config, weights from elsewhere, tokenizer files.
+
+A source is a path to one of
+  a checkpoint of ours             (the whole model, or a part of it)
+  a published VideoRefer folder    (the whole model, or a part of it)
+  a SigLIP folder of the Hub       (for "img")
+  a decoder folder of the Hub      (for "llm")
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import flax
+from ml_collections import ConfigDict
+
+from data_pipes.errors import InputError
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.configs import nearest
+from vr_jax.interop import hf_decoder
+from vr_jax.interop import videorefer as published
+from vr_jax.models.variants import get_variant
+from vr_jax.models.videorefer import VideoReferConfig
+from vr_jax.training.checkpoint import (
+  is_checkpoint,
+  load_meta,
+  load_params,
+  read_tokenizer_files,
+  tokenizer_files_of,
+)
+from vr_jax.training.schedule import Params
+
+PARTS = ("img", "connector", "region", "llm")
+
+
+def model_config(config: ConfigDict) -> VideoReferConfig:
+  """The model of a config: the variant `model_name` with the fields of `model` changed.
+
+  Without a model_name, it is the one that the first checkpoint of ours in `model_init` holds.
+
+  Raises:
+    InputError: an unknown variant or field, a value of the wrong type, no model at all.
+  """
+  if config.model_name is not None:
+    cfg = get_variant(config.model_name)
+  else:
+    ours = [path for _, path in config.model_init if is_checkpoint(path)]
+    if not ours:
+      raise InputError(
+        "config.model_name is not set; give a variant, or a checkpoint of vr_jax in model_init"
+      )
+    cfg = VideoReferConfig.from_dict(load_meta(ours[0])["model"])
+  for key, value in config.model:
+    cfg = _replaced(cfg, key.split("."), value, f"config.model: {key}")
+  return cfg
+
+
+def starting_params(config: ConfigDict, shapes: Params) -> Params:
+  """The parameters that `model_init` names, checked against `shapes`: a part of the tree.
+
+  Entries are ("", path) for all that the source holds or (part, path) for that part of it; later
+  entries win. Parameters that match a regex of `dont_load` are left out.
+
+  Raises:
+    InputError: a source lacks a parameter, has one too many or one of another shape; the message
+      lists them.
+  """
+  wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
+  fresh = {k for k in wanted if any(re.fullmatch(p, k) for p in config.dont_load)}
+  loaded: dict[str, Any] = {}
+  for part, path in config.model_init:
+    found = flax.traverse_util.flatten_dict(read_weights(path, part), sep="/")
+    expected = [k for k in wanted if k.startswith(f"{part}/" if part else "")]
+    problems = [f"{k} is missing" for k in expected if k not in found and k not in fresh]
+    problems += [f"{k} is not expected" for k in found if k not in wanted]
+    problems += [
+      f"{k} has shape {list(found[k].shape)} instead of {list(wanted[k].shape)}"
+      for k in expected
+      if k in found and k not in fresh and tuple(found[k].shape) != tuple(wanted[k].shape)
+    ]
+    if problems:
+      more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+      raise InputError(f"config.model_init: {path}: {'; '.join(problems[:5])}{more}")
+    loaded |= {k: found[k].astype(wanted[k].dtype) for k in expected if k not in fresh}
+  return flax.traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def read_weights(path: str | Path, part: str = "") -> Params:
+  """The parameters of a source under our names; only those of `part` ("img", …) if given.
+
+  Raises:
+    InputError: no source, or one without that part.
+  """
+  if part and part not in PARTS:
+    raise InputError(f"config.model_init: part {part!r}: accepted: {', '.join(PARTS)}, or ''")
+  if is_checkpoint(path):
+    params = load_params(path)
+  elif published.is_published(path):
+    params = published.load(path).params
+  elif part == "img":
+    return {"img": published.load_tower(path)[1]}
+  elif part == "llm":
+    return {"llm": hf_decoder.load(path)[1]}
+  else:
+    raise InputError(
+      f"config.model_init: {path}: found neither a checkpoint of vr_jax nor a published VideoRefer "
+      "folder; accepted besides: a SigLIP folder for 'img', a decoder folder for 'llm'"
+    )
+  if part and part not in params:
+    raise InputError(f"config.model_init: {path} holds {', '.join(params)}, not {part!r}")
+  return {part: params[part]} if part else params
+
+
+def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:
+  """The files of `config.tokenizer` (a folder), else of the first source that has some.
+
+  Raises:
+    InputError: there are none.
+  """
+  if config.tokenizer:
+    return read_tokenizer_files(config.tokenizer)
+  for _, path in config.model_init:
+    if is_checkpoint(path):
+      if files := tokenizer_files_of(load_meta(path)):
+        return files
+    elif (Path(path) / "tokenizer_config.json").is_file():
+      return read_tokenizer_files(path)
+  raise InputError("config.tokenizer is not set and no source in model_init has tokenizer files")
+
+
+def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+  """How to decode with the trained model: as the first source says, else until the tokenizer's eos.
+
+  Keys: eos_ids, pad_id, repetition_penalty.
+  """
+  for _, path in config.model_init:
+    if is_checkpoint(path) and (stored := load_meta(path).get("generation")):
+      return stored
+    if published.is_published(path):
+      return dataclasses.asdict(published.generation(path))
+  eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+  return dataclasses.asdict(published.Generation(eos, tokenizer.pad_id))
+
+
+def _replaced(cfg: Any, names: list[str], value: Any, where: str) -> Any:
+  """A frozen dataclass with the field at a dotted path changed."""
+  name, *rest = names
+  fields = {field.name for field in dataclasses.fields(cfg)}
+  if name not in fields:
+    raise InputError(f"{where}: no such field{nearest(name, fields)}")
+  old = getattr(cfg, name)
+  if rest:
+    if not dataclasses.is_dataclass(old):
+      raise InputError(f"{where}: {name!r} has no fields")
+    return dataclasses.replace(cfg, **{name: _replaced(old, rest, value, where)})
+  accepted = (int, float) if isinstance(old, float) else type(old)
+  if old is not None and value is not None and not isinstance(value, accepted):
+    raise InputError(f"{where}={value!r}: expected {type(old).__name__}")
+  return dataclasses.replace(cfg, **{name: value})

@@ -1,0 +1,63 @@
+"""What a run trains: parameters, loss and batches; the interface between the loop and a model."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from data_pipes.errors import InputError
+from vr_jax.training.loss import LossSums
+from vr_jax.training.schedule import Params
+
+Rows = Mapping[str, np.ndarray]
+TASKS = {"videorefer": "vr_jax.training.videorefer_task:videorefer_task"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """All that the loop needs to know about what it trains.
+
+  Attributes:
+    init: random key -> parameters; pure, run under `jax.eval_shape` and `jax.jit`.
+    loss: (parameters, rows of one micro-batch) -> LossSums.
+    data_size: examples in an epoch.
+    batches: (position, total steps) -> this process's part of the global batches from that one on,
+      host arrays [B / processes, ...]; there are as many as total steps.
+    model: JSON fields of the model, stored in checkpoints.
+    start: shapes of the parameters -> those the run starts from, a part of the tree; the others
+      are initialised.
+    tokenizer_files, generation: stored in checkpoints for inference.
+    counts: numbers to report beside the loss, such as unreadable samples so far.
+    fields: top-level keys of the config that only this task knows.
+  """
+
+  init: Callable[[Array], Params]
+  loss: Callable[[Params, Any], LossSums]
+  data_size: int
+  batches: Callable[[int, int], Iterator[Rows]]
+  model: Mapping[str, Any]
+  start: Callable[[Params], Params] = lambda shapes: {}
+  tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+  generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  counts: Callable[[], Mapping[str, float]] = dict
+  fields: tuple[str, ...] = ()
+
+
+def make_task(config: ConfigDict) -> Task:
+  """The task that `config.task` names: one of TASKS, or "module:function" (config -> Task).
+
+  Raises:
+    InputError: no such task, or what the task finds wrong with the config.
+  """
+  module, _, function = TASKS.get(config.task, config.task).partition(":")
+  try:
+    make = getattr(importlib.import_module(module), function)
+  except (ModuleNotFoundError, AttributeError, ValueError) as error:
+    raise InputError(
+      f"config.task={config.task!r}: {error}; accepted: {', '.join(TASKS)}, or module:function"
+    ) from error
+  return make(config)
