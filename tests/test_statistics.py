@@ -6,6 +6,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from data_pipes.errors import InputError
 from vr_jax.evaluation.statistics import (
   Answered,
   cluster_bootstrap,
@@ -135,6 +136,8 @@ def test_summary_counts_types_micro_and_macro():
   assert (sequential.value, summary.micro.value, summary.macro) == (0, 0.6, 0.375)
   assert (summary.micro.n, summary.micro.unparsed) == (5, 1)
   assert not summary.micro.above_chance
+  with pytest.raises(InputError, match="no answers"):
+    summarize([])
 
 
 def test_above_chance_needs_both_intervals():

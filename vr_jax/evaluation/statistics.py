@@ -12,6 +12,8 @@ from statistics import NormalDist, fmean
 
 import numpy as np
 
+from data_pipes.errors import InputError
+
 DRAWS = 10_000
 
 
@@ -79,7 +81,9 @@ class Difference:
 
 
 def summarize(answers: Sequence[Answered]) -> Summary:
-  """Accuracies of a run; `answers` must not be empty."""
+  """Accuracies of a run; InputError where it has no answers."""
+  if not answers:
+    raise InputError("no answers to score; at least one is needed")
   names = list(dict.fromkeys(answer.type for answer in answers))
   types = tuple(accuracy(name, [a for a in answers if a.type == name]) for name in names)
   return Summary(types, accuracy("All", answers), fmean(t.value for t in types))
