@@ -256,10 +256,10 @@ def _free(free: FreeAnswer) -> dict[str, Any]:
   }
 
 
-def _pictures(frames: Sequence[Frame], width: int, numbers: bool = True) -> list[dict[str, Any]]:
+def _pictures(frames: Sequence[Frame], width: int, **drawing: Any) -> list[dict[str, Any]]:
   out = []
   for frame in frames:
-    image = draw_objects(frame.image, frame.masks, width, numbers=numbers)
+    image = draw_objects(frame.image, frame.masks, width, **drawing)
     seen = [str(i) for i, mask in frame.masks.items() if np.any(mask)]
     marked = f"object {', '.join(seen)}" if seen else "no object"
     alt = f"{frame.caption or 'Frame'}, {marked} marked"
@@ -334,7 +334,7 @@ def _strip(similarity: ObjectSimilarity) -> dict[str, Any]:
     "it": similarity,
     "colour": colour_of(similarity.index),
     "ink": "#000" if luminance(colour_of(similarity.index)) > 0.35 else "#fff",
-    "frames": _pictures(similarity.frames, 176, numbers=False),
+    "frames": _pictures(similarity.frames, 132, tint=0.5, numbers=False),
     "cells": cells,
     "tokens": tokens,
     "digits": "%.2f" if high - low >= 0.1 else "%.3f",
