@@ -1,0 +1,27 @@
+"""VideoRefer in JAX: ask about objects in a video.
+
+import vr_jax
+model = vr_jax.load()  # or a checkpoint folder
+answer = model.ask("clip.mp4", "What is <region> doing?",
+                   [vr_jax.Region(box=(40, 60, 200, 220), frame=12)])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from vr_jax.inference.model import Answer, Model, Request, load
+  from vr_jax.inference.regions import Region
+
+__all__ = ["Answer", "Model", "Region", "Request", "load"]
+
+_HOMES = dict.fromkeys(("Answer", "Model", "Request", "load"), "vr_jax.inference.model")
+_HOMES["Region"] = "vr_jax.inference.regions"
+
+
+def __getattr__(name: str) -> Any:
+  # Loaded on first use, so that `import vr_jax.configs` and `vr --help` need no model code.
+  if name not in _HOMES:
+    raise AttributeError(f"module 'vr_jax' has no attribute {name!r}")
+  import importlib
+
+  return getattr(importlib.import_module(_HOMES[name]), name)
