@@ -46,9 +46,10 @@ def grade(
   if parser not in PARSERS:
     raise InputError(f"parser={parser!r}; accepted: {', '.join(PARSERS)}")
   if parser == "published":
-    truth, letter = published_truth(answer), published_letter(prediction)
-    # Upstream stops here with an IndexError.
-    return Graded(letter or None, truth, _same(letter, truth), None if letter else "empty")
+    wanted, read = published_truth(answer), published_letter(prediction)
+    # Where nothing is read, upstream stops with an IndexError.
+    correct = bool(read) and read.lower() == wanted.lower()
+    return Graded(read or None, wanted, correct, None if read else "empty")
   truth = strict_letter(answer, options)
   if truth is None:
     known = "; ".join(options) or "a letter such as (A)"
@@ -71,10 +72,6 @@ def published_truth(answer: str) -> str:
   """The letter of "(A) ..."; an answer without one stands for itself."""
   match = re.search(r"\(([A-Z])\)", answer)
   return match[1] if match else answer
-
-
-def _same(letter: str, truth: str) -> bool:
-  return bool(letter) and letter.lower() == truth.lower()
 
 
 # A letter that is marked as a label: (A) [A] A) A. A: or alone.
@@ -119,10 +116,8 @@ def strict_letter(text: str, options: Sequence[str] = ()) -> str | None:
   if marked:
     return _known(marked.pop(), labels) if len(marked) == 1 else None
   held = [t for t in texts if t and re.search(rf"(?<!\w){re.escape(t)}(?!\w)", plain)]
-  longest = {t for t in held if not any(t != other and t in other for other in held)}
-  if len(longest) == 1 and texts.count(*longest) == 1:
-    return labels[texts.index(*longest)]
-  return None
+  longest = [t for t in held if not any(t != other and t in other for other in held)]
+  return labels[texts.index(longest[0])] if len(longest) == 1 else None
 
 
 def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:

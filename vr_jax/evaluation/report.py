@@ -274,7 +274,8 @@ _TAG = re.compile(
 
 def _object_names(question: str) -> dict[str, int]:
   """`<objectN>`'s N -> index of the object: N is a label, the i-th `<region>` is object i."""
-  names, index = {}, 0
+  names: dict[str, int] = {}
+  index = 0
   for match in _TAG.finditer(question):
     if match[2] is None:
       if match[1] is not None:
@@ -322,7 +323,7 @@ def _strip(similarity: ObjectSimilarity) -> dict[str, Any]:
     ink = "#111" if luminance(colour) > 0.2 else "#fff"
     cut = segments[i] != segments[i + 1]
     cells.append({"value": value, "colour": colour, "ink": ink, "cut": cut, "column": 2 * i + 2})
-  tokens = []
+  tokens: list[dict[str, int]] = []
   for token in dict.fromkeys(segments):
     first, size = segments.index(token), segments.count(token)
     tokens.append({"number": len(tokens) + 1, "column": 2 * first + 1, "span": 2 * size, "n": size})

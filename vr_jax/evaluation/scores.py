@@ -117,7 +117,7 @@ def mean_scores(items: Sequence[Scores]) -> BenchD:
     mean = total / len(values) if values else None
     lower = total / len(items) if items else 0.0
     dimensions.append(DimensionMean(name, mean, len(values), len(items), lower))
-  average = 0.0
+  average: float | None = 0.0
   for dimension in dimensions:
     average = None if average is None or dimension.mean is None else average + dimension.mean
   return BenchD(

@@ -71,10 +71,9 @@ class Region:
 
   def __str__(self) -> str:
     """The region as a SPEC, for messages."""
-    if self.box is not None or self.point is not None:
-      kind = "point" if self.box is None else "box"
-      values = self.point if self.box is None else self.box
-      text = f"{kind}:{','.join(str(v) for v in values)}"
+    numbers = self.box if self.point is None else self.point
+    if numbers is not None:
+      text = f"{'box' if self.point is None else 'point'}:{','.join(str(v) for v in numbers)}"
     else:
       source, kind = (self.rle, "rle") if self.mask is None else (self.mask, "mask")
       text = str(source) if isinstance(source, str | os.PathLike) else kind
