@@ -1,0 +1,1 @@
+"""The embedded default: a simulated world, its H.264 videos, and its captions and questions."""
