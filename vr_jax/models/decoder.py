@@ -357,6 +357,24 @@ class Decoder(nn.Module):
     cap = self.cfg.final_soft_cap
     return logits if cap is None else jnp.tanh(logits / cap) * cap
 
+  def prefill(self, batch: dict[str, Array], cache: KVCache) -> tuple[Float[Array, "B W"], KVCache]:
+    """Text alone: `tokens` i32 [B,L], `valid` bool [B,L] with the padding at the end of rows.
+
+    Returns the logits after each row's last token, and the filled cache.
+    """
+    valid = batch["valid"]
+    positions = jnp.where(valid, jnp.arange(valid.shape[1]), -1).astype(jnp.int32)
+    hidden, cache = self(self.embed(batch["tokens"]), positions, cache)
+    last = jnp.maximum(valid.sum(axis=1) - 1, 0)
+    return self.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+
+  def extend(
+    self, tokens: Int[Array, "B K"], positions: Int[Array, "B K"], cache: KVCache
+  ) -> tuple[Float[Array, "B K W"], KVCache]:
+    """Logits after each of K more tokens per row; positions -1 mark rows that have ended."""
+    hidden, cache = self(self.embed(tokens), positions, cache)
+    return self.logits(hidden), cache
+
   def _tables(self, kind, positions, key_positions, prefix, segments):
     """Mask, cos and sin of one kind of layer."""
     c = self.cfg

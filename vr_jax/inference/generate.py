@@ -1,0 +1,225 @@
+"""Compiled generation: prefill, then one `lax.while_loop` on the device with a donated cache.
+
+Letters: B row, M new token, W vocabulary. A model is a Linen module with the methods
+`prefill(batch, cache) -> (logits [B,W], cache)` and
+`extend(tokens [B,K], positions [B,K], cache) -> (logits [B,K,W], cache)`: VideoRefer, or a Decoder.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vr_jax.inference.sampling import Sampling, penalize, pick
+from vr_jax.models.decoder import KVCache
+
+GREEDY = Sampling()
+
+
+@flax.struct.dataclass
+class Decoding:
+  """A batch between two steps.
+
+  tokens i32 [B,M], pad beyond each row's `lengths` [B]; `done` rows write nothing more; `step`
+  counts the columns written; `start` [B] is the position of a row's first new token, `limits` [B]
+  the most tokens it may get; `keys` [B] random keys; `seen` [B,W] generated tokens (None where no
+  penalty is asked).
+  """
+
+  cache: KVCache
+  tokens: Int[Array, "B M"]
+  lengths: Int[Array, "B"]
+  done: Bool[Array, "B"]
+  step: Int[Array, ""]
+  start: Int[Array, "B"]
+  limits: Int[Array, "B"]
+  keys: Array
+  seen: Bool[Array, "B W"] | None
+
+
+def bucket(length: int, smallest: int = 64) -> int:
+  """The static size to pad `length` to: at most a quarter more, and few sizes in all."""
+  quarter = smallest // 4
+  while length > 8 * quarter:
+    quarter *= 2
+  return max(smallest, -(-length // quarter) * quarter)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def prefill(
+  model: nn.Module, params: Any, batch: Any, cache: KVCache
+) -> tuple[Float[Array, "B W"], KVCache]:
+  """Logits after each row's last slot, and the filled cache; consumes the empty one."""
+  return model.apply({"params": params}, batch, cache, method="prefill")
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def extend(
+  model: nn.Module, params: Any, tokens: Int[Array, "B K"], positions: Int[Array, "B K"], cache
+) -> tuple[Float[Array, "B K W"], KVCache]:
+  """Logits after each of K more tokens per row, and the cache with them; consumes the one given."""
+  return model.apply({"params": params}, tokens, positions, cache, method="extend")
+
+
+def generate(
+  model: nn.Module,
+  params: Any,
+  logits: Float[Array, "B W"],
+  cache: KVCache,
+  *,
+  max_new_tokens: int | Sequence[int],
+  eos_ids: Sequence[int],
+  pad_id: int = 0,
+  sampling: Sampling = GREEDY,
+  keys: Array | None = None,
+) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]:
+  """New tokens [B,M] and how many each row has; a row's last is its end token, if it met one.
+
+  Starts from what `prefill` (or `extend`, after a shared prefix) returned; the cache, which must
+  have M - 1 free slots, is consumed. M is the largest of `max_new_tokens`, which may differ by
+  row. Greedy rows do not depend on the batch they are in; neither do sampled ones, given `keys`
+  (default: `jax.random.key(0)` split over the rows).
+  """
+  state = _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys)
+  most = int(np.max(max_new_tokens))
+  state = _steps(model, params, state, most, tuple(eos_ids), pad_id, sampling)
+  return np.asarray(state.tokens)[:, :most], np.asarray(state.lengths)
+
+
+def stream(
+  model: nn.Module,
+  params: Any,
+  logits: Float[Array, "B W"],
+  cache: KVCache,
+  *,
+  max_new_tokens: int | Sequence[int],
+  eos_ids: Sequence[int],
+  pad_id: int = 0,
+  sampling: Sampling = GREEDY,
+  keys: Array | None = None,
+  every: int = 8,
+) -> Iterator[tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]]:
+  """As `generate`, handing out (tokens, lengths) so far after every `every` steps."""
+  state = _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys)
+  most = int(np.max(max_new_tokens))
+  while True:
+    yield np.array(state.tokens)[:, :most], np.array(state.lengths)
+    if bool(state.done.all()):
+      return
+    until = int(state.step) + every
+    state = _steps(model, params, state, until, tuple(eos_ids), pad_id, sampling)
+
+
+class Generator:
+  """A model and its parameters, ready to answer batches of rows.
+
+  Cache and token buffers take `bucket` sizes, so that few programs are compiled.
+  """
+
+  def __init__(self, model: nn.Module, params: Any):
+    self.model, self.params = model, params
+
+  def prefill(self, batch: Any, max_new_tokens: int) -> tuple[Float[Array, "B W"], KVCache]:
+    """Logits after each row of the batch, and a cache with room for so many more tokens."""
+    rows, length = batch["tokens"].shape
+    cfg = getattr(self.model.cfg, "llm", self.model.cfg)  # VideoRefer holds a decoder, or is one
+    cache = KVCache.empty(cfg, rows, bucket(length + max_new_tokens))
+    return prefill(self.model, self.params, batch, cache)
+
+  def __call__(
+    self,
+    batch: Any,
+    *,
+    max_new_tokens: int | Sequence[int],
+    eos_ids: Sequence[int],
+    pad_id: int = 0,
+    sampling: Sampling = GREEDY,
+    keys: Array | None = None,
+  ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]:
+    """New tokens of each row and their number, as `generate`."""
+    logits, cache = self.prefill(batch, int(np.max(max_new_tokens)))
+    return generate(
+      self.model,
+      self.params,
+      logits,
+      cache,
+      max_new_tokens=max_new_tokens,
+      eos_ids=eos_ids,
+      pad_id=pad_id,
+      sampling=sampling,
+      keys=keys,
+    )
+
+
+def _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys) -> Decoding:
+  B = logits.shape[0]
+  limits = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (B,))
+  free = cache.k.shape[2] - int(cache.end)
+  if limits.min() < 1 or limits.max() - 1 > free:
+    raise ValueError(
+      f"max_new_tokens={max_new_tokens}: give at least 1 and at most {free + 1}, the free cache "
+      "slots and one"
+    )
+  if keys is None:
+    keys = jax.random.split(jax.random.key(0), B)
+  columns = bucket(int(limits.max()), smallest=16)  # a static size that many limits share
+  return _first(logits, cache, limits, keys, columns, tuple(eos_ids), pad_id, sampling)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), donate_argnums=1)
+def _first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> Decoding:
+  """The state that holds the first new token."""
+  B, W = logits.shape
+  state = Decoding(
+    cache=cache,
+    tokens=jnp.full((B, columns), pad_id, jnp.int32),
+    lengths=jnp.zeros(B, jnp.int32),
+    done=jnp.zeros(B, bool),
+    step=jnp.zeros((), jnp.int32),
+    start=cache.positions.max(axis=1) + 1,
+    limits=limits,
+    keys=keys,
+    seen=None if sampling.repetition_penalty == 1 else jnp.zeros((B, W), bool),
+  )
+  return _choose(logits, state, eos_ids, pad_id, sampling)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), donate_argnums=2)
+def _steps(model, params, state: Decoding, until, eos_ids, pad_id, sampling) -> Decoding:
+  """Decodes until `until` columns are written or every row has ended."""
+
+  def step(state: Decoding) -> Decoding:
+    last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1)
+    position = jnp.where(state.done, -1, state.start + state.lengths - 1)
+    logits, cache = model.apply(
+      {"params": params}, last, position[:, None], state.cache, method="extend"
+    )
+    return _choose(logits[:, 0], state.replace(cache=cache), eos_ids, pad_id, sampling)
+
+  return jax.lax.while_loop(lambda s: (s.step < until) & ~s.done.all(), step, state)
+
+
+def _choose(logits, state: Decoding, eos_ids, pad_id, sampling) -> Decoding:
+  """Writes the next token of every row that is not done."""
+  if state.seen is not None:
+    logits = penalize(logits, state.seen, sampling.repetition_penalty)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+  token = jnp.where(state.done, pad_id, pick(logits, keys, sampling))
+  lengths = state.lengths + ~state.done
+  ended = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32)) | (lengths >= state.limits)
+  seen = state.seen
+  if seen is not None:
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+  return state.replace(
+    tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+    lengths=lengths,
+    done=state.done | ended,
+    step=state.step + 1,
+    seen=seen,
+  )

@@ -1,0 +1,227 @@
+"""Decoders of the Hugging Face Hub (Qwen2, Gemma, Gemma 2, Gemma 3): configuration and parameters.
+
+Source: `transformers` modules of model types qwen2, gemma, gemma2, gemma3_text; config.json as
+they write it today (`rope_parameters`) and as released checkpoints hold it (`rope_theta`, …).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.interop.table import (
+  DENSE,
+  FLAT,
+  HEADS_FIRST,
+  HEADS_IN,
+  SAME,
+  Row,
+  Tensors,
+  collect,
+  fill,
+  nested,
+  read_json,
+  shapes_of,
+  slots,
+)
+from vr_jax.models.decoder import Decoder, DecoderConfig
+
+_LAYER = "model.layers.{l}."
+_QKV = tuple(f"{_LAYER}self_attn.{x}_proj" for x in "qkv")
+
+
+def _suffixed(names: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+  return tuple(f"{name}.{suffix}" for name in names)
+
+
+ROWS = [
+  Row("embedder/input_embedding", "model.embed_tokens.weight", SAME),
+  Row("embedder/output_embedding", "lm_head.weight", SAME),
+  Row("layers/attn/q_einsum/w", f"{_QKV[0]}.weight", HEADS_FIRST),
+  Row("layers/attn/q_einsum/b", f"{_QKV[0]}.bias", FLAT),
+  Row("layers/attn/kv_einsum/w", _suffixed(_QKV[1:], "weight"), HEADS_FIRST),
+  Row("layers/attn/kv_einsum/b", _suffixed(_QKV[1:], "bias"), FLAT),
+  Row("layers/attn/qkv_einsum/w", _suffixed(_QKV, "weight"), HEADS_FIRST),
+  Row("layers/attn/qkv_einsum/b", _suffixed(_QKV, "bias"), FLAT),
+  Row("layers/attn/attn_vec_einsum/w", f"{_LAYER}self_attn.o_proj.weight", HEADS_IN),
+  Row(r"layers/attn/([qk]_norm)/scale", rf"{_LAYER}self_attn.\1.weight", SAME),
+  Row(
+    "layers/mlp/gating_einsum",
+    (f"{_LAYER}mlp.gate_proj.weight", f"{_LAYER}mlp.up_proj.weight"),
+    DENSE,
+  ),
+  Row("layers/mlp/linear", f"{_LAYER}mlp.down_proj.weight", DENSE),
+  Row("layers/pre_attention_norm/scale", f"{_LAYER}input_layernorm.weight", SAME),
+  Row("final_norm/scale", "model.norm.weight", SAME),
+]
+# Gemma 2 moved a name: with norms after the sub-layers it is the attention's own.
+PRE_NORMS = [Row("layers/pre_ffw_norm/scale", f"{_LAYER}post_attention_layernorm.weight", SAME)]
+POST_NORMS = [
+  Row("layers/post_attention_norm/scale", f"{_LAYER}post_attention_layernorm.weight", SAME),
+  Row("layers/pre_ffw_norm/scale", f"{_LAYER}pre_feedforward_layernorm.weight", SAME),
+  Row("layers/post_ffw_norm/scale", f"{_LAYER}post_feedforward_layernorm.weight", SAME),
+]
+
+# What a family fixes, and the config.json fields that it may leave out.
+_QWEN2 = {
+  "activation": "silu",
+  "norm_plus_one": False,
+  "scale_embedding": False,
+  "qkv_bias": True,
+}
+_NORMS = {"post_norms": True}
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+  "qwen2": (_QWEN2, {"tie_word_embeddings": False}),
+  "gemma": ({}, {"head_dim": 256}),
+  "gemma2": (
+    _NORMS,
+    {
+      "head_dim": 256,
+      "sliding_window": 4096,
+      "sliding_window_pattern": 2,
+      "query_pre_attn_scalar": 256,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+    },
+  ),
+  "gemma3_text": (
+    _NORMS | {"qk_norm": True},
+    {
+      "vocab_size": 262_208,
+      "num_attention_heads": 8,
+      "num_key_value_heads": 4,
+      "head_dim": 256,
+      "sliding_window": 4096,
+      "sliding_window_pattern": 6,
+      "query_pre_attn_scalar": 256,
+      "rope_theta": 1e6,
+      "rope_local_base_freq": 1e4,
+    },
+  ),
+}
+
+
+def rows(cfg: DecoderConfig) -> list[Row]:
+  """The mapping table of a decoder."""
+  return ROWS + (POST_NORMS if cfg.post_norms else PRE_NORMS)
+
+
+def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfig:
+  """The decoder that the fields of a config.json describe.
+
+  `where` is named in errors. Raises InputError on a family or a feature that we do not have.
+  """
+  fields = fields.get("text_config", fields)
+  family = str(fields.get("model_type")).removeprefix("videorefer_")
+  if family not in FAMILIES:
+    known = ", ".join(FAMILIES)
+    raise InputError(f"{where}: model_type={fields.get('model_type')!r} is not one of {known}")
+  fixed, defaults = FAMILIES[family]
+  fields = {k: v for k, v in fields.items() if v is not None}
+  given, fields = fields, defaults | fields
+
+  def need(key):
+    if key not in fields:
+      raise InputError(f"{where}: no {key}")
+    return fields[key]
+
+  def only(key, *accepted):
+    if fields.get(key, accepted[0]) not in accepted:
+      names = ", ".join(repr(a) for a in accepted)
+      raise InputError(f"{where}: {key}={fields[key]!r} is not supported; accepted: {names}")
+
+  activation = fixed.get("activation", "gelu_tanh")
+  # Gemma's first release said "gelu" where it meant the tanh form.
+  names = ("silu",) if activation == "silu" else ("gelu_pytorch_tanh", "gelu")
+  only("hidden_act", *names)
+  only("hidden_activation", *names)
+  only("attention_bias", False)
+  only("use_sliding_window", False)
+  only("use_bidirectional_attention", False)
+
+  depth, heads, width = (
+    need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+  )
+  pattern: tuple[str, ...] = ("global",)
+  if "layer_types" in given:
+    words = {"full_attention": "global", "sliding_attention": "local"}
+    if set(given["layer_types"]) - set(words) or len(given["layer_types"]) != depth:
+      raise InputError(
+        f"{where}: layer_types must name {depth} layers, each {' or '.join(words)}; found "
+        f"{given['layer_types']!r}"
+      )
+    pattern = tuple(words[kind] for kind in given["layer_types"])
+  elif "sliding_window_pattern" in fields:
+    pattern = ("local",) * (fields["sliding_window_pattern"] - 1) + ("global",)
+  local = "local" in pattern
+
+  rope = fields.get("rope_parameters", {})
+  by_kind = rope if "full_attention" in rope else {"full_attention": rope}
+  rope = by_kind["full_attention"] or {}
+  scaling = rope if rope else fields.get("rope_scaling", {})
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if kind not in ("default", "linear"):
+    raise InputError(f"{where}: rope_type={kind!r} is not supported; accepted: default, linear")
+  local_rope = by_kind.get("sliding_attention") or {}
+  local_base = local_rope.get("rope_theta", fields.get("rope_local_base_freq"))
+  scalar = fields.get("query_pre_attn_scalar")
+  return DecoderConfig(
+    width=width,
+    depth=depth,
+    heads=heads,
+    kv_heads=fields.get("num_key_value_heads", heads),
+    head_dim=fields.get("head_dim", width // heads),
+    mlp_dim=need("intermediate_size"),
+    vocab_size=need("vocab_size"),
+    norm_eps=fields.get("rms_norm_eps", 1e-6),
+    tied_head=fields.get("tie_word_embeddings", True),
+    attn_soft_cap=fields.get("attn_logit_softcapping"),
+    final_soft_cap=fields.get("final_logit_softcapping"),
+    query_scale=None if scalar is None else scalar**-0.5,
+    pattern=pattern,
+    window=fields.get("sliding_window") if local else None,
+    rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
+    local_rope_base=None if not local or local_base is None else float(local_base),
+    rope_scale=float(scaling["factor"]) if kind == "linear" else 1.0,
+    **fixed,
+  )
+
+
+def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
+  """Reads a decoder folder (config.json and safetensors): (config, parameters).
+
+  Of a multimodal Gemma 3 folder it takes the language model.
+  """
+  folder = Path(folder)
+  cfg = decoder_config(read_json(folder / "config.json"), folder / "config.json")
+  tensors = Tensors(folder)
+  prefix = "language_model." if any(n.startswith("language_model.") for n in tensors) else ""
+
+  def unused(name: str) -> bool:
+    own = name.removeprefix(prefix)
+    tied_copy = own == "lm_head.weight" and cfg.tied_head
+    return not name.startswith(prefix) or tied_copy or own.endswith("rotary_emb.inv_freq")
+
+  shapes = _shapes(cfg)
+  wanted = list(slots(shapes, rows(cfg), theirs=prefix))
+  arrays, _ = fill(tensors, wanted, shapes, unused=unused, dtype=dtype)
+  return cfg, nested(arrays)
+
+
+def to_hf(cfg: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Parameters under the names of `transformers`; contiguous, dtype unchanged."""
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  return collect(params, slots({path: w.shape for path, w in flat.items()}, rows(cfg)))
+
+
+def _shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  def init(key):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, tokens, method=lambda m, t: m(m.embed(t), t))["params"]
+
+  return shapes_of(init, jax.random.key(0))
