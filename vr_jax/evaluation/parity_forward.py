@@ -1,4 +1,4 @@
-"""Golden stages 05 and 07: the whole model's forward pass and loss, and greedy generation."""
+"""Golden stages 05 and 07 and the benchmark scripts: forward pass, loss, greedy generation."""
 
 import functools
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ import numpy as np
 from data_pipes import batch as batches
 from data_pipes.batch import Clip, Row
 from data_pipes.errors import InputError
-from data_pipes.masks import mask_to_grid
-from data_pipes.prompts import IGNORE, MEDIA_IDS, Text
+from data_pipes.masks import mask_to_grid, segmentation_to_mask
+from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
+from vr_jax.evaluation.bench import BenchItem, predict, read_bench
 from vr_jax.evaluation.parity import (
   Case,
   CaseResult,
@@ -21,8 +22,10 @@ from vr_jax.evaluation.parity import (
   Produced,
   Refused,
   compare_cases,
+  exact,
 )
 from vr_jax.inference import generate
+from vr_jax.inference.model import Answer, Model, load
 from vr_jax.inference.sampling import Sampling, penalize
 from vr_jax.interop import videorefer
 from vr_jax.models.connector import scene_token_count
@@ -259,3 +262,52 @@ def _generate(published: Published, case: Case) -> Produced:
   }
   floats = ("first_logits", "last_logits", "margins")
   return Produced(arrays, atol=dict.fromkeys(floats, case.tolerance["logits_atol"]))
+
+
+# --- bench_inference --------------------------------------------------------------------------
+
+
+def bench_inference(golden: Golden) -> Iterator[CaseResult]:
+  """VideoRefer-Bench D and Q end to end, from the published files and media to the answers."""
+  recorded = golden.other_json("bench_inference")
+  model = load(golden.checkpoint)
+  for kind in ("D", "Q"):
+    items = read_bench(golden.path(golden.index["other_json"][f"bench_{kind.lower()}"]))
+    for mode, published in recorded[kind].items():
+      new_tokens = max(len(record["generated_ids"]) for record in published)
+      answers = predict(
+        model,
+        items,
+        golden.path("media"),
+        mode,
+        max_new_tokens=new_tokens,
+        scene_frames=published[0]["video_shape"][0],
+      )
+      name = f"{kind}_{mode}"
+      yield exact("bench_inference", name, _bench_pairs(model, mode, answers, published))
+
+
+def _bench_pairs(
+  model: Model, mode: str, answers: Iterator[tuple[BenchItem, Answer]], published: list[dict]
+) -> Iterator[tuple[Any, Any, Any]]:
+  """(what, ours, published) of every item of one benchmark and mode."""
+  for (item, answer), record in zip(answers, published, strict=True):
+    prompt, text = question_prompt(item.question, model.tokenizer, "video")
+    masks = item.masks(mode)
+    size = record["masks_shape"][-2:]
+    segmentations = [m for of in masks for m in of.values()]
+    areas = [int(segmentation_to_mask(m, *size).sum()) for m in segmentations]
+    tokens = [len(o["tokens"]) for o in answer.objects]
+    expected = {k: v for k, v in item.prediction(answer).items() if k != "id"}
+    pairs = {
+      "question": item.question,
+      "prompt": prompt,
+      "input_ids": text.ids.tolist(),
+      "objects_frames": [list(of) for of in masks],
+      "masks_area": areas,
+      "region_token_nums": tokens,
+      "generated_ids": list(answer.token_ids),
+      "output_record": expected,
+    }
+    for key, ours in pairs.items():
+      yield (item.id, key), ours, record[key]

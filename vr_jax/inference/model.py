@@ -18,7 +18,7 @@ from data_pipes.prompts import Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
 from vr_jax.inference import generate
-from vr_jax.inference.regions import MarkedObject, Region, objects_of, warnings_of
+from vr_jax.inference.regions import Region, objects_of, warnings_of
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import KVCache
@@ -29,11 +29,17 @@ ASSETS = Path(__file__).parent.parent / "assets"  # packaged models, one folder 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One question about one video; the fields are those of `Model.ask`."""
+  """One question about one video; the first three fields are those of `Model.ask`.
+
+  `annotation` takes the place of `regions` where the objects are annotated as in the published
+  files: {frame number: COCO segmentation or None} of each object, in merge order. There an object
+  may be empty.
+  """
 
   video: Any
   question: str
   regions: Sequence[Region] = ()
+  annotation: Sequence[Mapping[int, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ class _Prepared:
 
   text: Text
   clip: Clip
-  objects: Sequence[MarkedObject]
+  names: tuple[str, ...]
   warnings: tuple[str, ...]
 
 
@@ -188,7 +194,10 @@ class Model:
 
   def _prepare(self, request: Request, scene: int) -> _Prepared:
     video = open_video(request.video)
-    objects = objects_of(request.regions, video)
+    marked = objects_of(request.regions, video)
+    objects = [m.masks for m in marked] + list(request.annotation)
+    names = [m.name for m in marked]
+    names += [f"object {i}" for i in range(len(names), len(objects))]
     found = request.question.count(REGION)
     if found != len(objects):
       raise InputError(
@@ -200,12 +209,12 @@ class Model:
     clip = read_clip(
       request.video,
       self._shape([], scene),
-      [marked.masks for marked in objects],
+      objects,
       image=image,
       aspect_ratio=self.cfg.image_aspect_ratio,
     )
-    warnings = warnings_of(objects, self.cfg.img.grid, self.cfg.image_aspect_ratio)
-    return _Prepared(text, clip, objects, tuple(filter(None, [self.notice, *warnings])))
+    warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio)
+    return _Prepared(text, clip, tuple(names), tuple(filter(None, [self.notice, *warnings])))
 
   def _rows(self, chunk: Sequence[_Prepared], scene: int) -> Row:
     region_id = self.tokenizer.region_id
@@ -232,11 +241,11 @@ class Model:
 
   def _finish(self, prepared: _Prepared, ids: tuple[int, ...], segments: np.ndarray) -> Answer:
     objects = []
-    for marked, of_frame in zip(prepared.objects, segments, strict=False):
+    for name, masks, of_frame in zip(prepared.names, prepared.clip.objects, segments, strict=False):
       tokens: dict[int, list[int]] = {}
-      for number, segment in zip(marked.masks, of_frame, strict=False):
+      for number, segment in zip(masks, of_frame, strict=False):
         tokens.setdefault(int(segment), []).append(int(number))
-      objects.append({"name": marked.name, "tokens": [tokens[s] for s in sorted(tokens)]})
+      objects.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
     return Answer(
       text=self.tokenizer.decode(ids, skip_special=True).strip(),
       token_ids=ids,

@@ -1,0 +1,147 @@
+"""Asking the tiny published checkpoint through Python and through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vr_jax
+from data_pipes.errors import InputError
+from vr_jax import cli
+
+QUESTION = "What is <region> doing?"
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+  return vr_jax.load(golden / "tiny_videorefer_qwen2")
+
+
+@pytest.fixture
+def clip(golden):
+  return golden / "media" / "clip_mp4.mp4"
+
+
+def box(frame=3, **fields):
+  return vr_jax.Region(box=(10, 10, 60, 50), frame=frame, **fields)
+
+
+def test_the_command_and_python_give_the_same_text(model, golden, clip, capsys):
+  command = ["ask", "--checkpoint", str(golden / "tiny_videorefer_qwen2"), "--video", str(clip)]
+  command += ["--region", "box:10,10,60,50@3", "--question", QUESTION, "--max-new-tokens", "12"]
+  assert cli.main(command) == 0
+  printed = capsys.readouterr().out
+  answer = model.ask(clip, QUESTION, [box()], max_new_tokens=12)
+  assert printed == answer.text + "\n"
+  assert len(answer.token_ids) == 12
+  assert cli.main([*command, "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["token_ids"] == list(answer.token_ids)
+
+
+def test_answers_do_not_depend_on_the_batch(model, clip, golden):
+  cat = [box(f, name="cat") for f in range(0, 12, 2)]
+  requests = [
+    vr_jax.Request(clip, QUESTION, [box()]),
+    vr_jax.Request(
+      golden / "media" / "clip_dir",
+      "Compare <region> and <region>.",
+      [vr_jax.Region(point=(20, 20), frame=0), box(5)],
+    ),
+    vr_jax.Request(clip, "What happens in the video, and to <region>?", cat),
+    vr_jax.Request(clip, "What happens?"),
+  ]
+  together = model.ask_many(requests, max_new_tokens=10, batch_size=3)
+  for request, answer in zip(requests, together, strict=True):
+    alone = model.ask(request.video, request.question, request.regions, max_new_tokens=10)
+    assert alone == answer
+
+
+def test_an_answer_names_the_frames_behind_each_object_token(model, clip):
+  cat = [box(f, name="cat") for f in range(0, 24, 2)]
+  answer = model.ask(clip, QUESTION, cat, max_new_tokens=1)
+  (told,) = answer.objects
+  assert told["name"] == "cat"
+  assert 1 <= len(told["tokens"]) <= 4
+  assert [f for token in told["tokens"] for f in token] == list(range(0, 24, 2))
+
+
+def test_sampling_is_a_function_of_the_seed(model, clip):
+  def ask(seed):
+    return model.ask(clip, QUESTION, [box()], max_new_tokens=16, temperature=1.0, seed=seed)
+
+  assert ask(1) == ask(1)
+  assert ask(1).token_ids != ask(2).token_ids
+
+
+def test_images_and_arrays(model, golden):
+  image = golden / "media" / "img_a.png"
+  answer = model.ask(image, QUESTION, [vr_jax.Region(box=(5, 5, 30, 30))], max_new_tokens=4)
+  assert len(answer.token_ids) == 4
+  frames = np.stack([np.asarray(Image.open(image).convert("RGB"))] * 6)
+  assert model.ask(frames, "What happens?", max_new_tokens=4, scene_frames=6).scene_frames == (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+  )
+
+
+def test_a_vanished_object_is_warned_of(model, clip):
+  small = vr_jax.Region(box=(1, 1, 2, 2), frame=0)
+  (warning,) = model.ask(clip, QUESTION, [small], max_new_tokens=1).warnings
+  assert "too small" in warning
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["--region", "box:10,10,60,50@300"], "frames 0 to"),
+    (["--region", "box:10,10,60@3"], "box"),
+    (["--region", "nothing.png@3"], "neither a file nor a region"),
+    ([], "1 <region> but 0 objects"),
+    (["--region", "box:1,1,60,50@3", "--region", "box:9,9,60,50@3"], "1 <region> but 2 objects"),
+    (["--region", "box:10,10,60,50@3", "--top-p", "0"], "top_p"),
+    (["--region", "box:10,10,60,50@3", "--scene-frames", "1"], "scene_frames"),
+    (["--region", "box:10,10,60,50@3", "--max-new-tokens", "0"], "max_new_tokens"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, golden, clip, capsys):
+  command = ["ask", "--checkpoint", str(golden / "tiny_videorefer_qwen2"), "--video", str(clip)]
+  assert cli.main([*command, "--question", QUESTION, *arguments]) == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert printed.err.count("\n") == 1
+  assert says in printed.err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video"])
+def test_an_unreadable_video_is_named(model, tmp_path, content):
+  path = tmp_path / "broken.mp4"
+  path.write_bytes(content)
+  with pytest.raises(InputError, match=r"broken\.mp4"):
+    model.ask(path, "What happens?")
+
+
+def test_a_checkpoint_that_is_none(tmp_path, capsys):
+  command = ["ask", "--video", "x.mp4", "--question", "What?", "--checkpoint"]
+  assert cli.main([*command, str(tmp_path / "absent")]) == 2
+  assert "vr-mini" in capsys.readouterr().err
+  assert cli.main([*command, str(tmp_path)]) == 2
+  assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_truncated_published_checkpoint_is_named(golden, tmp_path):
+  broken = tmp_path / "broken"
+  broken.mkdir()
+  source = golden / "tiny_videorefer_qwen2"
+  for path in source.iterdir():
+    if path.is_file():
+      data = path.read_bytes()
+      cut = path.suffix == ".safetensors"
+      (broken / path.name).write_bytes(data[: len(data) // 2] if cut else data)
+  (broken / "siglip_vision_tower").symlink_to(source / "siglip_vision_tower")
+  with pytest.raises(InputError, match=r"model\.safetensors"):
+    vr_jax.load(broken)
