@@ -24,6 +24,13 @@ from vr_jax.sharding import match_table
 
 Params = dict[str, Any]
 ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
+# What the published trainer decays: all but biases and the scales of layer norms (those of RMS
+# norms decay). Source: transformers 4.40 Trainer.get_decay_parameter_names.
+PUBLISHED_WD_MULTS = (
+  (".*/(bias|b)", 0.0),
+  ("(img|connector)/.*[nN]orm(_?[0-9])?/scale", 0.0),
+  (".*", 1.0),
+)
 _UNITS = ("steps", "examples", "epochs", "percent")
 _OPTIONS = ("peak", "decay", *(f"warmup_{unit}" for unit in _UNITS))
 

@@ -9,10 +9,12 @@ A source is a path to one of
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
+import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
@@ -71,6 +73,8 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
   loaded: dict[str, Any] = {}
   for part, path in config.model_init:
     found = flax.traverse_util.flatten_dict(read_weights(path, part), sep="/")
+    if part == "llm":
+      fit_vocabulary(found, wanted)
     expected = [k for k in wanted if k.startswith(f"{part}/" if part else "")]
     problems = [f"{k} is missing" for k in expected if k not in found and k not in fresh]
     problems += [f"{k} is not expected" for k in found if k not in wanted]
@@ -101,7 +105,7 @@ def read_weights(path: str | Path, part: str = "") -> Params:
   elif part == "img":
     return {"img": published.load_tower(path)[1]}
   elif part == "llm":
-    return {"llm": hf_decoder.load(path)[1]}
+    return {"llm": hf_decoder.load(path)[1]}  # see fit_vocabulary
   else:
     raise InputError(
       f"config.model_init: {path}: found neither a checkpoint of vr_jax nor a published VideoRefer "
@@ -110,6 +114,20 @@ def read_weights(path: str | Path, part: str = "") -> Params:
   if part and part not in params:
     raise InputError(f"config.model_init: {path} holds {', '.join(params)}, not {part!r}")
   return {part: params[part]} if part else params
+
+
+def fit_vocabulary(found: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Gives the token tables of a decoder as many rows as the model has, in place.
+
+  Released tables have spare rows, which the published code cuts off after adding `<region>`
+  (Qwen2-7B: 152064 to 151647; `<region>` takes a formerly spare row). Rows that are missing become
+  the mean of the others.
+  """
+  for name in ("llm/embedder/input_embedding", "llm/embedder/output_embedding"):
+    if name in found and name in wanted:
+      table, rows = found[name], wanted[name].shape[0]
+      missing = np.repeat(table.mean(0, keepdims=True), max(0, rows - len(table)), axis=0)
+      found[name] = np.concatenate([table[:rows], missing.astype(table.dtype)])
 
 
 def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:

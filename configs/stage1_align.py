@@ -1,0 +1,52 @@
+"""Stage 1 of VideoRefer-7B: images and videos aligned with text; the connector alone trains.
+
+    vr train --config configs/stage1_align.py:data=DATA,siglip=SIGLIP,llm=QWEN --workdir W/stage1
+
+DATA/stage1.json is in the published format, media paths relative to DATA; for other places set
+--config.input.files="('a.json', 'b.json')" and --config.input.media=DIR. SIGLIP and QWEN are the
+folders of google/siglip-so400m-patch14-384 and Qwen/Qwen2-7B-Instruct.
+
+From the paper (arXiv 2501.00599, appendix B.1): lr 1e-3, batch 256, one epoch, 16 scene frames; the
+plain text of the published scripts, which supervises the question too. The paper trains it on
+VideoLLaMA2.1's stage-1 data (10 M videos, 600 K images).
+
+Hardware: written for 8 GPUs of 80 GB, one row each at a time (`devices` is their number, a multiple
+of 8); the frozen parameters, bfloat16, are 16 GB over eight of them. Not run at full size here.
+"""
+
+from ml_collections import ConfigDict
+
+from vr_jax.configs import base_config, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """The whole recipe stands here; the later stages change what differs."""
+  arg = parse_arg(arg, data="data", siglip="siglip", llm="qwen2", devices=8)
+  config = base_config()
+  config.model_name = "videorefer-7b"
+  config.model = (
+    ("img.dtype", "bfloat16"),
+    ("connector.dtype", "bfloat16"),
+    ("region.dtype", "bfloat16"),
+    ("llm.dtype", "bfloat16"),
+    ("connector.remat", "full"),
+    ("llm.remat", "full"),
+  )
+  config.model_init = (("img", arg.siglip), ("llm", arg.llm))
+  config.frozen_dtype = "bfloat16"
+
+  config.input.files = (f"{arg.data}/stage1.json",)
+  config.input.media = arg.data
+  config.input.templated = False
+  config.input.batch_size = 256
+  config.input.accum_steps = 256 // arg.devices
+  config.total_epochs = 1.0
+  config.loss_budget = 2048  # as many as a row has text ids
+
+  config.lr = 1e-3
+  options = {"warmup_percent": 0.03, "decay": "cosine"}
+  config.schedule = (("connector/.*", options), (".*", None))
+
+  config.mesh = (("data", -1), ("fsdp", min(8, arg.devices)))
+  config.ckpt_steps = 5000
+  return config

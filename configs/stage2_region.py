@@ -1,0 +1,30 @@
+"""Stage 2 of VideoRefer-7B: regions aligned with text; the region encoder alone trains.
+
+    vr train --config configs/stage2_region.py:data=DATA,init=W/stage1 --workdir W/stage2
+
+DATA/stage2.json holds VideoRefer-700K's short captions and referring-segmentation sets in the
+published format (the published stage2.json itself was not released). `init` is stage 1's work
+directory, or a published folder.
+
+From the paper (appendix B.1): lr 1e-3, batch 256, one epoch, one mask frame an object. Which frame
+is not published: here the first in which the object is seen (`input.single_frame`).
+
+Hardware: as stage1_align.py. Not run at full size here.
+"""
+
+from ml_collections import ConfigDict
+
+from vr_jax.configs import load_config, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Stage 1's config with another trained part, other data and the chat template."""
+  arg = parse_arg(arg, data="data", init="stage1", devices=8)
+  config = load_config(f"stage1_align:data={arg.data},devices={arg.devices}")
+  config.model_init = (("", arg.init),)
+  config.input.files = (f"{arg.data}/stage2.json",)
+  config.input.templated = True
+  config.input.masks = "single"
+  options = {"warmup_percent": 0.03, "decay": "cosine"}
+  config.schedule = (("region/.*", options), (".*", None))
+  return config
