@@ -10,7 +10,7 @@ import pytest
 
 from vr_jax.attention import attention, choice
 from vr_jax.inference.generate import Generator
-from vr_jax.models.decoder import Block, Decoder, DecoderConfig, KVCache, Tables, visible
+from vr_jax.models.decoder import Block, Decoder, DecoderConfig, KVCache, Tables, fuse, visible
 
 GEMMA = DecoderConfig(
   width=64, depth=4, heads=4, kv_heads=2, head_dim=16, mlp_dim=96, vocab_size=120
@@ -91,6 +91,24 @@ def test_cached_decode_equals_full_forward(cfg):
   np.testing.assert_allclose(jnp.concatenate(steps, 1), expected, atol=2e-5)
   assert int(cache.end) == 11
   assert not cache.fresh
+
+
+def test_the_fused_layout_is_the_same_model(cfg):
+  params, (tokens, positions) = init(cfg), example(cfg)
+  expected = apply(cfg, params, tokens, positions)
+  fused, weights = fuse(cfg, params["params"])
+  np.testing.assert_allclose(
+    apply(fused, {"params": weights}, tokens, positions), expected, atol=2e-5
+  )
+  made = jax.eval_shape(lambda: Decoder(fused).init(jax.random.key(0), *example(cfg), method=full))
+  assert jax.tree.map(jnp.shape, made["params"]) == jax.tree.map(jnp.shape, weights)
+  cache = KVCache.empty(fused, 1, 12)
+  _, cache = apply(fused, {"params": weights}, tokens[:1, :7], positions[:1, :7], cache)
+  cache = cache.take(jnp.zeros(2, int))
+  tokens = np.concatenate([tokens[[0, 0], :7], tokens[:, 7:]], 1)
+  logits, _ = apply(fused, {"params": weights}, tokens[:, 7:], positions[:, 7:], cache)
+  expected = apply(cfg, params, tokens, positions)
+  np.testing.assert_allclose(logits, expected[:, 7:], atol=2e-5)
 
 
 def test_rows_of_different_length_equal_each_alone(cfg):

@@ -53,15 +53,19 @@ def choice(q: jax.ShapeDtypeStruct, soft_cap: float | None = None) -> dict[str, 
 
 def _xla(q, k, v, mask, scale, soft_cap):
   B, L, N, H = q.shape
-  K = k.shape[2]
-  q = q.reshape(B, L, K, N // K, H)
-  scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32) * scale
+  S, K = k.shape[1:3]
+  # One matmul for each key head: its G query heads stand above each other as G*L rows.
+  q = q.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
   if soft_cap is not None:
     scores = jnp.tanh(scores / soft_cap) * soft_cap
   if mask is not None:
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scores = scores.reshape(B, K, -1, L, S)
+    scores = jnp.where(mask[:, None, None], scores, MASKED).reshape(B, K, -1, S)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BKGLS,BSKH->BLKGH", weights, v).reshape(B, L, N, H)
+  y = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
+  return y.reshape(B, K, -1, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
 KERNELS = (Kernel("xla", _xla, lambda q, soft_cap: None),)

@@ -160,7 +160,7 @@ class Generator:
 def _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys) -> Decoding:
   B = logits.shape[0]
   limits = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (B,))
-  free = cache.k.shape[2] - int(cache.end)
+  free = cache.positions.shape[1] - int(cache.end)
   if limits.min() < 1 or limits.max() - 1 > free:
     raise ValueError(
       f"max_new_tokens={max_new_tokens}: give at least 1 and at most {free + 1}, the free cache "

@@ -13,11 +13,17 @@ Parameters carry big_vision's Gemma names, with the layer axis X in front:
   layers/{pre_attention_norm,pre_ffw_norm}/scale [X,D], final_norm/scale [D]
   layers/{post_attention_norm,post_ffw_norm}/scale      (Gemma 2, Gemma 3)
 
+`fuse` lays them out for inference: layers apart (layers_0, …), one matrix for q, k and v, one for
+gate and up, matmul weights in the dtype of the matmuls.
+
 Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Qwen2 (2407.10671).
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -26,11 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vr_jax.attention import attention
-
-REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every weight matmul
-  "full": jax.checkpoint_policies.nothing_saveable,  # keeps only each layer's input
-}
+from vr_jax.remat import remat
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
@@ -43,7 +45,8 @@ class DecoderConfig:
   "global". `rope_scale` divides the positions of global layers (Gemma 3: 8). `norm_plus_one`:
   norms multiply by 1 + scale. `query_scale` None means head_dim ** -0.5. `dtype` is that of the
   matmuls and the KV cache. `remat` is none, dots or full. `prefix_lm`: slots of a prefix see the
-  whole prefix (PaliGemma); otherwise causal.
+  whole prefix (PaliGemma); otherwise causal. `layout` is that of the parameters: "scanned"
+  (training, checkpoints) or "fused" (what `fuse` makes).
   """
 
   width: int
@@ -72,6 +75,7 @@ class DecoderConfig:
   prefix_lm: bool = False
   dtype: str = "float32"
   remat: str = "none"
+  layout: str = "scanned"
 
   def layer_kinds(self) -> tuple[str, ...]:
     """ "local" or "global" for each layer."""
@@ -82,13 +86,14 @@ class DecoderConfig:
 class KVCache:
   """Keys and values of the slots seen so far; passed in, returned, never mutated.
 
-  k, v [X,B,S,K,H]; positions i32 [B,S], -1 = empty slot; end i32, the next slot to write (the
-  same for every row: a row that pads or has ended writes slots of position -1, which no query
-  sees). `fresh` is static: nothing is cached yet, so a prefill need not look at the cache.
+  k, v [X,B,K,S,H], in the fused layout a tuple of X arrays [B,K,S,H]; positions i32 [B,S], -1 =
+  empty slot; end i32, the next slot to write (the same for every row: a row that pads or has ended
+  writes slots of position -1, which no query sees). `fresh` is static: nothing is cached yet, so a
+  prefill need not look at the cache.
   """
 
-  k: Float[Array, "X B S K H"]
-  v: Float[Array, "X B S K H"]
+  k: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
+  v: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
   positions: Int[Array, "B S"]
   end: Int[Array, ""]
   fresh: bool = flax.struct.field(pytree_node=False, default=False)
@@ -96,10 +101,16 @@ class KVCache:
   @classmethod
   def empty(cls, cfg: DecoderConfig, rows: int, slots: int) -> "KVCache":
     """A cache with room for `slots` slots of each row."""
-    shape = (cfg.depth, rows, slots, cfg.kv_heads, cfg.head_dim)
+    shape = (rows, cfg.kv_heads, slots, cfg.head_dim)
+
+    def zeros():
+      if cfg.layout == "fused":
+        return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.depth))
+      return jnp.zeros((cfg.depth, *shape), cfg.dtype)
+
     return cls(
-      k=jnp.zeros(shape, cfg.dtype),
-      v=jnp.zeros(shape, cfg.dtype),
+      k=zeros(),
+      v=zeros(),
       positions=jnp.full((rows, slots), -1, jnp.int32),
       end=jnp.zeros((), jnp.int32),
       fresh=True,
@@ -107,9 +118,8 @@ class KVCache:
 
   def take(self, rows: Int[Array, "B"]) -> "KVCache":
     """The cache of the given rows, repeated or reordered: one video prefix for many questions."""
-    return self.replace(
-      k=self.k[:, rows], v=self.v[:, rows], positions=self.positions[rows], end=self.end
-    )
+    k, v = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), (self.k, self.v))
+    return self.replace(k=k, v=v, positions=self.positions[rows])
 
 
 @flax.struct.dataclass
@@ -180,17 +190,44 @@ class Einsum(nn.Module):
   """A projection with big_vision's parameter names: `w`, and `b` of shape `bias` if given."""
 
   shape: tuple[int, ...]
-  in_axes: tuple[int, ...]
   bias: tuple[int, ...] | None = None
 
   @nn.compact
-  def __call__(self, equation: str, x: Array) -> Array:
-    w = self.param("w", _scaled_by(*self.in_axes), self.shape)
+  def __call__(self, equation: str, x: Float[Array, "B L D"]) -> Float[Array, "... B L N H"]:
+    w = self.param("w", _scaled_by(-2), self.shape)
     y = jnp.einsum(equation, x, w.astype(x.dtype))
     if self.bias is not None:
       b = self.param("b", nn.initializers.zeros, self.bias).astype(x.dtype)
       y = y + jnp.expand_dims(b, (-4, -3))  # [N,H] or [T,N,H] onto [B,L,N,H] or [T,B,L,N,H]
     return y
+
+
+class FusedProjection(nn.Module):
+  """q, k and v in one matmul: heads of q, then of k, then of v."""
+
+  heads: int
+  head_dim: int
+  bias: bool
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L N H"]:
+    width = self.heads * self.head_dim
+    y = x @ self.param("w", _scaled_by(0), (x.shape[-1], width)).astype(x.dtype)
+    if self.bias:
+      y = y + self.param("b", nn.initializers.zeros, (width,)).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+
+class OutputProjection(nn.Module):
+  """Heads back to the residual stream; big_vision's `attn_vec_einsum`."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B L N H"]) -> Float[Array, "B L D"]:
+    N, H = x.shape[-2:]
+    w = self.param("w", _scaled_by(0, 1), (N, H, self.cfg.width)).astype(x.dtype)
+    return x.reshape(*x.shape[:-2], N * H) @ w.reshape(N * H, -1)
 
 
 class Attention(nn.Module):
@@ -205,9 +242,12 @@ class Attention(nn.Module):
 
     def project(name, equation, *shape):
       bias = (*shape[:-2], H) if c.qkv_bias else None
-      return Einsum(shape, (-2,), bias, name=name)(equation, x)
+      return Einsum(shape, bias, name=name)(equation, x)
 
-    if N == K:
+    if c.layout == "fused":
+      qkv = FusedProjection(N + 2 * K, H, c.qkv_bias, name="qkv")(x)
+      q, k, v = jnp.split(qkv, (N, N + K), axis=2)
+    elif N == K:
       q, k, v = project("qkv_einsum", "BLD,TNDH->TBLNH", 3, N, D, H)
     else:
       q = project("q_einsum", "BLD,NDH->BLNH", N, D, H)
@@ -218,16 +258,23 @@ class Attention(nn.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
     if kv is not None:
-      start = (layer, 0, tables.end, 0, 0)
-      kv = tuple(
-        jax.lax.dynamic_update_slice(old, new[None], start)
-        for old, new in zip(kv, (k, v), strict=True)
-      )
+      start = (0, 0, tables.end, 0)
+      new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+      if layer is None:
+        kv = seen = tuple(map(functools.partial(_write, start=start), kv, new))
+      else:
+        new = (new[0][None], new[1][None])
+        kv = tuple(map(functools.partial(_write, start=(layer, *start)), kv, new))
+        seen = (kv[0][layer], kv[1][layer])
       if not tables.fresh:
-        k, v = kv[0][layer], kv[1][layer]
+        k, v = seen[0].swapaxes(1, 2), seen[1].swapaxes(1, 2)
     scale = H**-0.5 if c.query_scale is None else c.query_scale
     y = attention(q, k, v, tables.mask[kind], scale=scale, soft_cap=c.attn_soft_cap)
-    return Einsum((N, H, D), (0, 1), name="attn_vec_einsum")("BLNH,NHD->BLD", y), kv
+    return OutputProjection(c, name="attn_vec_einsum")(y), kv
+
+
+def _write(old: Array, new: Array, start: tuple) -> Array:
+  return jax.lax.dynamic_update_slice(old, new, start)
 
 
 class FeedForward(nn.Module):
@@ -238,13 +285,23 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     c = self.cfg
-    gating = self.param("gating_einsum", _scaled_by(1), (2, c.width, c.mlp_dim)).astype(x.dtype)
-    linear = self.param("linear", _scaled_by(0), (c.mlp_dim, c.width)).astype(x.dtype)
-    return (ACTIVATIONS[c.activation](x @ gating[0]) * (x @ gating[1])) @ linear
+    D, F = c.width, c.mlp_dim
+    if c.layout == "fused":
+      both = x @ self.param("gate_up", _scaled_by(0), (D, 2 * F)).astype(x.dtype)
+      gate, up = jnp.split(both, 2, axis=-1)
+    else:
+      gating = self.param("gating_einsum", _scaled_by(1), (2, D, F)).astype(x.dtype)
+      gate, up = x @ gating[0], x @ gating[1]
+    linear = self.param("linear", _scaled_by(0), (F, D)).astype(x.dtype)
+    return (ACTIVATIONS[c.activation](gate) * up) @ linear
 
 
 class Block(nn.Module):
-  """One layer; scanned, so it takes (carry, tables, what is particular to the layer)."""
+  """One layer; may be scanned, so it takes (carry, tables, what is particular to the layer).
+
+  The carry is x and the cache's (k, v): of all layers with `layer` an index into them, or of this
+  layer alone with `layer` None.
+  """
 
   cfg: DecoderConfig
 
@@ -293,17 +350,17 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.cfg
-    block = Block
-    if c.remat != "none":
-      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
     self.embedder = Embedder(c)
-    self.layers = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, 0),
-      length=c.depth,
-    )(c)
+    if c.layout == "fused":
+      self.layers = [Block(c) for _ in range(c.depth)]
+    else:
+      self.layers = nn.scan(
+        remat(Block, c.remat, scanned=True),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=c.depth,
+      )(c)
     self.final_norm = RMSNorm(c)
 
   def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -342,10 +399,16 @@ class Decoder(nn.Module):
       mask, cos, sin, *((cache.end, cache.fresh) if cache is not None else (None, True))
     )
 
-    kind = jnp.asarray([kinds.index(k) for k in c.layer_kinds()], jnp.int32)
-    kv = None if cache is None else (cache.k, cache.v)
-    of_layer = (kind, jnp.arange(c.depth, dtype=jnp.int32))
-    (x, kv), _ = self.layers((x.astype(c.dtype), kv), tables, of_layer)
+    x, kv = x.astype(c.dtype), None if cache is None else (cache.k, cache.v)
+    of_layer = [kinds.index(k) for k in c.layer_kinds()]
+    if c.layout == "fused":
+      per_layer = [None] * c.depth if kv is None else list(zip(*kv, strict=True))
+      for i, (layer, kind) in enumerate(zip(self.layers, of_layer, strict=True)):
+        (x, per_layer[i]), _ = layer((x, per_layer[i]), tables, (kind, None))
+      kv = None if kv is None else tuple(zip(*per_layer, strict=True))
+    else:
+      xs = (jnp.asarray(of_layer, jnp.int32), jnp.arange(c.depth, dtype=jnp.int32))
+      (x, kv), _ = self.layers((x, kv), tables, xs)
     if cache is not None:
       end = cache.end + positions.shape[1]
       cache = KVCache(k=kv[0], v=kv[1], positions=stored, end=end)
@@ -388,3 +451,31 @@ class Decoder(nn.Module):
     powers = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
     angles = positions.astype(jnp.float32)[:, :, None] * (1.0 / (base**powers) / scale)
     return mask, jnp.cos(angles), jnp.sin(angles)
+
+
+def fuse(cfg: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
+  """A scanned decoder in the fused layout, for inference: (config, parameters).
+
+  A step then reads every weight once, in few large matmuls, and no layer is sliced out of a stack.
+  """
+  if cfg.layout != "scanned":
+    raise ValueError(f"layout={cfg.layout!r}: only a scanned decoder can be fused")
+
+  def layer(i: int) -> dict[str, Any]:
+    of_layer = jax.tree.map(lambda w: w[i], params["layers"])
+    attn, mlp = dict(of_layer["attn"]), of_layer["mlp"]
+    names = [name for name in ("q_einsum", "kv_einsum", "qkv_einsum") if name in attn]
+    projections = [attn.pop(name) for name in names]
+    w = jnp.concatenate([p["w"].reshape(-1, cfg.width, cfg.head_dim) for p in projections])
+    attn["qkv"] = {"w": w.swapaxes(0, 1).reshape(cfg.width, -1)}
+    if cfg.qkv_bias:
+      attn["qkv"]["b"] = jnp.concatenate([p["b"].reshape(-1) for p in projections])
+    gate_up = jnp.concatenate(list(mlp["gating_einsum"]), axis=-1)
+    return {**of_layer, "attn": attn, "mlp": {"gate_up": gate_up, "linear": mlp["linear"]}}
+
+  fused = {k: v for k, v in params.items() if k != "layers"}
+  fused |= {f"layers_{i}": layer(i) for i in range(cfg.depth)}
+  fused = jax.tree_util.tree_map_with_path(
+    lambda path, w: w if path[-1].key == "scale" else w.astype(cfg.dtype), fused
+  )
+  return dataclasses.replace(cfg, layout="fused"), fused
