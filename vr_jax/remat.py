@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 
+from data_pipes.errors import InputError
+
 POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every weight matmul
   "full": jax.checkpoint_policies.nothing_saveable,  # keeps only each layer's input
@@ -17,5 +19,5 @@ def remat(layer: type[nn.Module], policy: str, *, scanned: bool = False) -> type
   if policy == "none":
     return layer
   if policy not in POLICIES:
-    raise ValueError(f"remat={policy!r} is not one of none, {', '.join(POLICIES)}")
+    raise InputError(f"remat={policy!r} is not one of none, {', '.join(POLICIES)}")
   return nn.remat(layer, policy=POLICIES[policy], prevent_cse=not scanned)

@@ -265,13 +265,13 @@ def guess_tower_config(
   layers = [re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.", n) for n in tensors]
   depth = 1 + max(int(m[1]) for m in layers if m)
   grid = round(positions**0.5)
-  heads = 16 if width == 1152 else width // 64
+  heads = 16 if width == 1152 else width // 64  # so400m has heads of 72, all others of 64
   named = re.search(r"patch(\d+)-(\d+)$", name)
   if named and int(named[1]) == patch and int(named[2]) // patch == grid:
     image_size, source = int(named[2]), "from its name"
   else:
     image_size, source = grid * patch, "assumed: whole patches"
-  if width % heads:
+  if not heads or width % heads:
     raise InputError(
       f"{tensors.path}: cannot tell the heads of a tower of width {width}; put the tower's folder "
       f"(config key mm_vision_tower={name!r}) beside the checkpoint"
@@ -425,7 +425,7 @@ def _read_tower(
     tensors,
     wanted,
     shapes,
-    unused=lambda name: bool(_UNUSED_OF_TOWER.match(name.removeprefix(prefix))),
+    unused=lambda name: _unused_of_tower(name.removeprefix(prefix), cfg),
     dtype=dtype,
   )
 
@@ -459,11 +459,13 @@ def load_connector(
   return cfg, nested(arrays)
 
 
-# What a hidden state of a tower does not need; whole SigLIP models hold a text half as well.
-_UNUSED_OF_TOWER = re.compile(
-  r"encoder\.layers\.\d+\.|post_layernorm\.|head\.|embeddings\.position_ids$"
-  r"|text_model\.|logit_(scale|bias)$"
-)
+def _unused_of_tower(name: str, cfg: SiglipConfig) -> bool:
+  """What a hidden state does not need; whole SigLIP models hold a text half as well."""
+  layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+  if layer:
+    return int(layer[1]) < cfg.depth
+  parts = r"post_layernorm\.|head\.|embeddings\.position_ids$|text_model\.|logit_(scale|bias)$"
+  return re.match(parts, name) is not None
 
 
 def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:
@@ -471,7 +473,7 @@ def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:
 
   def unused(name: str) -> bool:
     if name.startswith(_SHARD_TOWER):
-      return bool(_UNUSED_OF_TOWER.match(name.removeprefix(_SHARD_TOWER)))
+      return _unused_of_tower(name.removeprefix(_SHARD_TOWER), cfg.img)
     if name == "lm_head.weight":
       return cfg.llm.tied_head
     return name.endswith(".rotary_emb.inv_freq")

@@ -215,6 +215,11 @@ class Connector(nn.Module):
           f"the same; it is {c.width}"
         )
       side = round(N**0.5)
+      if not scene_token_count(c, T, side):
+        raise InputError(
+          f"connector kind {c.kind} makes no scene token of {T} frames with {side}x{side} patches; "
+          f"it joins blocks of {kind.stride} (frames, rows, columns)"
+        )
       x = out["s1"] = Stage(c, kind.stage_depth, name="s1")(x.reshape(B, T, side, side, D))
       x = out["sampler"] = Sampler(c, name="sampler")(x)
       x = out["s2"] = Stage(c, kind.stage_depth, name="s2")(x)

@@ -1,0 +1,261 @@
+"""Golden cases: outputs of the published code against ours, made by the modules that users run.
+
+A golden folder holds `cases.json` (stages, their cases, arrays and tolerances) beside weights,
+arrays, media and JSON files; its README describes every array. A stage is compared by the function
+that `STAGES` names; it takes the folder and yields a `CaseResult` for each case.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.errors import InputError
+
+# Stage of a golden folder, or a name in its `other_json` -> module:function(golden) -> results.
+STAGES = {
+  "01_siglip": "vr_jax.evaluation.parity_model:siglip",
+  "02_projectors": "vr_jax.evaluation.parity_model:projectors",
+  "03_region": "vr_jax.evaluation.parity_model:region",
+  "04_token_merge": "vr_jax.evaluation.parity_model:token_merge",
+  "05_forward": "vr_jax.evaluation.parity_forward:forward",
+  "06_gradients": "vr_jax.evaluation.parity_training:gradients",
+  "06b_training": "vr_jax.evaluation.parity_training:training",
+  "07_generate": "vr_jax.evaluation.parity_forward:generation",
+  "08_preprocess": "vr_jax.evaluation.parity_text:preprocess",
+  "frame_sample": "vr_jax.evaluation.parity_text:frame_sample",
+  "prompts": "vr_jax.evaluation.parity_text:prompts",
+  "bench_q_scoring": "vr_jax.evaluation.parity_text:bench_q_scoring",
+  "bench_d_scoring": "vr_jax.evaluation.parity_text:bench_d_scoring",
+  "bench_inference": "vr_jax.evaluation.parity_forward:bench_inference",
+}
+
+PASS, FAIL, REFUSED, SKIPPED = "pass", "fail", "refused by design", "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseResult:
+  """What came of one case.
+
+  `max_error` and `rms_error` are the largest over the case's arrays (for exact data: of the
+  differences), None where nothing numeric was compared; `tolerance` and `rms_tolerance` are what
+  the folder allows. `status` is pass, fail, refused by design or skipped; only fail is a failure.
+  """
+
+  stage: str
+  case: str
+  status: str
+  max_error: float | None = None
+  rms_error: float | None = None
+  tolerance: float | None = None
+  rms_tolerance: float | None = None
+  note: str = ""
+
+  def __str__(self) -> str:
+    def against(name, error, tolerance):
+      if error is None:
+        return ""
+      return f"{name} {error:.1e}" + ("" if tolerance is None else f" (of {tolerance:.1e})")
+
+    errors = against("max", self.max_error, self.tolerance)
+    rms = against("rms", self.rms_error, self.rms_tolerance)
+    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{self.note}".rstrip()
+
+
+class Refused(Exception):
+  """Our code does not reproduce a case, and says by which decision (B1 ... B28) of its design."""
+
+
+class Skipped(Exception):
+  """A case is about something that is not built, and that is optional."""
+
+
+class Case:
+  """One golden case. `case["x"]` reads an input array; arrays never read are expected outputs."""
+
+  def __init__(self, fields: Mapping[str, Any], stage: str, npz: Mapping[str, np.ndarray]):
+    self.stage, self.id = stage, fields["id"]
+    self.meta: dict[str, Any] = fields.get("meta") or {}
+    self.tolerance: dict[str, Any] = fields.get("tol") or {}
+    self._keys = {name: array["key"] for name, array in (fields.get("arrays") or {}).items()}
+    self._npz = npz
+    self._inputs: set[str] = set()
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    self._inputs.add(name)
+    return self.reference(name)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._keys
+
+  def reference(self, name: str) -> np.ndarray:
+    """An array of the case, without making it an input."""
+    if name not in self._keys:
+      raise InputError(f"{self.stage} {self.id}: the case has no array {name}")
+    return self._npz[self._keys[name]]
+
+  def expected(self) -> list[str]:
+    """Names of the arrays that our code must produce."""
+    return [name for name in self._keys if name not in self._inputs]
+
+
+class Golden:
+  """A golden folder; raises InputError if it is none."""
+
+  def __init__(self, folder: Path | str):
+    self.folder = Path(folder)
+    index = self.folder / "cases.json"
+    if not index.is_file():
+      raise InputError(f"{self.folder}: no golden folder (it has no cases.json)")
+    try:
+      self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+      self._stages = {stage["stage"]: stage for stage in self.index["stages"]}
+    except (ValueError, KeyError, TypeError) as error:
+      raise InputError(f"{index}: no index of golden cases ({error!r})") from None
+
+  def stages(self) -> list[str]:
+    """The folder's stages, then those of its other JSON files that hold cases."""
+    return [*self._stages, *(name for name in self.index.get("other_json", {}) if name in STAGES)]
+
+  def path(self, name: str) -> Path:
+    """A file or folder that the index or a case names."""
+    path = self.folder / name
+    if not path.exists():
+      raise InputError(f"{self.folder}: golden folder without {name}")
+    return path
+
+  @functools.cached_property
+  def checkpoint(self) -> Path:
+    """The folder of the tiny published model."""
+    return self.path(self.index["checkpoint"])
+
+  def other_json(self, name: str) -> Any:
+    """One of the JSON files that the index lists beside its stages."""
+    return json.loads(self.path(self.index["other_json"][name]).read_text(encoding="utf-8"))
+
+  def cases(self, stage: str) -> list[Case]:
+    fields = self._stages[stage]
+    npz = np.load(self.path(fields["npz"])) if "npz" in fields else {}
+    return [Case(case, stage, npz) for case in fields["cases"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Produced:
+  """Our arrays for a case.
+
+  `atol` replaces the case's tolerances for the arrays it names. Those in `loose` hinge on one
+  rounding of the published code: they are compared, but not held strictly.
+  """
+
+  arrays: Mapping[str, np.ndarray]
+  atol: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  loose: frozenset[str] = frozenset()
+  note: str = ""
+
+
+def compare(case: Case, produced: Produced) -> CaseResult:
+  """Every expected array of a case with ours: floats within `atol` and `rms_tol`, others equal."""
+  tolerance = case.tolerance
+  problems, notes, worst, worst_rms = [], [produced.note] if produced.note else [], 0.0, 0.0
+  for name in case.expected():
+    wanted = case.reference(name)
+    if name not in produced.arrays:
+      problems.append(f"{name} is not produced")
+      continue
+    found = np.asarray(produced.arrays[name])
+    if found.shape != wanted.shape:
+      problem = f"{name} has shape {list(found.shape)} instead of {list(wanted.shape)}"
+    else:
+      error = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+      largest = float(error.max(initial=0.0))
+      rms = float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+      if not np.issubdtype(wanted.dtype, np.floating):
+        within = not error.any()
+      elif name in produced.atol:
+        within = largest <= produced.atol[name]
+      else:
+        allowed = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * np.abs(wanted)
+        within = np.all(error <= allowed) and rms <= tolerance.get("rms_tol", np.inf)
+      if within or name not in produced.loose:
+        worst, worst_rms = np.fmax(worst, largest), np.fmax(worst_rms, rms)
+      problem = None if within else f"{name} differs by {largest:.1e} (rms {rms:.1e})"
+    if problem:
+      (notes if name in produced.loose else problems).append(problem)
+  return CaseResult(
+    stage=case.stage,
+    case=case.id,
+    status=FAIL if problems else PASS,
+    max_error=float(worst),
+    rms_error=float(worst_rms),
+    tolerance=tolerance.get("atol", max(produced.atol.values(), default=None)),
+    rms_tolerance=tolerance.get("rms_tol"),
+    note="; ".join(problems + notes),
+  )
+
+
+def compare_cases(
+  cases: Iterable[Case], run: Callable[[Case], Produced | Mapping[str, np.ndarray]]
+) -> Iterator[CaseResult]:
+  """`run` on every case, compared. `Refused`, `Skipped` and `InputError` become results."""
+  for case in cases:
+    try:
+      produced = run(case)
+    except Refused as reason:
+      yield CaseResult(case.stage, case.id, REFUSED, note=str(reason))
+    except Skipped as reason:
+      yield CaseResult(case.stage, case.id, SKIPPED, note=str(reason))
+    except InputError as error:
+      yield CaseResult(case.stage, case.id, FAIL, note=str(error))
+    else:
+      yield compare(case, produced if isinstance(produced, Produced) else Produced(produced))
+
+
+def exact(
+  stage: str, group: str, pairs: Iterable[tuple[Any, Any, Any]], note: str = ""
+) -> CaseResult:
+  """One result for many (what, ours, published) that must be equal; the first few are named."""
+  count, wrong = 0, []
+  try:
+    for what, ours, published in pairs:
+      count += 1
+      if ours != published:
+        wrong.append(f"{what!r:.60}: {ours!r:.80} instead of {published!r:.80}")
+  except InputError as error:
+    return CaseResult(stage, group, FAIL, note=f"after {count}: {error}")
+  if not wrong:
+    return CaseResult(stage, group, PASS, note=f"{count} equal{note and f'; {note}'}")
+  shown = "; ".join(wrong[:3])
+  return CaseResult(stage, group, FAIL, note=f"{len(wrong)} of {count} differ: {shown}")
+
+
+def run_parity(
+  folder: Path | str,
+  stages: Iterable[str] | None = None,
+  report: Callable[[CaseResult], None] = lambda result: None,
+) -> list[CaseResult]:
+  """Runs the cases of a golden folder (all stages, or those named), telling `report` of each.
+
+  A stage of the folder that nothing compares is a failure. Raises InputError where the folder is
+  no golden set or has no such stage.
+  """
+  golden = Golden(folder)
+  wanted = list(stages) if stages is not None else golden.stages()
+  for stage in wanted:
+    if stage not in golden.stages():
+      raise InputError(f"{folder}: no stage {stage!r}; it has {', '.join(golden.stages())}")
+  results = []
+  for stage in wanted:
+    if stage in STAGES:
+      module, function = STAGES[stage].split(":")
+      found = getattr(importlib.import_module(module), function)(golden)
+    else:
+      found = [CaseResult(stage, "*", FAIL, note="no code compares this stage")]
+    for result in found:
+      report(result)
+      results.append(result)
+  return results
