@@ -54,19 +54,21 @@ def videorefer_task(config: ConfigDict) -> Task:
   size = sum(len(r) for r in records)
 
   def batches(position: int, total_steps: int) -> Iterator[Rows]:
+    # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
+    epochs = config.total_epochs or total_steps * config.input.batch_size / size
     dataset = make_dataset(
       samples,
       batch_size=config.input.batch_size,
       seed=config.seed,
       drop_remainder=False,
       shuffle=config.input.shuffle,
-      epochs=max(1, math.ceil(total_steps * config.input.batch_size / size)),
+      epochs=None if config.input.weights else math.ceil(epochs),
       weights=config.input.weights or None,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       failures=failures,
     )
-    return prefetched(dataset, position, threads=config.input.threads)
+    return prefetched(dataset[:total_steps], position, threads=config.input.threads)
 
   return Task(
     init=lambda key: init_params(cfg, key),

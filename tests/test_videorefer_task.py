@@ -1,0 +1,179 @@
+"""VideoRefer trained from annotation files: the whole way from JSON and videos to a checkpoint."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipes.errors import InputError
+from vr_jax.configs import base_config, to_json
+from vr_jax.interop import videorefer as published
+from vr_jax.models.videorefer import VideoReferConfig
+from vr_jax.training.checkpoint import export, load_for_inference, make_meta, read_tokenizer_files
+from vr_jax.training.metrics import read_metrics
+from vr_jax.training.videorefer_task import videorefer_task
+
+RUN = """
+import sys
+from pathlib import Path
+from vr_jax.configs import from_json
+from vr_jax.training.loop import train
+train(from_json(Path(sys.argv[1]).read_text()), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def model(golden, tmp_path_factory):
+  """The tiny published model as a checkpoint of ours."""
+  folder = golden / "tiny_videorefer_qwen2"
+  loaded = published.load(folder)
+  path = tmp_path_factory.mktemp("model") / "checkpoint"
+  export(path, loaded.params, make_meta(loaded.config.to_dict(), read_tokenizer_files(folder)))
+  return path
+
+
+@pytest.fixture
+def config_of(golden, model, tmp_path):
+  """Makes a config on some of the golden records, by number; more records may be added."""
+  records = json.loads((golden / "data" / "train.json").read_text())
+
+  def make(numbers, more=(), **fields):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([*(records[i] for i in numbers), *more]))
+    config = base_config()
+    config.model_init = (("", str(model)),)
+    config.input.files = (str(file),)
+    config.input.media = str(golden / "media")
+    config.input.batch_size = 8
+    config.total_epochs = 1.0
+    config.log_steps = 1
+    config.schedule = (("(img|llm)/.*", None), (".*", {"decay": "constant"}))
+    config.update(fields)
+    return config
+
+  return make
+
+
+@pytest.mark.multiprocess
+def test_the_first_loss_is_the_published_one_and_the_checkpoint_answers_for_itself(
+  config_of, golden, model, tmp_path
+):
+  # Two records fill a batch of eight together with empty rows. On one device, which compiles in
+  # a tenth of the time of eight.
+  file = tmp_path / "config.json"
+  file.write_text(to_json(config_of([0, 1])))
+  run = subprocess.run(
+    [sys.executable, "-c", RUN, str(file), str(tmp_path / "run")],
+    env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 0, run.stderr
+  (line,) = read_metrics(tmp_path / "run")
+  cases = json.loads((golden / "cases.json").read_text())
+  stage = next(s for s in cases["stages"] if s["stage"] == "06_gradients")
+  pair = next(c for c in stage["cases"] if c["id"] == "b_pair")
+  np.testing.assert_allclose(line["loss"], pair["meta"]["loss"], atol=2e-5)
+  assert line["unreadable"] == 0
+
+  before, after = load_for_inference(model), load_for_inference(tmp_path / "run")
+  assert VideoReferConfig.from_dict(after.model) == VideoReferConfig.from_dict(before.model)
+  assert after.tokenizer_files == before.tokenizer_files
+  assert after.config["input"]["batch_size"] == 8
+  for part in ("img", "llm", "connector", "region"):
+    same = jax.tree.map(
+      lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()),
+      before.params[part],
+      after.params[part],
+    )
+    assert all(jax.tree.leaves(same)) == (part in ("img", "llm")), part
+
+
+LOST = {
+  "id": "lost",
+  "video": "not_there.mp4",
+  "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "No."}],
+}
+
+
+def test_an_unreadable_sample_is_counted_and_named(config_of, caplog):
+  config = config_of([0, 1], [LOST])
+  config.input.max_unreadable = 0.5
+  task = videorefer_task(config)
+  with caplog.at_level(logging.WARNING):
+    (rows,) = task.batches(0, 1)
+  assert rows["tokens"].shape[0] == 8
+  assert (rows["valid"].any(axis=1)).sum() == 2
+  assert task.counts() == {"unreadable": 1}
+  assert "data.json: item 2" in caplog.text
+  assert "not_there.mp4" in caplog.text
+
+
+def test_too_many_unreadable_samples_end_the_run(config_of):
+  task = videorefer_task(config_of([0, 1], [LOST]))
+  with pytest.raises(InputError, match=r"1 of 3 samples could not be read.*not_there.mp4"):
+    list(task.batches(0, 1))
+
+
+def test_whole_epochs_end_with_them_and_empty_rows_fill_up(config_of):
+  config = config_of(range(3), total_epochs=2.0)
+  config.input.batch_size = 4
+  batches = list(videorefer_task(config).batches(0, 2))
+  assert [int(b["valid"].any(axis=1).sum()) for b in batches] == [4, 2]
+
+
+def test_shares_are_drawn_for_as_long_as_the_run_goes(config_of):
+  config = config_of(range(3))
+  config.total_epochs = None
+  config.total_steps = 5
+  config.input.batch_size = 4
+  config.input.files = config.input.files * 2
+  config.input.weights = (0.9, 0.1)
+  batches = list(videorefer_task(config).batches(0, 5))
+  assert [int(b["valid"].any(axis=1).sum()) for b in batches] == [4] * 5
+
+
+def test_batches_go_on_from_any_position(config_of):
+  config = config_of(range(8), total_epochs=3.0)
+  config.input.batch_size = 4
+  task = videorefer_task(config)
+  all_of_them = list(task.batches(0, 6))
+  rest = list(task.batches(4, 6))
+  assert len(all_of_them) == 6
+  for a, b in zip(all_of_them[4:], rest, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+  epochs = [np.concatenate([b["tokens"] for b in all_of_them[i : i + 2]]) for i in (0, 2, 4)]
+  assert (np.sort(epochs[0], axis=0) == np.sort(epochs[1], axis=0)).all()
+  assert (epochs[0] != epochs[1]).any()
+
+
+def test_the_row_shape_fits_the_largest_record_or_is_given(config_of):
+  rows = next(videorefer_task(config_of([0])).batches(0, 1))
+  assert rows["region_frames"].shape[1:] == (1, 1)
+  config = config_of([0])
+  config.input.update(row_frames=24, row_objects=3, row_object_frames=5, row_length=200)
+  rows = next(videorefer_task(config).batches(0, 1))
+  assert rows["frames"].shape[1] == 24
+  assert rows["region_frames"].shape[1:] == (3, 5)
+  assert rows["tokens"].shape[1] == 200
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"input": {"files": ()}}, "config.input.files is empty"),
+    ({"input": {"files": ("nowhere.json",)}}, "nowhere.json"),
+    ({"input": {"masks": "some"}}, "masks='some'; accepted: single, multi, half"),
+    ({"model": (("llm.vocab_size", 900),)}, "the tokenizer has 1004 ids, .*vocabulary 900"),
+  ],
+)
+def test_what_does_not_fit_is_said(config_of, fields, message):
+  with pytest.raises(InputError, match=message):
+    videorefer_task(config_of([0], **fields))
