@@ -112,21 +112,26 @@ def _full_size(name: str, decoder: str) -> VideoReferConfig:
 VARIANTS = {
   cfg.name: cfg
   for cfg in (
+    # The demonstration model of the embedded set; Qwen2's switches, so that it exports as one.
     VideoReferConfig(
       name="vr-mini",
-      img=SiglipConfig(image_size=96, patch_size=8, width=128, depth=5, heads=4, mlp_dim=384),
-      connector=ConnectorConfig(width=192),
-      region=RegionConfig(width=192),
+      img=SiglipConfig(image_size=96, patch_size=8, width=96, depth=4, heads=3, mlp_dim=384),
+      connector=ConnectorConfig(width=128),
+      region=RegionConfig(width=128),
       llm=DecoderConfig(
-        width=192,
+        width=128,
         depth=6,
-        heads=6,
-        kv_heads=2,
+        heads=4,
+        kv_heads=4,
         head_dim=32,
-        mlp_dim=512,
-        vocab_size=1024,
+        mlp_dim=384,
+        vocab_size=784,
+        activation="silu",
+        norm_plus_one=False,
+        scale_embedding=False,
+        qkv_bias=True,
       ),
-      num_frames=16,
+      num_frames=8,
     ),
     _full_size("videorefer-7b", "qwen2-7b"),
     _full_size("videorefer-gemma-2b", "gemma-2b"),

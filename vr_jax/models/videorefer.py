@@ -1,7 +1,7 @@
 """VideoRefer: frames and masks become tokens, tokens become an answer.
 
     frames ── img (SigLIP) ──┬── connector ─────────────────────► scene tokens ──┐
-                             └── region (pool, merge, project) ─► object tokens ─┤ splice ── llm ── logits
+    frames ── img (SigLIP) ──┬── connector ────────────────────► scene tokens ──┐
     token ids ── embedding ──────────────────────────────────────────────────────┘
 
 Letters: B batch, P frame of the row, S pixel, T scene frame, N patch, D tower width, R object,
