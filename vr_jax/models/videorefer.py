@@ -1,8 +1,8 @@
 """VideoRefer: frames and masks become tokens, tokens become an answer.
 
-    frames ── img (SigLIP) ──┬── connector ─────────────────────► scene tokens ──┐
-    frames ── img (SigLIP) ──┬── connector ────────────────────► scene tokens ──┐
-    token ids ── embedding ──────────────────────────────────────────────────────┘
+    frames ── img (SigLIP) ─┬─ connector ───────────────────► scene tokens ──┐
+                            └─ region (pool, merge, project) ► object tokens ┼ splice ─ llm ─ logits
+    token ids ── embedding ──────────────────────────────────────────────────┘
 
 Letters: B batch, P frame of the row, S pixel, T scene frame, N patch, D tower width, R object,
 F frame of an object, U token kept per object, V scene token, L sequence slot, E decoder width,
