@@ -10,7 +10,7 @@ from data_pipes.batch import Clip, Needs, Row, RowShape, build_row
 from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, read_clip
 from data_pipes.errors import InputError
 from data_pipes.prompts import Text, dialogue_text, plain_text
-from data_pipes.records import Record
+from data_pipes.records import Record, RecordFile
 from data_pipes.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Samples:
 
   def __init__(
     self,
-    records: Sequence[Record],
+    records: Sequence[Record] | RecordFile,
     tokenizer: Tokenizer,
     shape: RowShape,
     *,

@@ -245,6 +245,8 @@ def _split_spec(spec: str) -> tuple[str, str | None]:
 def _call(path: Path, arg: str | None) -> Any:
   # The module's name must not shadow anything a config imports.
   module_spec = importlib.util.spec_from_file_location(f"_vr_config_{path.stem}", path)
+  assert module_spec is not None  # the file is there
+  assert module_spec.loader is not None  # and ends in .py
   module = importlib.util.module_from_spec(module_spec)
   # A config that was only read leaves no files behind.
   before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -348,7 +350,7 @@ def _parse(text: str, like: Any, where: str) -> Any:
         raise ValueError
       return _normal(value, where)
   except (ValueError, KeyError, SyntaxError):
-    shown = {tuple: "tuple such as (1, 2)", dict: "dict"}.get(kind, kind.__name__)
+    shown = "tuple such as (1, 2)" if kind is tuple else kind.__name__
     raise InputError(f"{where}={text!r}: expected {shown}") from None
   try:  # the default is None and has no type: a literal if it reads as one, else the text
     return _normal(literal_eval(text), where)

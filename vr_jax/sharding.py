@@ -149,8 +149,8 @@ def _lookup(rules: ActivationRules, name: str, mesh_axes: Sequence[str] | None =
   table = dict(rules)
   if name not in table:
     raise InputError(f"config.sharding_rules has no {name!r}; it has {', '.join(table)}")
-  unknown = set(_axes(table[name])) - set(mesh_axes or _axes(table[name]))
-  if unknown:
+  unknown = set(_axes(table[name])) - set(mesh_axes or ())
+  if mesh_axes is not None and unknown:
     raise InputError(
       f"config.sharding_rules: {name!r} is on mesh axes {sorted(unknown)}, "
       f"which config.mesh has not; it has {', '.join(mesh_axes)}"
@@ -165,15 +165,11 @@ def _tactic(text: str) -> Tactic:
   """The function of one rule: it enters mesh axes in a partition spec, in place."""
   try:
     node = ast.parse(text.strip(), mode="eval").body
-    name = node.func.id if isinstance(node, ast.Call) else node.id
-    args = [] if isinstance(node, ast.Name) else [ast.literal_eval(a) for a in node.args]
-    kwargs = (
-      {}
-      if isinstance(node, ast.Name)
-      else {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-    )
-    return _TACTICS[name](*args, **kwargs)
-  except (SyntaxError, ValueError, AttributeError, KeyError, TypeError):
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    args = [ast.literal_eval(arg) for arg in call.args]
+    kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    return _TACTICS[ast.unparse(call.func)](*args, **kwargs)
+  except (SyntaxError, ValueError, KeyError, TypeError):
     raise InputError(
       f"config.sharding_strategy: {text!r} is not a rule; accepted: replicate, "
       "fsdp(axis='fsdp', min_size_to_shard_mb=4), shard_dim(axis='model', dim=-1), joined by |"

@@ -23,12 +23,13 @@ from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import (
   PUBLISHED_WD_MULTS,
   Optimizer,
+  ScheduleTable,
   make_optimizer,
   split_by_table,
 )
 from vr_jax.training.step import TrainState, check_metrics, make_step, micro_batches
 
-ALL_BUT_TOWER = (("img/.*", None), (".*", {}))
+ALL_BUT_TOWER: ScheduleTable = (("img/.*", None), (".*", {}))
 
 
 class Findings:

@@ -88,7 +88,10 @@ class DepthwiseConv3x3(nn.Module):
     _, h, w, C = x.shape
     kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1)), (3, 3, C))
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
-    y = sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
+    y = jnp.zeros_like(x, jnp.float32)
+    for i in range(3):
+      for j in range(3):
+        y += padded[:, i : i + h, j : j + w] * kernel[i, j]
     return y.astype(x.dtype)
 
 

@@ -16,6 +16,7 @@ Source: SigLIP (arXiv 2303.15343); VideoRefer Suite (2501.00599) section 3.1 and
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -117,15 +118,16 @@ class MultiHeadDotProductAttention(nn.Module):
   ) -> Float[Array, "X L D"]:
     c = self.cfg
     head_dim = c.width // c.heads
-    init = {"dtype": c.dtype, "kernel_init": nn.initializers.xavier_uniform()}
-    split = {"features": (c.heads, head_dim), **init}
+    dense = functools.partial(
+      nn.DenseGeneral, dtype=c.dtype, kernel_init=nn.initializers.xavier_uniform()
+    )
     y = attention(
-      nn.DenseGeneral(name="query", **split)(x),
-      nn.DenseGeneral(name="key", **split)(keys),
-      nn.DenseGeneral(name="value", **split)(keys),
+      dense((c.heads, head_dim), name="query")(x),
+      dense((c.heads, head_dim), name="key")(keys),
+      dense((c.heads, head_dim), name="value")(keys),
       scale=head_dim**-0.5,
     )
-    return nn.DenseGeneral(c.width, axis=(-2, -1), name="out", **init)(y)
+    return dense(c.width, axis=(-2, -1), name="out")(y)
 
 
 class MlpBlock(nn.Module):
@@ -136,13 +138,14 @@ class MlpBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "X L D"]) -> Float[Array, "X L D"]:
     c = self.cfg
-    init = {
-      "dtype": c.dtype,
-      "kernel_init": nn.initializers.xavier_uniform(),
-      "bias_init": nn.initializers.normal(1e-6),
-    }
-    x = nn.gelu(nn.Dense(c.mlp_dim, name="Dense_0", **init)(x), approximate=True)
-    return nn.Dense(c.width, name="Dense_1", **init)(x)
+    dense = functools.partial(
+      nn.Dense,
+      dtype=c.dtype,
+      kernel_init=nn.initializers.xavier_uniform(),
+      bias_init=nn.initializers.normal(1e-6),
+    )
+    x = nn.gelu(dense(c.mlp_dim, name="Dense_0")(x), approximate=True)
+    return dense(c.width, name="Dense_1")(x)
 
 
 class Encoder1DBlock(nn.Module):
@@ -213,7 +216,8 @@ class Siglip(nn.Module):
     `pixels` are in [-1, 1]. The dict holds "pooled" [X,D] with `cfg.pool`, and "hidden"
     [K+1,X,N,D] (the embeddings, then each layer's output) with `intermediates`.
     """
-    c, out = self.cfg, {}
+    c = self.cfg
+    out: dict[str, Array] = {}
     if pixels.shape[1:] != (c.image_size, c.image_size, 3):
       raise ValueError(
         f"pixels have shape {pixels.shape}; this tower takes [X,{c.image_size},{c.image_size},3]"

@@ -6,6 +6,7 @@ W/metrics.jsonl       a line per logged step, also in W/tensorboard
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -29,7 +30,7 @@ from vr_jax.training.schedule import Optimizer, Params, count_steps, make_optimi
 from vr_jax.training.step import Metrics, TrainState, check_metrics, make_step, micro_batches
 from vr_jax.training.task import Task, make_task
 
-# Fields that may change between the runs of one work directory: they decide where arrays lie and
+# Fields that may change between the runs of one work directory: they decide where things lie and
 # what is reported, not what is computed (up to the order of sums on another mesh).
 MAY_CHANGE = (
   "mesh",
@@ -40,6 +41,8 @@ MAY_CHANGE = (
   "keep_ckpts",
   "keep_ckpt_steps",
   "input.threads",
+  "input.media",
+  "input.max_unreadable",
 )
 
 
@@ -152,7 +155,8 @@ def state_target(
   state = jax.eval_shape(create)
   placed = param_shardings(shapes, mesh, config.sharding_strategy)
   train, frozen = (sub_tree(placed, like) for like in (state.params_train, state.params_frozen))
-  shardings = TrainState(
+  shardings = dataclasses.replace(
+    state,
     step=NamedSharding(mesh, P()),
     params_train=train,
     params_frozen=frozen,

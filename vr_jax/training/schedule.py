@@ -73,7 +73,7 @@ def merge(a: Params, b: Params) -> Params:
   return out
 
 
-def sub_tree(tree: Params, like: Params) -> Params:
+def sub_tree(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
   """The leaves of a nested dict at the places where `like` has leaves."""
   return {
     key: sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
@@ -158,8 +158,11 @@ def count_steps(
   Raises:
     InputError: more than one of them is set, or one that cannot be known here.
   """
-  given = {unit: options.get(f"{prefix}_{unit}") for unit in _UNITS}
-  given = {unit: value for unit, value in given.items() if value is not None}
+  given: dict[str, float] = {
+    unit: options[f"{prefix}_{unit}"]
+    for unit in _UNITS
+    if options.get(f"{prefix}_{unit}") is not None
+  }
   if not given:
     return None
   if len(given) > 1:
@@ -203,8 +206,8 @@ def _rule_indices(params: Params, table: list) -> Params:
   return match_table(params, [(row[0], i) for i, row in enumerate(table)], "schedule")
 
 
-def _pick(params: Params, trained: Params, wanted: bool) -> Params:
-  out = {}
+def _pick(params: Mapping[str, Any], trained: Params, wanted: bool) -> Params:
+  out: Params = {}
   for key, value in params.items():
     if isinstance(value, Mapping):
       if sub := _pick(value, trained[key], wanted):

@@ -3,6 +3,7 @@
 Letters: A micro-batch of the step, B row.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,7 +101,9 @@ def make_step(
     params_train, opt_state, metrics = optimizer.update(
       grads, state.opt_state, state.params_train, state.step
     )
-    state = state.replace(step=state.step + 1, params_train=params_train, opt_state=opt_state)
+    state = dataclasses.replace(
+      state, step=state.step + 1, params_train=params_train, opt_state=opt_state
+    )
     return state, {
       "loss": total / divisor,
       "micro_loss": micro_losses,
