@@ -175,6 +175,21 @@ class Model:
         answers.append(self._finish(prepared, ids, segments[i]))
     return answers
 
+  def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How the tokens of each object came about (Fig. 7 of the paper).
+
+    Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
+    that each frame was merged into, int32 [F].
+    """
+    scene = self.cfg.num_frames
+    prepared = self._prepare(request, scene)
+    found = self._module.apply(
+      {"params": self.params}, self._rows([prepared], scene), method="object_similarity"
+    )
+    matrices, segments = (np.asarray(x[0]) for x in found)
+    counts = [len(masks) for masks in prepared.clip.objects]
+    return [(m[:n, :n], s[:n]) for n, m, s in zip(counts, matrices, segments, strict=False)]
+
   def _scene_tokens(self, scene: int) -> int:
     return scene_token_count(self.cfg.connector, scene, self.cfg.img.grid)
 
@@ -294,4 +309,5 @@ def load(source: str | Path | None = None) -> Model:
     )
   read = checkpoint.load_for_inference(path)
   cfg = VideoReferConfig.from_dict(read.model)
-  return Model(cfg, read.params, read.tokenizer(), read.generation, notice)
+  tokenizer = checkpoint.make_tokenizer(read.tokenizer_files)
+  return Model(cfg, read.params, tokenizer, read.generation, notice)
