@@ -45,6 +45,18 @@ def caption_dialogue(scene: Scene, detailed: bool, rng: np.random.Generator) -> 
   return dialogue([(DESCRIBE_BRIEF, short_caption(scene.things[i])) for i in things], things)
 
 
+def lookup_dialogue(scene: Scene, balance: Balance, questions: int = 4) -> Dialogue:
+  """Words alone: which letter stands before given words. No video, no objects."""
+  found, pairs = candidates(scene), []
+  for kind in TYPES:
+    question = balance.pick(found, kind)
+    if question and len(pairs) < questions:
+      choice = balance.choose(question)
+      asked = bench_q_prompt(f"Which option says: {question.answer}?", choice.options)
+      pairs.append((asked, f"{question.answer} ({choice.letter})"))
+  return dialogue(pairs, [])
+
+
 def question_text(choice: Choice) -> str:
   """The question as VideoRefer-Bench-Q has it: `<object3><region>` for each thing."""
   mentions = [f"<object{i}>{REGION}" for i in choice.question.things]

@@ -1,0 +1,28 @@
+"""Pre-training of vr-mini's tower on crowded pictures of the simulated world.
+
+vr train --config mini_tower --workdir W/tower
+"""
+
+from ml_collections import ConfigDict
+
+from vr_jax.configs import base_config, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """`steps` optimizer steps on the pictures of `crowds` videos."""
+  arg = parse_arg(arg, steps=6000, crowds=500)
+  config = base_config().unlock()
+  config.task = "vr_jax.training.pretrain_tower:tower_task"
+  config.model_name = "vr-mini"
+  config.crowds = arg.crowds
+  config.crowd_seed = 20_000_000
+  config.total_steps = arg.steps
+  config.input.batch_size = 32
+  config.input.threads = 2
+  config.lr = 2e-3
+  config.schedule = ((".*", {"warmup_steps": 100, "decay": "cosine"}),)
+  config.wd = 0.01
+  config.b2 = 0.98
+  config.log_steps = 50
+  config.ckpt_steps = 500
+  return config.lock()
