@@ -1,0 +1,302 @@
+"""The embedded default, start to end: make the set, train vr-mini, score it, ask, report.
+
+Every step leaves its result in the work directory, and a second call goes on from there:
+
+    W/set/                  videos and annotation files (data_pipes.embedded.make_set)
+    W/stage1 ... W/stage3   work directories of `vr train`, configs/mini_stages.py
+    W/single.jsonl, multi.jsonl   answers to the held-out questions
+    W/report.html, results.json
+"""
+
+import dataclasses
+import datetime
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipes.embedded.dialogues import DESCRIBE_DETAIL
+from data_pipes.embedded.make_set import make_set
+from data_pipes.embedded.scenes import HEIGHT, WIDTH
+from data_pipes.masks import segmentation_to_mask
+from data_pipes.tokenizer import REGION
+from data_pipes.video import open_video
+from vr_jax.configs import load_config, to_json
+from vr_jax.evaluation.answers import grade
+from vr_jax.evaluation.bench import BenchItem, predict, read_bench
+from vr_jax.evaluation.report import (
+  Example,
+  Frame,
+  FreeAnswer,
+  LossCurve,
+  ObjectSimilarity,
+  Report,
+  Scored,
+  write_report,
+)
+from vr_jax.evaluation.statistics import Answered, Summary, summarize
+from vr_jax.inference.model import Model, Request, load
+from vr_jax.training.loop import train
+from vr_jax.training.metrics import read_metrics
+
+STAGES = ("1", "2", "2.5", "3")
+MODES = {"single": "Single-frame", "multi": "Multi-frame"}
+NEW_TOKENS = 24  # more than any answer with options
+EXAMPLES = 12
+SHOWN_FRAMES = 6
+FREE_QUESTION = DESCRIBE_DETAIL
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """How much of everything; the defaults take about ten minutes on two cores.
+
+  `steps` are the optimizer steps of each stage, 0 for the config's own.
+  """
+
+  train_videos: int = 640
+  test_videos: int = 120
+  questions: int = 400
+  dialogues: int = 2
+  steps: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
+  """Does all of it, or what is left of it; returns the results, also in W/results.json.
+
+  The results: `accuracy` by mode, type and "All" (share, n, interval), `chance`, the free
+  question's `answer`, `minutes` of each part, and the `report`'s path.
+  """
+  sizes, workdir = sizes or Sizes(), Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  clock = Clock(workdir / "minutes.json")
+
+  with clock.part("set"):
+    say(f"videos, captions and questions -> {workdir / 'set'}")
+    data = make_set(
+      workdir / "set",
+      sizes.train_videos,
+      sizes.test_videos,
+      sizes.questions,
+      sizes.dialogues,
+      lambda done, total: (done % 100 and done != total) or say(f"  {done} of {total} videos"),
+    )
+  init = ""
+  for stage, steps in zip(STAGES, sizes.steps, strict=True):
+    folder = workdir / f"stage{stage}"
+    spec = f"mini_stages:stage={stage},data={data},init={init},steps={steps}"
+    with clock.part(f"stage {stage}"):
+      say(f"stage {stage} -> {folder}")
+      train(load_config(spec), folder)
+    init = folder
+
+  model = load(init)
+  items = read_bench(data / "bench_q.json")
+  predictions = {}
+  for mode in MODES:
+    with clock.part(f"{mode}-frame questions"):
+      say(f"{len(items)} held-out questions, {mode}-frame")
+      predictions[mode] = answer_all(model, items, data, mode, workdir / f"{mode}.jsonl")
+  scored = {mode: score(items, said) for mode, said in predictions.items()}
+
+  with clock.part("report"):
+    free = ask_freely(model, items, data)
+    report = Report(
+      checkpoint=f"vr-mini, trained by vr quickstart in {workdir}",
+      date=datetime.date.today().isoformat(),
+      minutes=clock.total(),
+      scored=[Scored(MODES[mode], summary) for mode, summary in scored.items()],
+      tokens_per_object=model.cfg.region.tokens,
+      curves=list(loss_curves(workdir)),
+      examples=list(examples(items, data, predictions["multi"])),
+      similarities=[similarity(model, items[i], data) for i in (0, len(items) // 3)],
+      free=free,
+      provenance={"python": platform.python_version(), "jax": jax.__version__, "parser": "strict"},
+      config=to_json(load_config(f"mini_stages:stage=3,data={data}")),
+      notes=[
+        "vr-mini is a demonstration model: it knows small synthetic videos of moving shapes, "
+        "and nothing else."
+      ],
+    )
+    page = write_report(workdir / "report.html", report)
+  results = {
+    "accuracy": {mode: accuracies(summary) for mode, summary in scored.items()},
+    "chance": 0.25,
+    "question": free.question,
+    "answer": free.answer,
+    "minutes": clock.minutes,
+    "report": str(page),
+  }
+  (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+  for line in summary_lines(scored):
+    say(line)
+  say(f"{free.question}  {free.answer}")
+  say(f"{clock.total():.1f} minutes; report: {page}")
+  return results
+
+
+def say(text: str) -> None:
+  print(text, flush=True)
+
+
+class Clock:
+  """Minutes by part, kept in a file, so that a resumed run reports the time of the whole."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self.minutes: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+  def part(self, name: str) -> "Part":
+    return Part(self, name)
+
+  def add(self, name: str, seconds: float) -> None:
+    self.minutes[name] = self.minutes.get(name, 0.0) + seconds / 60
+    self._path.write_text(json.dumps(self.minutes))
+
+  def total(self) -> float:
+    return sum(self.minutes.values())
+
+
+class Part:
+  """Context that adds its wall time to a Clock."""
+
+  def __init__(self, clock: Clock, name: str):
+    self._clock, self._name = clock, name
+
+  def __enter__(self) -> None:
+    self._since = time.perf_counter()
+
+  def __exit__(self, *_) -> None:
+    self._clock.add(self._name, time.perf_counter() - self._since)
+
+
+def answer_all(
+  model: Model, items: Sequence[BenchItem], data: Path, mode: str, path: Path
+) -> list[str]:
+  """Answers of the items in one mode; lines that are in the file already are not asked again."""
+  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  said = [json.loads(line)["pred"] for line in lines]
+  with open(path, "a", encoding="utf-8") as file:
+    asked = predict(model, items[len(said) :], data, mode, batch_size=16, max_new_tokens=NEW_TOKENS)
+    for item, answer in asked:
+      file.write(json.dumps(item.prediction(answer)) + "\n")
+      file.flush()
+      said.append(answer.text)
+  return said
+
+
+def score(items: Sequence[BenchItem], said: Sequence[str]) -> Summary:
+  """Accuracies by type."""
+  answered = []
+  for item, text in zip(items, said, strict=True):
+    fields = item.fields
+    graded = grade(text, fields["Answer"], fields["options"])
+    count = len(fields["options"])
+    answered.append(
+      Answered(fields["type"], item.video, graded.correct, count, graded.letter is None)
+    )
+  return summarize(answered)
+
+
+def accuracies(summary: Summary) -> dict[str, dict[str, float]]:
+  return {
+    part.name: {
+      "accuracy": part.value,
+      "n": part.n,
+      "low": part.wilson.low,
+      "high": part.wilson.high,
+    }
+    for part in (*summary.types, summary.micro)
+  }
+
+
+def summary_lines(scored: dict[str, Summary]) -> Iterator[str]:
+  """The table on the terminal."""
+  yield f"{'held-out questions (chance 25 %)':36}" + "".join(f"{mode:>24}" for mode in scored)
+  names = [part.name for part in (*next(iter(scored.values())).types,)] + ["All"]
+  for name in names:
+    cells = ""
+    for summary in scored.values():
+      part = next(p for p in (*summary.types, summary.micro) if p.name == name)
+      cells += f"{part.value:8.1%} [{part.wilson.low:.0%}, {part.wilson.high:.0%}] n={part.n:<4}"
+    yield f"  {name:34}{cells}"
+
+
+def loss_curves(workdir: Path) -> Iterator[LossCurve]:
+  for stage in STAGES:
+    lines = read_metrics(workdir / f"stage{stage}")
+    yield LossCurve(
+      f"Stage {stage}", [line["step"] for line in lines], [line["loss"] for line in lines]
+    )
+
+
+def frames_of(item: BenchItem, data: Path, numbers: Sequence[int]) -> list[Frame]:
+  """Frames of an item's video with the masks of its objects."""
+  video = open_video(data / item.video)
+  shown = []
+  for number, image in zip(numbers, video.frames(numbers), strict=True):
+    masks = {
+      i: segmentation_to_mask(by_frame[number], HEIGHT, WIDTH)
+      for i, by_frame in enumerate(item.objects)
+      if by_frame.get(number) is not None
+    }
+    shown.append(Frame(image, masks, f"frame {number}"))
+  return shown
+
+
+def spread(item: BenchItem, count: int = SHOWN_FRAMES) -> list[int]:
+  """`count` of an item's annotated frames, first and last among them."""
+  numbers = list(item.objects[0])
+  return [numbers[i] for i in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
+
+
+def examples(items: Sequence[BenchItem], data: Path, said: Sequence[str]) -> Iterator[Example]:
+  """Right and wrong answers of every type, turn about."""
+  by_kind: dict[tuple[str, bool], list[Example]] = {}
+  for item, text in zip(items, said, strict=True):
+    fields = item.fields
+    graded = grade(text, fields["Answer"], fields["options"])
+    found = by_kind.setdefault((fields["type"], graded.correct), [])
+    if len(found) < EXAMPLES // 5:
+      found.append(
+        Example(
+          type=fields["type"],
+          mode=MODES["multi"],
+          video=item.video,
+          frames=frames_of(item, data, spread(item)),
+          question=fields["Question"],
+          options=fields["options"],
+          answer=text,
+          letter=graded.letter,
+          truth=graded.truth,
+        )
+      )
+  for found in by_kind.values():
+    yield from found[:1]
+
+
+def similarity(model: Model, item: BenchItem, data: Path) -> ObjectSimilarity:
+  """How alike the item's first object looks over time, and where its tokens were cut."""
+  request = Request(data / item.video, REGION, annotation=item.masks("multi")[:1])
+  ((matrix, segments),) = model.object_similarity(request)
+  return ObjectSimilarity(
+    name=f"the object of question {item.id}",
+    index=0,
+    frames=frames_of(item, data, list(item.objects[0])),
+    matrix=matrix,
+    segments=segments,
+  )
+
+
+def ask_freely(model: Model, items: Sequence[BenchItem], data: Path) -> FreeAnswer:
+  """One object of a held-out video, described."""
+  item = items[0]
+  request = Request(data / item.video, FREE_QUESTION, annotation=item.masks("multi")[:1])
+  answer = model.ask_many([request])[0]
+  one = dataclasses.replace(item, objects=item.objects[:1])
+  return FreeAnswer(frames_of(one, data, spread(item)), FREE_QUESTION, answer.text)
