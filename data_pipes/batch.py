@@ -50,7 +50,8 @@ class Clip:
     scene: the T scene frames in order; an image is T times its frame 0.
     objects: per object {frame number: uint8 [N] mask on the tower's grid}, in merge order. A frame
       with an empty mask counts as a frame of the object.
-    vanished: (object, frame number) where the object is too small to be in any cell.
+    vanished: (object, frame number) where the object is too small to be in any cell by the
+      published rule; the default rule keeps the cells it covers most.
   """
 
   frames: Mapping[int, np.ndarray]

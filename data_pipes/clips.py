@@ -3,17 +3,32 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipes.batch import Clip, RowShape
-from data_pipes.errors import InputError
+from data_pipes.errors import Defect, InputError
 from data_pipes.images import read_image, to_model
 from data_pipes.masks import mask_to_grid, segmentation_to_mask, vanished
 from data_pipes.video import open_video, read_scene, scene_ids
 
 MAX_MASK_FRAMES = 32  # frames of an object in multi-frame mode
+
+
+def media_path(root: str | os.PathLike, path: str) -> Path:
+  """The media file an item names, which must lie in `root`.
+
+  Raises Defect: an absolute path, or one that leads out of the folder.
+  """
+  # The text alone decides: links that the user has put into the folder may lead anywhere.
+  clean = os.path.normpath(path)
+  if os.path.isabs(clean) or clean.split(os.sep)[0] == ".." or "\0" in path:
+    raise Defect(
+      "path", f"media {path!r} leads out of the media folder; accepted: a path inside it"
+    )
+  return Path(root) / clean
 
 
 def read_clip(
@@ -23,7 +38,7 @@ def read_clip(
   *,
   image: bool = False,
   aspect_ratio: str = "square",
-  mask_rule: str = "published",
+  mask_rule: str = "keep",
   size: tuple[int, int] | None = None,
   start: float | None = None,
   end: float | None = None,
@@ -37,7 +52,8 @@ def read_clip(
       segmentation, a uint8 or bool array [H, W] of the frame's size, or None for an empty one.
     image: the source is one image, whose frame 0 is every scene frame.
     aspect_ratio: "square" (published VideoRefer) or "pad".
-    mask_rule: of `mask_to_grid`; under the published one small objects may vanish.
+    mask_rule: of `mask_to_grid`; under the published one small objects may vanish. An object that
+      vanishes under that is counted in the clip, whatever the rule.
     size: (height, width) that polygons refer to; by default the frame's.
     start, end: seconds between which scene frames are taken.
 
@@ -62,7 +78,7 @@ def read_clip(
         )
       mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
       of_object[number] = mask_to_grid(mask, shape.grid, aspect_ratio, mask_rule).reshape(-1)
-      if vanished(mask, of_object[number].reshape(shape.grid, shape.grid)):
+      if vanished(mask, mask_to_grid(mask, shape.grid, aspect_ratio, "published")):
         vanishing.append((i, number))
     cells.append(of_object)
   clip = Clip({}, scene, cells, tuple(vanishing))

@@ -6,3 +6,14 @@ class InputError(ValueError):
 
   The command line prints it and exits with code 2; everything else is our fault.
   """
+
+
+class Defect(InputError):
+  """A defect of one annotated item or its media; `kind` is its class in reports (check.KINDS)."""
+
+  def __init__(self, kind: str, message: str):
+    super().__init__(message)
+    self.kind = kind
+
+  def __reduce__(self):  # for worker processes
+    return Defect, (self.kind, str(self))

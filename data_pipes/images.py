@@ -6,14 +6,16 @@ published resize works on uint8 (PIL bicubic, antialiased), and a float resize d
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_pipes.errors import InputError
+from data_pipes.errors import Defect, InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+MAX_PIXELS = 1 << 27  # of an image or a video's frame; more is refused before it is decoded
 PAD_FILL = 127  # int(0.5 * 255): SigLIP's mean colour
 ASPECT_RATIOS = ("square", "pad")
 
@@ -21,13 +23,37 @@ ASPECT_RATIOS = ("square", "pad")
 def read_image(path: str | os.PathLike) -> np.ndarray:
   """An image file as RGB uint8 [H, W, 3]; orientation tags are ignored, as published."""
   try:
-    with Image.open(path) as image:
+    with open_image(path) as image:
       return to_rgb(image)
   except FileNotFoundError as error:
     raise InputError(f"{path}: no such image") from error
-  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
     reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
     raise InputError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+  """An image with nothing decoded yet. Raises InputError if it has more than MAX_PIXELS."""
+  # Pillow's own limit is a setting of the whole process and only warns at first.
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+      image = Image.open(path)
+    except Image.DecompressionBombError as error:
+      raise Defect("too-large", f"{path}: {error}") from None
+  check_pixels(path, image.height, image.width)
+  return image
+
+
+def check_pixels(path: str | os.PathLike, height: int, width: int) -> None:
+  """Refuses frames larger than MAX_PIXELS, by which a small file could fill the memory."""
+  if height * width > MAX_PIXELS:
+    raise Defect(
+      "too-large",
+      f"{path}: found {height}x{width} pixels (height x width); accepted: up to {MAX_PIXELS}",
+    )
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

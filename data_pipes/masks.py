@@ -7,6 +7,7 @@ before last, 5 bits a character. Source of both, and of the polygon rule: the CO
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from data_pipes.errors import InputError
 from data_pipes.images import read_image
 
-GRID_RULES = ("published", "area")
+GRID_RULES = ("keep", "published", "area")
 _POLYGON_SCALE = 5  # COCO draws polygon edges on a grid five times finer than the pixels
 _POLYGON_LIMIT = 1e6  # pixels; a coordinate beyond is a defect, and would need gigabytes
 
@@ -64,21 +65,30 @@ def counts_to_string(counts: Sequence[int] | np.ndarray) -> str:
 
 def counts_to_mask(counts: Sequence[int] | np.ndarray, height: int, width: int) -> np.ndarray:
   """Run lengths as a mask, uint8 [height, width] (column-major in memory)."""
+  lengths = _whole_numbers(counts)
+  check_counts(lengths, height, width)
+  values = (np.arange(lengths.size) % 2).astype(np.uint8)
+  return np.repeat(values, lengths).reshape(width, height).T
+
+
+def _whole_numbers(counts: Sequence[int] | np.ndarray) -> np.ndarray:
   try:
     lengths = np.asarray(counts)
   except ValueError:  # numbers and lists mixed
     lengths = np.zeros((1, 1))
   if lengths.ndim != 1 or (lengths.size and not np.issubdtype(lengths.dtype, np.integer)):
     raise InputError("mask counts are not a list of whole numbers")
-  lengths = lengths.astype(np.int64)
+  return lengths.astype(np.int64)
+
+
+def check_counts(lengths: np.ndarray, height: int, width: int) -> None:
+  """Raises InputError where run lengths are no mask of that size."""
   if lengths.size and lengths.min() < 0:
     raise InputError(f"mask counts hold a negative run length {lengths.min()}")
   if (total := int(lengths.sum())) != height * width:
     raise InputError(
       f"mask counts cover {total} pixels; its size {height}x{width} has {height * width}"
     )
-  values = (np.arange(lengths.size) % 2).astype(np.uint8)
-  return np.repeat(values, lengths).reshape(width, height).T
 
 
 def mask_to_counts(mask: np.ndarray) -> np.ndarray:
@@ -94,6 +104,28 @@ def encode_mask(mask: np.ndarray) -> dict:
   """A mask as the published JSON holds it: {"size": [height, width], "counts": compressed}."""
   height, width = mask.shape
   return {"size": [height, width], "counts": counts_to_string(mask_to_counts(mask))}
+
+
+def check_segmentation(segmentation: Any) -> tuple[tuple[int, int] | None, int | None]:
+  """Whether a published "segmentation" can be drawn, without drawing it.
+
+  Returns ((height, width) that it states, pixels that it covers): both for run lengths, (None,
+  None) for polygons, (None, 0) for none.
+
+  Raises:
+    InputError: what `segmentation_to_mask` would raise.
+  """
+  if segmentation is None:
+    return None, 0
+  if not isinstance(segmentation, dict):
+    for polygon in segmentation:
+      _corners(polygon)
+    return None, None if segmentation else 0
+  height, width = _size(segmentation)
+  counts = segmentation.get("counts")
+  lengths = string_to_counts(counts) if isinstance(counts, str) else _whole_numbers(counts)
+  check_counts(lengths, height, width)
+  return (height, width), int(lengths[1::2].sum())
 
 
 # Annotations
@@ -289,7 +321,7 @@ def _short(value) -> str:
 
 
 def mask_to_grid(
-  masks: np.ndarray, grid: int, aspect_ratio: str = "square", rule: str = "published"
+  masks: np.ndarray, grid: int, aspect_ratio: str = "square", rule: str = "keep"
 ) -> np.ndarray:
   """Which cells of the vision tower's patch grid belong to the object.
 
@@ -299,7 +331,8 @@ def mask_to_grid(
     aspect_ratio: "pad" first pads the mask with zeros to a square, as the frames are padded.
     rule: "published": bilinear without antialias, then > 0, decided by float32 rounding as in
       PyTorch; an object that falls between the sample points vanishes. "area": the cells at least
-      half covered, or else the one covered most, so only an empty mask leaves none.
+      half covered, or else the one covered most, so only an empty mask leaves none. "keep": the
+      published cells, and by area where they would be none.
 
   Returns uint8 [..., grid, grid]. See `vanished`. Source: videorefer/model/layer.py:77-90, 135-139.
   """
@@ -309,7 +342,10 @@ def mask_to_grid(
     masks = _pad_square(masks)
   if rule == "area":
     return _area_cells(masks, grid)
-  return (resize_mask(masks, grid) > 0).astype(np.uint8)
+  cells = (resize_mask(masks, grid) > 0).astype(np.uint8)
+  if rule == "keep" and (gone := vanished(masks, cells)).any():
+    cells[gone] = _area_cells(masks[gone], grid)
+  return cells
 
 
 def vanished(masks: np.ndarray, cells: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError
+from data_pipes.errors import Defect, InputError
 from data_pipes.prompts import MEDIA_TAGS, ROLES, Turn, from_human, tag_to_head
 from data_pipes.tokenizer import REGION
 
@@ -60,7 +60,7 @@ def parse_record(item: Any, where: str) -> Record:
     InputError: the item is not in the format; names the key, what was found and what is accepted.
   """
   if not isinstance(item, dict):
-    raise InputError(f"{where}: found {_kind(item)}; accepted: an object with 'conversations'")
+    raise Defect("item", f"{where}: found {_kind(item)}; accepted: an object with 'conversations'")
   where = f"{where} (id {item['id']!r})" if "id" in item else where
   media, path = _parse_media(item, where)
   turns = _parse_turns(item.get("conversations"), where)
@@ -79,7 +79,7 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   """
   found = [key for key in ("annotation", "masks") if item.get(key) is not None]
   if len(found) == 2:
-    raise InputError(f"{where}: found keys 'annotation' and 'masks'; accepted: one of them")
+    raise Defect("object", f"{where}: found keys 'annotation' and 'masks'; accepted: one of them")
   if not found:
     return ()
   key = found[0]
@@ -87,7 +87,9 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   if isinstance(entries, list) and entries and all(isinstance(e, list) for e in entries):
     entries = [e for inner in entries for e in inner]
   if not isinstance(entries, list):
-    raise InputError(f"{where}: key '{key}': found {_kind(entries)}; accepted: a list of objects")
+    raise Defect(
+      "object", f"{where}: key '{key}': found {_kind(entries)}; accepted: a list of objects"
+    )
   return tuple(
     _parse_object(entry, f"{where}: key '{key}', object {i}", media)
     for i, entry in enumerate(entries)
@@ -132,9 +134,39 @@ def read_items(path: str | Path) -> Iterator[Any]:
   Raises:
     InputError: as RecordFile; items before the defect have been given out by then.
   """
-  for i, (_, raw, item) in enumerate(_scan(Path(path))):
+  for span in scan_items(path):
+    if isinstance(span.item, Defect):
+      raise span.item
+    yield span.item
+
+
+@dataclass(frozen=True)
+class Span:
+  """An item and its place in the file: `raw` begins at byte `offset`.
+
+  `item` is what it parses to, or a Defect if its text is not UTF-8.
+  """
+
+  offset: int
+  raw: bytes
+  item: Any
+
+
+def scan_items(path: str | Path) -> Iterator[Span]:
+  """The items of a JSON array with their places, in constant memory.
+
+  Raises:
+    InputError: as RecordFile; items before the defect have been given out by then.
+  """
+  for i, (offset, text, item) in enumerate(_scan(Path(path))):
+    raw = text.encode("latin-1")
     # Scanning reads bytes as latin-1: right for ASCII, otherwise the item is parsed again.
-    yield item if raw.isascii() else _loads(raw.encode("latin-1"), f"{path}: item {i}")
+    if not text.isascii():
+      try:
+        item = _loads(raw, f"{path}: item {i}")
+      except Defect as error:
+        item = error
+    yield Span(offset, raw, item)
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
@@ -147,7 +179,7 @@ def _loads(raw: bytes, where: str) -> Any:
   try:
     return json.loads(raw)
   except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise InputError(f"{where}: found {error}; accepted: JSON in UTF-8") from None
+    raise Defect("utf-8", f"{where}: found {error}; accepted: JSON in UTF-8") from None
 
 
 def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -222,12 +254,14 @@ def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
 def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
   named = [kind for kind in MEDIA_TAGS if item.get(kind) is not None]
   if len(named) == 2:
-    raise InputError(f"{where}: found keys 'video' and 'image'; accepted: one of them, or neither")
+    raise Defect(
+      "media-key", f"{where}: found keys 'video' and 'image'; accepted: one of them, or neither"
+    )
   if not named:
     return None, ""
   path = item[named[0]]
   if not isinstance(path, str) or not path:
-    raise InputError(f"{where}: key '{named[0]}': found {_kind(path)}; accepted: one path")
+    raise Defect("media-key", f"{where}: key '{named[0]}': found {_kind(path)}; accepted: one path")
   return named[0], path
 
 
@@ -236,9 +270,10 @@ def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
   if height is None and width is None:
     return None
   if type(height) is not int or type(width) is not int or min(height, width) < 1:
-    raise InputError(
+    raise Defect(
+      "size",
       f"{where}: keys 'height', 'width': found {height!r}, {width!r}; accepted: two positive whole "
-      "numbers, or neither key"
+      "numbers, or neither key",
     )
   return height, width
 
@@ -246,18 +281,24 @@ def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
   if not isinstance(value, list) or not value:
     found = "nothing" if value is None else _kind(value)
-    raise InputError(f"{where}: key 'conversations': found {found}; accepted: a list of messages")
+    raise Defect(
+      "conversations", f"{where}: key 'conversations': found {found}; accepted: a list of messages"
+    )
   for i, turn in enumerate(value):
     spot = f"{where}: key 'conversations', message {i}"
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-      raise InputError(f"{spot}: found {_kind(turn)}; accepted: {{'from': ..., 'value': text}}")
+      raise Defect(
+        "conversations", f"{spot}: found {_kind(turn)}; accepted: {{'from': ..., 'value': text}}"
+      )
     if turn.get("from") not in ROLES:
-      raise InputError(f"{spot}: key 'from': found {turn.get('from')!r}; accepted: human, gpt")
+      raise Defect(
+        "conversations", f"{spot}: key 'from': found {turn.get('from')!r}; accepted: human, gpt"
+      )
   turns = tuple(Turn(turn["from"], turn["value"]) for turn in value)
   try:
     from_human(turns)
   except InputError as error:
-    raise InputError(f"{where}: {error}") from None
+    raise Defect("conversations", f"{where}: {error}") from None
   return turns
 
 
@@ -268,15 +309,19 @@ def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any
       entry = inner
   if not isinstance(entry, dict) or not entry:
     found = "an object without frames" if entry == {} else _kind(entry)
-    raise InputError(f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
+    raise Defect("object", f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
   frames = {}
   for key, value in entry.items():
     if not key.isdecimal():
-      raise InputError(f'{where}: frame key: found {key!r}; accepted: a frame number such as "36"')
+      raise Defect(
+        "frame-key", f'{where}: frame key: found {key!r}; accepted: a frame number such as "36"'
+      )
     frames[int(key)] = _parse_segmentation(value, f"{where}, frame {key}")
   if media == "image":
     if len(frames) > 1:
-      raise InputError(f"{where}: found {len(frames)} frames; accepted: one, as it is an image")
+      raise Defect(
+        "frame-key", f"{where}: found {len(frames)} frames; accepted: one, as it is an image"
+      )
     frames = {0: next(iter(frames.values()))}  # any key is a dummy
   return frames
 
@@ -291,9 +336,10 @@ def _parse_segmentation(value: Any, where: str) -> Any:
   if isinstance(value, dict) and "size" in value and isinstance(value["counts"], str | list):
     return value
   keys = f" with keys {sorted(value)}" if isinstance(value, dict) else ""
-  raise InputError(
+  raise Defect(
+    "segmentation",
     f"{where}: segmentation: found {_kind(value)}{keys}; accepted: RLE {{'size': [height, width], "
-    "'counts': text or list}, a list of polygons [[x, y, ...], ...], or null"
+    "'counts': text or list}, a list of polygons [[x, y, ...], ...], or null",
   )
 
 
@@ -305,20 +351,24 @@ def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: 
     stray = next((t for t in MEDIA_TAGS.values() for text in texts if t in text), None)
     if stray or objects:
       found = f"{stray} in the text" if stray else f"{objects} annotated objects"
-      raise InputError(f"{where}: found {found} but no media; accepted: a key 'video' or 'image'")
+      raise Defect(
+        "media-tag", f"{where}: found {found} but no media; accepted: a key 'video' or 'image'"
+      )
     return
   tags = sum(text.count(tag) for text in texts)
   if tags != 1:
-    raise InputError(
+    raise Defect(
+      "media-tag",
       f"{where}: key 'conversations': found {tags or 'no'} messages with {tag} although key "
-      f"'{media}' is given; accepted: exactly one"
+      f"'{media}' is given; accepted: exactly one",
     )
   # A <region> before the tag stays an ordinary word (model_spec section 7).
   regions = "\n".join(texts).partition(tag)[2].count(REGION)
   if regions != objects:
-    raise InputError(
+    raise Defect(
+      "region-count",
       f"{where}: found {regions} {REGION} after {tag} but {objects} annotated objects; accepted: "
-      "equal numbers, the i-th tag takes the i-th object"
+      "equal numbers, the i-th tag takes the i-th object",
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipes.batch import Clip, Needs, Row, RowShape, build_row
-from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, read_clip
+from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, read_clip
 from data_pipes.errors import InputError
+from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import Text, dialogue_text, plain_text
 from data_pipes.records import Record, RecordFile
 from data_pipes.tokenizer import Tokenizer
@@ -38,14 +39,19 @@ class RowRules:
   templated: bool = True
   max_text_ids: int | None = 2048
   aspect_ratio: str = "square"
-  mask_rule: str = "published"
+  mask_rule: str = "keep"
   masks: str = "multi"
   single_frame: str = "first"
   max_mask_frames: int = MAX_MASK_FRAMES
   seed: int = 0
 
   def __post_init__(self):
-    for name, accepted in (("masks", MASK_MODES), ("single_frame", ("first", "random"))):
+    accepted_values = {
+      "masks": MASK_MODES,
+      "single_frame": ("first", "random"),
+      "mask_rule": GRID_RULES,
+    }
+    for name, accepted in accepted_values.items():
       if getattr(self, name) not in accepted:
         raise InputError(f"{name}={getattr(self, name)!r}; accepted: {', '.join(accepted)}")
 
@@ -96,8 +102,8 @@ class Samples:
   """Random access to the rows of one set of records: `samples[i]` decodes and builds row i.
 
   Attributes:
-    vanished: masks met so far that are in no cell of the grid, so that the object is not seen
-      there; the first few are named in the log.
+    vanished: masks met so far that the published rule leaves in no cell of the grid; the first
+      few are named in the log.
   """
 
   def __init__(
@@ -125,7 +131,7 @@ class Samples:
       clip = None
       if record.media is not None:
         clip = read_clip(
-          self.media_root / record.path,
+          media_path(self.media_root, record.path),
           self.shape,
           self.rules.objects(record, index),
           image=record.media == "image",
@@ -144,4 +150,11 @@ class Samples:
     self.vanished += len(clip.vanished)
     if self.vanished - len(clip.vanished) < WARNINGS:
       for i, number in clip.vanished:
-        log.warning("%s: object %d vanishes in frame %d: too small for the grid", where, i, number)
+        log.warning(
+          "%s: object %d vanishes in frame %d under the published rule: too small for the grid "
+          "(mask_rule=%s)",
+          where,
+          i,
+          number,
+          self.rules.mask_rule,
+        )

@@ -9,6 +9,7 @@ import bisect
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,7 +18,7 @@ from PIL import Image, ImageSequence
 
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import MAX_FRAMES, fps_frames, frame_range, uniform_frames
-from data_pipes.images import IMAGE_SUFFIXES, read_image, to_rgb
+from data_pipes.images import IMAGE_SUFFIXES, check_pixels, open_image, read_image, to_rgb
 
 FOLDER_FPS = 3.0  # published: a folder of frames counts as 3 frames per second, a GIF as 25
 GIF_FPS = 25.0
@@ -39,15 +40,28 @@ class Video:
     fps: frames per second; the published fixed values for a GIF (25) and a folder (3); None for an
       image and a list, which have no times.
     size: (height, width) of the first frame, pixels, rotated as a player shows it.
+    claimed: frames that the container claims to hold; other than len(video) where an edit list
+      hides some or the file is cut off. Readers that go by it are off by the difference.
+    rotation: degrees that a player turns the frames by.
   """
 
   name: str
   kind: str
   fps: float | None
   size: tuple[int, int]
+  claimed: int | None = None
+  rotation: int = 0
 
   def __len__(self) -> int:
     raise NotImplementedError
+
+  def pts(self, ids: Iterable[int]) -> tuple[list[int], Fraction] | None:
+    """Presentation times of frames and their unit in seconds; None where the file has none."""
+    return None
+
+  def variable_rate(self) -> bool:
+    """Frames do not follow each other in equal steps of time."""
+    return False
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     """The frames of ascending, distinct, valid numbers, in that order; fewer if it breaks off."""
@@ -91,15 +105,17 @@ class Video:
     return np.arange(len(self)) / fps
 
 
-def open_video(source: str | os.PathLike | np.ndarray | Sequence) -> Video:
+def open_video(source: str | os.PathLike | np.ndarray | Sequence | Video) -> Video:
   """Opens a video, GIF, folder of frames or image by path; or frames in memory.
 
   Args:
     source: a path; or a uint8 array [T, H, W, 3]; or a list of frames, each a uint8 array
-      [H, W, 3], a PIL image or the path of an image. RGB.
+      [H, W, 3], a PIL image or the path of an image, all RGB; or a Video, which is given back.
 
   Raises InputError where there is no such file, nothing can be decoded, or there are no frames.
   """
+  if isinstance(source, Video):
+    return source
   if not isinstance(source, str | os.PathLike):
     frames = list(source)
     if not frames:
@@ -165,7 +181,7 @@ class _Gif(Video):
 
   def _open(self) -> Image.Image:
     try:
-      return Image.open(self._path)
+      return open_image(self._path)
     except OSError as error:
       raise InputError(f"{self.name}: cannot be read as an image ({error})") from error
 
@@ -208,11 +224,14 @@ class _Stream(Video):
     first = None
     with self._open() as container:
       stream = container.streams.video[0]
+      check_pixels(path, stream.codec_context.height, stream.codec_context.width)
+      packets = 0
       for number, packet in enumerate(container.demux(stream)):
         if first is None:  # decoded only to learn how the frames lie
           first = next(iter(packet.decode()), None)
         if not packet.size:
           continue
+        packets += 1
         if packet.is_keyframe and packet.pts is not None:
           dts = packet.pts if packet.dts is None else packet.dts
           keyframes.append(_Keyframe(packet.pts, dts, number))
@@ -222,6 +241,8 @@ class _Stream(Video):
         raise InputError(f"{self.name}: no frame could be decoded")
       self._time_base = stream.time_base
       fps = stream.average_rate or stream.guessed_rate
+      self.claimed = stream.frames or packets
+      self.rotation = first.rotation % 360
       turned = first.rotation % 180 != 0
       self.size = (first.width, first.height) if turned else (first.height, first.width)
     self._keyframes = sorted(keyframes, key=lambda k: k.pts)
@@ -238,6 +259,16 @@ class _Stream(Video):
 
   def __len__(self) -> int:
     return self._count
+
+  def pts(self, ids: Iterable[int]) -> tuple[list[int], Fraction] | None:
+    return None if self._pts is None else ([int(self._pts[i]) for i in ids], self._time_base)
+
+  def variable_rate(self) -> bool:
+    if self._pts is None or len(self._pts) < 3:
+      return False
+    steps = np.diff(self._pts)
+    # Containers round to ticks, so that equal steps may differ by one.
+    return int(steps.max() - steps.min()) > max(1, int(np.median(steps)) // 50)
 
   def _open(self) -> "_Container":
     return _Container(self._path)

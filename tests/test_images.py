@@ -130,3 +130,16 @@ def test_equal_to_the_siglip_processor(shape):
   np.testing.assert_allclose(
     normalise(to_model(image, 384)), np.transpose(pixels, (1, 2, 0)), atol=1e-6
   )
+
+
+def test_pictures_that_would_fill_the_memory_are_refused_before_decoding(tmp_path):
+  # 400 million pixels in some kilobytes.
+  bomb = Image.new("1", (20_000, 20_000))
+  bomb.save(tmp_path / "bomb.png")
+  assert (tmp_path / "bomb.png").stat().st_size < 100_000
+  with pytest.raises(InputError, match=r"bomb\.png: ") as caught:
+    read_image(tmp_path / "bomb.png")
+  assert caught.value.kind == "too-large"
+  Image.new("1", (11_586, 11_586)).save(tmp_path / "over.png")  # above ours, below Pillow's
+  with pytest.raises(InputError, match=r"found 11586x11586 pixels .* accepted: up to 134217728"):
+    read_image(tmp_path / "over.png")

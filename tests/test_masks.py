@@ -198,7 +198,7 @@ def test_published_grids(golden):
     for i in range(len(meta.get("mask_shapes", []))):
       masks, cells = arrays[f"{name}/masks_{i}"], arrays[f"{name}/mask_bin_{i}"]
       grid, aspect_ratio = cells.shape[-1], meta["image_aspect_ratio"]
-      ours = mask_to_grid(masks, grid, aspect_ratio)
+      ours = mask_to_grid(masks, grid, aspect_ratio, "published")
       assert ours.dtype == np.uint8
       np.testing.assert_array_equal(ours, cells, err_msg=name)
       if f"{name}/mask_resized_{i}" in arrays and aspect_ratio == "square":
@@ -225,9 +225,13 @@ def test_grid_equals_torch():
       theirs = F.interpolate(
         torch.from_numpy(masks[:, None]).float(), size=(grid, grid), mode="bilinear"
       )[:, 0].numpy()
-      np.testing.assert_array_equal(mask_to_grid(masks, grid), theirs > 0, err_msg=f"{n} {grid}")
+      np.testing.assert_array_equal(
+        mask_to_grid(masks, grid, rule="published"), theirs > 0, err_msg=f"{n} {grid}"
+      )
       turned = masks.swapaxes(1, 2)
-      np.testing.assert_array_equal(mask_to_grid(turned, grid), (theirs > 0).swapaxes(1, 2))
+      np.testing.assert_array_equal(
+        mask_to_grid(turned, grid, rule="published"), (theirs > 0).swapaxes(1, 2)
+      )
   for _ in range(60):
     height, width = rng.integers(1, 300, 2)
     masks = rng.random((3, height, width)).astype(np.float32) * 255
@@ -240,14 +244,16 @@ def test_a_cell_is_set_by_its_source_pixels():
   for pixel in range(8):
     mask = np.zeros((8, 8), np.uint8)
     mask[pixel, :] = 1
-    assert mask_to_grid(mask, 4)[:, 0].tolist() == [int(i == pixel // 2) for i in range(4)]
+    assert mask_to_grid(mask, 4, rule="published")[:, 0].tolist() == [
+      int(i == pixel // 2) for i in range(4)
+    ]
   # 12 pixels to 4 cells: the middle one of each three, with no weight on its neighbour.
   for pixel in range(12):
     mask = np.zeros((12, 12), np.uint8)
     mask[:, pixel] = 1
     expected = [int(pixel == 3 * i + 1) for i in range(4)]
-    assert mask_to_grid(mask, 4)[0].tolist() == expected
-    assert vanished(mask, mask_to_grid(mask, 4)) == (sum(expected) == 0)
+    assert mask_to_grid(mask, 4, rule="published")[0].tolist() == expected
+    assert vanished(mask, mask_to_grid(mask, 4, rule="published")) == (sum(expected) == 0)
 
 
 def test_vanishing_rates_are_the_published_table():
@@ -258,7 +264,7 @@ def test_vanishing_rates_are_the_published_table():
     for trial in range(400):
       y, x = rng.integers(0, 480 - side + 1), rng.integers(0, 854 - side + 1)
       mask = mask_from_box((x, y, x + side, y + side), 480, 854)
-      gone += bool(vanished(mask, mask_to_grid(mask, 27)))
+      gone += bool(vanished(mask, mask_to_grid(mask, 27, rule="published")))
       assert trial > 20 or mask_to_grid(mask, 27, rule="area").any()
     assert gone / 400 == pytest.approx(share, abs=0.08)
 
@@ -287,8 +293,36 @@ def test_area_rule():
   assert mask_to_grid(half, 4, rule="area")[0].tolist() == [1, 1, 0, 0]
   half[:, 5] = 0
   assert mask_to_grid(half, 4, rule="area")[0].tolist() == [1, 0, 0, 0]
-  with pytest.raises(InputError, match="accepted: published, area"):
+  with pytest.raises(InputError, match="accepted: keep, published, area"):
     mask_to_grid(half, 4, rule="max")
+
+
+def test_keep_rule_is_the_published_one_but_for_what_vanishes():
+  rng = np.random.default_rng(5)
+  lost = 0
+  for size in (2, 4, 9, 40, 200):
+    for _ in range(20):
+      y, x = rng.integers(0, 480 - size), rng.integers(0, 854 - size)
+      mask = np.zeros((480, 854), np.uint8)
+      mask[y : y + size, x : x + size] = 1
+      published, kept = (mask_to_grid(mask, 27, rule=rule) for rule in ("published", "keep"))
+      if published.any():
+        np.testing.assert_array_equal(kept, published)
+      else:
+        lost += 1
+        np.testing.assert_array_equal(kept, mask_to_grid(mask, 27, rule="area"))
+        # Every kept cell holds a part of the object.
+        ys, xs = np.nonzero(kept)
+        assert len(ys)
+        for i, j in zip(ys, xs, strict=True):
+          assert (i + 1) * 480 / 27 > y
+          assert i * 480 / 27 < y + size
+          assert (j + 1) * 854 / 27 > x
+          assert j * 854 / 27 < x + size
+  assert 20 < lost < 80
+  assert not mask_to_grid(np.zeros((480, 854), np.uint8), 27).any()  # an absent object stays absent
+  both = np.stack([mask, np.zeros_like(mask)])
+  np.testing.assert_array_equal(mask_to_grid(both, 27)[0], mask_to_grid(mask, 27))
 
 
 def test_leading_axes():

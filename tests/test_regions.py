@@ -209,6 +209,9 @@ def test_warnings_name_objects_that_vanish_on_the_grid():
   ]
   objects = objects_of(regions, video)
   ant, fly = warnings_of(objects, grid=27)
+  assert ant.startswith("ant is too small for the model's 27x27 grid on frame 0: the cell it lies")
+  assert "most of which is its surroundings" in fly
+  ant, fly = warnings_of(objects, grid=27, rule="published")
   assert ant.startswith("ant is too small for the model's 27x27 grid on frame 0: the model learns")
   assert "fly" in fly
   assert "frame 0: those frames tell nothing of it" in fly

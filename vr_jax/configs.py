@@ -58,6 +58,9 @@ def base_config() -> ConfigDict:
   config.input.masks = "multi"  # frames of an object: "single", "multi", or "half" of the rows each
   config.input.single_frame = "first"  # which frame in single mode: "first" or "random"
   config.input.max_mask_frames = 32
+  # Masks on the tower's grid: "published", by which small objects vanish, or "keep": those keep the
+  # cells they cover most.
+  config.input.mask_rule = "keep"
   # Static sizes of a row; 0: what the largest record needs (reads the text of all records once).
   config.input.row_frames = 0
   config.input.row_objects = 0

@@ -65,7 +65,8 @@ def picture_rows(seed: int, image_size: int, grid: int) -> dict[str, np.ndarray]
     write_video(path, frames)
     with av.open(str(path)) as container:
       decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-  cells = mask_to_grid(masks.reshape(-1, HEIGHT, WIDTH), grid).reshape(THINGS, FRAMES, grid * grid)
+  cells = mask_to_grid(masks.reshape(-1, HEIGHT, WIDTH), grid, rule="published")
+  cells = cells.reshape(THINGS, FRAMES, grid * grid)
   return {
     "frames": np.stack([to_model(frame, image_size) for frame in decoded]),
     "masks": cells.transpose(1, 0, 2).astype(bool),

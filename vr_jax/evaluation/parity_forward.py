@@ -98,7 +98,9 @@ class Published:
       for position in positions:
         number = len(scene) + entry  # each (object, frame) pair has a frame of its own
         of_clip[number] = np.moveaxis(frames[position], 0, -1)
-        cells = mask_to_grid(masks[entry], self.cfg.img.grid, self.cfg.image_aspect_ratio)
+        cells = mask_to_grid(
+          masks[entry], self.cfg.img.grid, self.cfg.image_aspect_ratio, "published"
+        )
         objects[-1][number] = cells.reshape(-1)
         entry += 1
     return Clip(of_clip, numbers, objects)

@@ -127,7 +127,9 @@ def _region(shared: Case, params, width: int, case: Case) -> Produced:
     raw = case[f"masks_{b}"]
     if raw.size == 0:  # no mask at all: an object without annotation, one empty mask
       raw = np.zeros((len(pairs), grid, grid), np.uint8)
-    on_grid = arrays[f"mask_bin_{b}"] = mask_to_grid(raw, grid, meta["image_aspect_ratio"])
+    on_grid = arrays[f"mask_bin_{b}"] = mask_to_grid(
+      raw, grid, meta["image_aspect_ratio"], "published"
+    )
     if f"mask_resized_{b}" in case:
       if meta["image_aspect_ratio"] == "pad":  # on the way to mask_bin, which is compared
         case[f"mask_resized_{b}"]

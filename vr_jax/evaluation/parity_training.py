@@ -255,6 +255,7 @@ def _batches(
     max_text_ids=cfg.max_text_ids,
     aspect_ratio=cfg.image_aspect_ratio,
     masks="multi",
+    mask_rule="published",
   )
   used = sorted({index[number] for number in order})
   shape: RowShape = fit_shape(

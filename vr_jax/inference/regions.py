@@ -126,9 +126,12 @@ def warnings_of(
   objects: Sequence[MarkedObject],
   grid: int,
   aspect_ratio: str = "square",
-  rule: str = "published",
+  rule: str = "keep",
 ) -> list[str]:
-  """One line for each object that the model cannot see on some frame: it is in no cell there.
+  """One line for each object too small for the grid on some frame.
+
+  Under "published" it is in no cell there, and the model cannot see it; under "keep" the cells it
+  covers most stand for it.
 
   `grid` is the number of cells per side of the vision tower, the rest as in `mask_to_grid`.
   """
@@ -137,12 +140,17 @@ def warnings_of(
     lost = [
       number
       for number, mask in marked.masks.items()
-      if vanished(mask, mask_to_grid(mask, grid, aspect_ratio, rule))
+      if vanished(mask, mask_to_grid(mask, grid, aspect_ratio, "published"))
     ]
-    if lost:
+    if lost and rule != "area":
       every = len(lost) == len(marked.masks)
       where = f"frame {lost[0]}" if len(lost) == 1 else f"{len(lost)} of {len(marked.masks)} frames"
-      effect = "the model learns nothing about it" if every else "those frames tell nothing of it"
+      if rule == "keep":
+        effect = "the cell it lies in stands for it, most of which is its surroundings"
+      elif every:
+        effect = "the model learns nothing about it"
+      else:
+        effect = "those frames tell nothing of it"
       lines.append(
         f"{marked.name} is too small for the model's {grid}x{grid} grid on {where}: {effect}; "
         "mark a larger area or a frame where it is larger"

@@ -41,6 +41,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     templated=config.input.templated,
     max_text_ids=cfg.max_text_ids,
     aspect_ratio=cfg.image_aspect_ratio,
+    mask_rule=config.input.mask_rule,
     masks=config.input.masks,
     single_frame=config.input.single_frame,
     max_mask_frames=config.input.max_mask_frames,
