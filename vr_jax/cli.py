@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_pipes.errors import InputError
 
@@ -90,10 +91,54 @@ def _parser() -> argparse.ArgumentParser:
   parity.add_argument("--stage", action="append", metavar="NAME", help="such as 03_region")
   parity.add_argument("--json", action="store_true", help="print the results as JSON")
 
+  _data_commands(command("data", _data, "check, shard, count, show and time annotation files"))
+
   config = command("config", _config, "resolve configs without running them")
   config.add_argument("what", choices=["show", "diff", "shapes"])
   config.add_argument("configs", nargs="+", metavar="F.py[:ARGS]")
   return parser
+
+
+def _data_commands(data: argparse.ArgumentParser) -> None:
+  verbs = data.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+  def verb(name: str, summary: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=summary, description=summary)
+
+  check = verb("check", "validate annotation files and their media; exit code 2 on defects")
+  check.add_argument("files", nargs="+", metavar="FILE", help="a JSON array of items")
+  check.add_argument("--media", metavar="DIR", help="also open the media, relative to DIR")
+  check.add_argument("--decode", action="store_true", help="also decode the frames that are needed")
+  check.add_argument("--scene-frames", type=int, default=16, metavar="N", help="of --decode")
+  check.add_argument(
+    "--grid", type=int, default=0, metavar="G", help="count masks that vanish on it"
+  )
+  check.add_argument("--reject", nargs="+", default=[], metavar="NOTICE", help="count as defects")
+  check.add_argument("--report", metavar="R.json", help="and every finding in R.json.items.jsonl")
+  check.add_argument("--fix", metavar="DIR", help="write cleaned copies and lists of changes there")
+  check.add_argument("--jobs", type=int, default=2, metavar="N", help="threads (default: 2)")
+  check.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _data(args: argparse.Namespace) -> int:
+  return {"check": _data_check}[args.verb](args)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+  from data_pipes import check
+
+  media = Path(args.media) if args.media else None
+  checks = check.Checks(media, args.decode, args.scene_frames, args.grid, tuple(args.reject))
+  summary = check.check(
+    args.files,
+    checks,
+    jobs=args.jobs,
+    report=args.report,
+    fix=args.fix,
+    progress=lambda text: sys.stderr.isatty() and print(text, file=sys.stderr),
+  )
+  print(json.dumps(summary, indent=2) if args.json else "\n".join(check.table(summary)))
+  return 2 if check.found_defects(summary) else 0
 
 
 def _quickstart(args: argparse.Namespace) -> None:
