@@ -12,7 +12,7 @@ from data_pipes.batch import Clip, RowShape
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import read_image, to_model
 from data_pipes.masks import mask_to_grid, segmentation_to_mask, vanished
-from data_pipes.video import open_video, read_scene, scene_ids
+from data_pipes.video import Video, open_video, read_scene, scene_ids
 
 MAX_MASK_FRAMES = 32  # frames of an object in multi-frame mode
 
@@ -32,7 +32,7 @@ def media_path(root: str | os.PathLike, path: str) -> Path:
 
 
 def read_clip(
-  source: str | os.PathLike | np.ndarray | Sequence,
+  source: str | os.PathLike | np.ndarray | Sequence | Video,
   shape: RowShape,
   objects: Sequence[Mapping[int, Any]] = (),
   *,
@@ -46,7 +46,8 @@ def read_clip(
   """Reads the scene frames and the frames of all masks in one pass.
 
   Args:
-    source: what `open_video` takes; with `image`, the path of one image or an array [H, W, 3].
+    source: what `open_video` takes; with `image`, the path of one image, an array [H, W, 3] or a
+      Video of one frame.
     shape: gives T, the image size and the grid.
     objects: per object {frame number of the source: mask}, in merge order. A mask is a COCO
       segmentation, a uint8 or bool array [H, W] of the frame's size, or None for an empty one.
@@ -61,9 +62,13 @@ def read_clip(
     InputError: unreadable media, a frame the media lacks, a mask of another size than its frame.
   """
   if image:
-    pixels = source if isinstance(source, np.ndarray) else read_image(str(source))
-    name = "the image" if isinstance(source, np.ndarray) else str(source)
-    count, frame_size, scene = 1, pixels.shape[:2], [0] * shape.scene
+    if isinstance(source, Video):
+      pixels, frame_size, name = source.frames([0])[0], source.size, source.name
+    else:
+      pixels = source if isinstance(source, np.ndarray) else read_image(str(source))
+      name = "the image" if isinstance(source, np.ndarray) else str(source)
+      frame_size = pixels.shape[:2]
+    count, scene = 1, [0] * shape.scene
   else:
     video = open_video(source)
     name, count, frame_size = video.name, len(video), video.size

@@ -15,6 +15,7 @@ import numpy as np
 from data_pipes.errors import Defect, InputError
 from data_pipes.prompts import MEDIA_TAGS, ROLES, Turn, from_human, tag_to_head
 from data_pipes.tokenizer import REGION
+from data_pipes.video import Video
 
 _BLOCK = 4 << 20  # bytes
 _SPACE = " \t\n\r"
@@ -33,6 +34,7 @@ class Record:
       the source video; an image has frame 0 only. A segmentation is COCO RLE (compressed or not), a
       list of polygons, or None for an object that is listed but not seen (an empty mask).
     size: (height, width) in pixels where the item gives both.
+    stored: the media, where prepared shards hold it.
   """
 
   id: str | int
@@ -42,6 +44,7 @@ class Record:
   turns: tuple[Turn, ...]
   objects: tuple[Mapping[int, Any], ...]
   size: tuple[int, int] | None
+  stored: Video | None = None
 
   @property
   def tag(self) -> str | None:

@@ -131,7 +131,7 @@ class Samples:
       clip = None
       if record.media is not None:
         clip = read_clip(
-          media_path(self.media_root, record.path),
+          record.stored or media_path(self.media_root, record.path),
           self.shape,
           self.rules.objects(record, index),
           image=record.media == "image",

@@ -119,9 +119,68 @@ def _data_commands(data: argparse.ArgumentParser) -> None:
   check.add_argument("--jobs", type=int, default=2, metavar="N", help="threads (default: 2)")
   check.add_argument("--json", action="store_true", help="print the summary as JSON")
 
+  prepare = verb("prepare", "decode once and write ArrayRecord shards; goes on where it was ended")
+  prepare.add_argument("files", nargs="*", metavar="FILE", help="a JSON array of items")
+  prepare.add_argument("--media", metavar="DIR", default=".", help="the media are relative to DIR")
+  prepare.add_argument("--out", required=True, metavar="OUT")
+  prepare.add_argument("--shards", type=int, default=16, metavar="N", help="default: %(default)s")
+  prepare.add_argument(
+    "--scene-frames", type=int, nargs="+", default=[16], metavar="N", help="default: 16"
+  )
+  prepare.add_argument(
+    "--size", type=int, default=384, help="of stored frames, 0: the source's (default: 384)"
+  )
+  prepare.add_argument("--aspect-ratio", default="square", help="square (default) or pad")
+  prepare.add_argument("--format", default="jpeg", help="jpeg (default), or png, which is exact")
+  prepare.add_argument("--quality", type=int, default=95, help="of jpeg (default: %(default)s)")
+  prepare.add_argument(
+    "--reject", nargs="+", default=[], metavar="NOTICE", help="see vr data check"
+  )
+  prepare.add_argument("--runner", choices=["local", "array", "ray"], default="local")
+  prepare.add_argument(
+    "--jobs", type=int, default=2, metavar="N", help="processes of --runner local"
+  )
+  prepare.add_argument("--address", help="of the Ray cluster (default: start one here)")
+  prepare.add_argument(
+    "--task", nargs=2, metavar=("STAGE", "SHARD"), help="run one task of an OUT begun before"
+  )
+  prepare.add_argument("--json", action="store_true", help="print the manifest")
+
 
 def _data(args: argparse.Namespace) -> int:
-  return {"check": _data_check}[args.verb](args)
+  return {"check": _data_check, "prepare": _data_prepare}[args.verb](args)
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+  from data_pipes import prepare, tasks
+
+  if args.files:
+    settings = prepare.Settings(
+      tuple(args.files), args.media, args.shards, tuple(args.scene_frames), args.size,
+      args.aspect_ratio, args.format, args.quality, tuple(args.reject),
+    )  # fmt: skip
+    job = prepare.Prepare.start(args.out, settings)
+  else:
+    job = prepare.Prepare.resume(args.out)
+
+  def progress(stage: str, done: int, total: int) -> None:
+    print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+
+  if args.task:
+    if not args.task[1].isdecimal():
+      raise InputError(f"--task: SHARD {args.task[1]!r}; accepted: a number")
+    job.run(args.task[0], int(args.task[1]))
+    return 0
+  if args.runner == "array":
+    print("\n".join(tasks.array_commands(job)))
+    return 0
+  if args.runner == "ray":
+    tasks.run_ray(job, args.address, progress=progress)
+  else:
+    tasks.run_local(job, args.jobs, progress)
+  manifest = json.loads(job.output("manifest", 0).read_text())
+  print(json.dumps(manifest, indent=2) if args.json else prepare.summary(manifest, job.out))
+  return 0
 
 
 def _data_check(args: argparse.Namespace) -> int:

@@ -46,7 +46,8 @@ def base_config() -> ConfigDict:
   config.frozen_dtype = "float32"  # of the frozen parameters in memory: "float32" or "bfloat16"
 
   config.input = ConfigDict()
-  config.input.files = ()  # annotation files in the published JSON format, one list after another
+  # Annotation files in the published JSON format, or folders of shards (vr data prepare).
+  config.input.files = ()
   config.input.media = "."  # folder that the videos and images of the files are relative to
   config.input.batch_size = 8  # examples of one optimizer step, over all devices
   config.input.accum_steps = 1  # the step works through the batch in so many equal parts

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -10,8 +11,9 @@ from ml_collections import ConfigDict
 from data_pipes.batch import RowShape, fit_shape
 from data_pipes.errors import InputError
 from data_pipes.loader import Failures, make_dataset, prefetched
-from data_pipes.records import RecordFile
+from data_pipes.records import Record, RecordFile
 from data_pipes.samples import RowRules, Samples, record_needs
+from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
@@ -36,7 +38,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     )
   if not config.input.files:
     raise InputError("config.input.files is empty; give at least one annotation file")
-  records = [RecordFile(path) for path in config.input.files]
+  records = [read_set(path, config, cfg) for path in config.input.files]
   rules = RowRules(
     templated=config.input.templated,
     max_text_ids=cfg.max_text_ids,
@@ -84,10 +86,19 @@ def videorefer_task(config: ConfigDict) -> Task:
   )
 
 
+def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile | ShardSet:
+  """One of `input.files`: an annotation file, or a folder that `vr data prepare` has filled."""
+  if not Path(path).is_dir():
+    return RecordFile(path)
+  shards = ShardSet(path)
+  shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  return shards
+
+
 def row_shape(
   config: ConfigDict,
   cfg: VideoReferConfig,
-  records: Sequence[RecordFile],
+  records: Sequence[Sequence[Record] | RecordFile],
   tokenizer: Tokenizer,
   rules: RowRules,
 ) -> RowShape:

@@ -1,0 +1,388 @@
+"""`vr data prepare`: annotation files and media to ArrayRecord shards (the format: shards.py).
+
+Stage `index`, a task for each annotation file: checks every item and notes where it lies and which
+shard it goes to (all items of one clip go to one). Stage `shards`: each task decodes its clips once
+and writes its frames and samples. Stage `manifest` adds up.
+"""
+
+import hashlib
+import io
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_pipes.check import (
+  Checks,
+  Finding,
+  Media,
+  check_file,
+  check_frames,
+  check_masks,
+  inspect_media,
+  parse_item,
+)
+from data_pipes.clips import media_path
+from data_pipes.errors import Defect, InputError
+from data_pipes.images import ASPECT_RATIOS, read_image, to_model
+from data_pipes.records import Record
+from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
+from data_pipes.tasks import Journal, committed
+from data_pipes.video import open_video, scene_ids
+
+SETTINGS = "settings.json"
+REJECTS = "rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+  """Everything that decides the bytes of the shards.
+
+  Attributes:
+    files: annotation files.
+    media: the folder that their media are relative to.
+    shards: how many.
+    scene: numbers of scene frames that the shards must serve, by the uniform rule.
+    size: side of the stored frames, pixels, resized as for the vision tower; 0: as in the source.
+    aspect_ratio: "square" or "pad", before resizing.
+    format: "jpeg" (`quality`, no chroma subsampling) or "png", which loses nothing.
+    reject: classes of notices (data_pipes.check.NOTICES) whose items are left out too.
+  """
+
+  files: tuple[str, ...]
+  media: str
+  shards: int = 16
+  scene: tuple[int, ...] = (16,)
+  size: int = 384
+  aspect_ratio: str = "square"
+  format: str = "jpeg"
+  quality: int = 95
+  reject: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name, accepted in (("aspect_ratio", ASPECT_RATIOS), ("format", ("jpeg", "png"))):
+      if getattr(self, name) not in accepted:
+        raise InputError(f"{name}={getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+    if self.shards < 1 or self.size < 0 or not 1 <= self.quality <= 100 or min(self.scene) < 1:
+      raise InputError(
+        f"shards={self.shards}, size={self.size}, quality={self.quality}, scene={self.scene}; "
+        "accepted: shards and scene of at least 1, size of at least 0, quality from 1 to 100"
+      )
+    for file in self.files:
+      if not Path(file).is_file():
+        raise InputError(f"{file}: found no such file; accepted: a JSON array of items")
+    if not Path(self.media).is_dir():
+      raise InputError(f"{self.media}: no such folder of media")
+    Checks(reject=self.reject)
+
+  @property
+  def rule(self) -> dict[str, Any]:
+    """How frames were chosen and stored, written beside them."""
+    return {
+      "scene": list(self.scene),
+      "scene_rule": "uniform",
+      "size": self.size,
+      "aspect_ratio": self.aspect_ratio,
+      "resize": "pillow bicubic",
+      "format": self.format,
+      "quality": self.quality if self.format == "jpeg" else None,
+    }
+
+
+@dataclass(frozen=True)
+class Prepare:
+  """The job (data_pipes.tasks.Job) that fills folder `out`."""
+
+  out: Path
+  settings: Settings
+  stages: tuple[str, ...] = field(default=("index", "shards", "manifest"), init=False)
+
+  @classmethod
+  def start(cls, out: Path | str, settings: Settings) -> "Prepare":
+    """Begins in an empty folder, or goes on in one that was begun with the same settings."""
+    job = cls(Path(out), settings)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    path = job.out / SETTINGS
+    if path.exists():
+      found = json.loads(path.read_text())
+      changed = [k for k in wanted if found.get(k) != wanted[k]]
+      if changed:
+        listed = "; ".join(f"{k} was {found.get(k)!r}, is {wanted[k]!r}" for k in changed)
+        raise InputError(f"{out} was begun with other settings: {listed}; use another folder")
+    elif job.out.is_dir() and any(job.out.iterdir()):
+      raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
+    else:
+      with committed(path) as part:
+        part.write_text(json.dumps(wanted, indent=2) + "\n")
+    return job
+
+  @classmethod
+  def resume(cls, out: Path | str) -> "Prepare":
+    """The job that a folder was begun with."""
+    path = Path(out) / SETTINGS
+    if not path.is_file():
+      raise InputError(f"{path}: no such file; begin with vr data prepare FILES --media DIR --out")
+    found = json.loads(path.read_text())
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return cls(Path(out), Settings(**found))
+
+  def shards(self, stage: str) -> int:
+    return {"index": len(self.settings.files), "shards": self.settings.shards, "manifest": 1}[stage]
+
+  def output(self, stage: str, shard: int) -> Path:
+    """The file whose presence says that a task is done."""
+    names = {"index": f"index/{shard:05d}.jsonl", "shards": f"shards/{shard:05d}.json"}
+    return self.out / names.get(stage, MANIFEST)
+
+  def done(self, stage: str, shard: int) -> bool:
+    return self.output(stage, shard).exists()
+
+  def command(self, stage: str, shard: int) -> str:
+    return f"vr data prepare --out {shlex.quote(str(self.out))} --task {stage} {shard}"
+
+  def run(self, stage: str, shard: int) -> None:
+    if stage not in self.stages or not 0 <= shard < self.shards(stage):
+      known = ", ".join(f"{s} 0..{self.shards(s) - 1}" for s in self.stages)
+      raise InputError(f"task {stage} {shard}; accepted: {known}")
+    if self.done(stage, shard):
+      return
+    before = self.stages[: self.stages.index(stage)]
+    missing = [f"{s} {k}" for s in before for k in range(self.shards(s)) if not self.done(s, k)]
+    if missing:
+      raise InputError(f"task {stage} {shard}: {missing[0]} has to be done first")
+    {"index": self._index, "shards": self._shard, "manifest": self._manifest}[stage](shard)
+
+  # Stage index
+
+  def _index(self, number: int) -> None:
+    """Lines: the file; then [shard, item, offset, length, media path] or a reject."""
+    path = self.settings.files[number]
+    checks = Checks(reject=self.settings.reject)
+    with committed(self.output("index", number)) as part, open(part, "w") as out:
+      out.write(json.dumps({"file": path, "bytes": Path(path).stat().st_size}) + "\n")
+      for checked in check_file(path, checks):
+        i, span, record = checked.index, checked.span, checked.record
+        if span is None:  # a broken download: its first half must not pass for the whole
+          raise InputError(f"{path}: {checked.findings[0].reason}")
+        if rejected := _rejected(checked.findings, checks):
+          line = {"item": i, "id": checked.id, "media": record.path if record else None}
+          out.write(json.dumps(line | rejected) + "\n")
+          continue
+        text = record.path or f"{number}:{i}"
+        code = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        shard = int.from_bytes(code, "big") % self.settings.shards
+        out.write(json.dumps([shard, i, span.offset, len(span.raw), record.path]) + "\n")
+
+  def _entries(self, shard: int) -> dict[str, list[tuple[int, int, int, int]]]:
+    """{media path: [(file, item, offset, length)]} of a shard; each text-only item by itself."""
+    groups: dict[str, list] = {}
+    for number in range(len(self.settings.files)):
+      with open(self.output("index", number)) as lines:
+        next(lines)
+        for line in lines:
+          if line[0] == "[" and (entry := json.loads(line))[0] == shard:
+            _, item, offset, length, path = entry
+            key = f"media {path}" if path else f"text {number}:{item}"
+            groups.setdefault(key, []).append((number, item, offset, length))
+    return groups
+
+  # Stage shards
+
+  def _shard(self, shard: int) -> None:
+    groups = self._entries(shard)
+    # No suffix that names a shard: what is not committed must not look like one.
+    with Journal(self.out / "journals" / f"{shard:05d}") as journal:
+      for key, entries in groups.items():
+        if key not in journal:
+          journal.add(key, self._clip(entries))
+      self._commit(shard, groups, journal)
+      journal.close(delete=True)
+
+  def _clip(self, entries: list[tuple[int, int, int, int]]) -> bytes:
+    """One clip with its samples: a line of JSON, then the frames."""
+    samples: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    items = [(*entry[:2], *self._read(*entry)) for entry in entries]
+    clip, frames = None, []
+    checks = Checks(reject=self.settings.reject)
+    try:
+      clip, frames, outcomes = self._decode([record for *_, record in items], checks)
+    except Defect as error:
+      outcomes = [_rejected([Finding(error.kind, str(error))], checks)] * len(items)
+    for (number, index, text, record), rejected in zip(items, outcomes, strict=True):
+      at = {"file": number, "item": index}
+      if rejected:
+        rejects.append({**at, "id": record.id, "media": record.path} | rejected)
+      else:
+        samples.append({**at, "text": text})
+    head = {"clip": clip, "sizes": [len(f) for f in frames], "samples": samples, "rejects": rejects}
+    return json.dumps(head).encode() + b"\n" + b"".join(frames)
+
+  def _read(self, number: int, index: int, offset: int, length: int) -> tuple[str, Record]:
+    path = self.settings.files[number]
+    with open(path, "rb") as file:
+      file.seek(offset)
+      text = file.read(length).decode()
+    return text, parse_item(json.loads(text), f"{path}: item {index}")
+
+  def _decode(
+    self, records: list[Record], checks: Checks
+  ) -> tuple[dict[str, Any] | None, list[bytes], list[dict[str, str] | None]]:
+    """(clip, frames, why each record is rejected or None). Raises Defect if the media is bad."""
+    path, kind = records[0].path, records[0].media
+    if kind is None:
+      return None, [], [None] * len(records)
+    file = media_path(self.settings.media, path)
+    media = inspect_media(file, kind)
+    outcomes = [_rejected([*media.findings, *_media_findings(r, media)], checks) for r in records]
+    good = [r for r, rejected in zip(records, outcomes, strict=True) if not rejected]
+    if not good:
+      return None, [], outcomes
+    clip: dict[str, Any] = {"path": path, "kind": "image", "frames": [0], "size": list(media.size)}
+    try:
+      if kind == "image":
+        frames = [self._encode(read_image(file))]
+      else:
+        video = open_video(file)
+        wanted = {n for count in self.settings.scene for n in scene_ids(video, count) if n >= 0}
+        wanted |= {n for r in good for by_frame in r.objects for n in by_frame}
+        numbers = sorted(int(n) for n in wanted)
+        frames = video.frames(numbers, self._encode)
+        clip |= {"kind": video.kind, "frames": numbers, "count": len(video), "fps": video.fps}
+        clip |= {"claimed": video.claimed, "rotation": video.rotation}
+        if times := video.pts(numbers):
+          clip |= {"pts": times[0], "time_base": str(times[1])}
+    except (InputError, OSError) as error:
+      raise Defect("media-damaged", str(error)) from error
+    clip |= {"index_space": "presented", "rule": self.settings.rule, "source": _hash_media(file)}
+    return clip, frames, outcomes
+
+  def _encode(self, frame) -> bytes:
+    if self.settings.size:
+      frame = to_model(frame, self.settings.size, self.settings.aspect_ratio)
+    file = io.BytesIO()
+    if self.settings.format == "jpeg":
+      Image.fromarray(frame).save(file, "JPEG", quality=self.settings.quality, subsampling=0)
+    else:
+      Image.fromarray(frame).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+  def _commit(self, shard: int, groups: Iterable[str], journal: Journal) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    names = {kind: shard_name(kind, shard, self.settings.shards) for kind in ("frames", "samples")}
+    counts: Counter[str] = Counter()
+    rejects = []
+    with committed(self.out / names["frames"]) as a, committed(self.out / names["samples"]) as b:
+      frame_writer = ArrayRecordWriter(str(a), FRAME_OPTIONS)
+      sample_writer = ArrayRecordWriter(str(b), SAMPLE_OPTIONS)
+      for key in groups:
+        line, _, blobs = journal[key].partition(b"\n")
+        head = json.loads(line)
+        rejects += head["rejects"]
+        clip = head["clip"] and {**head["clip"], "first": counts["frames"]}
+        for sample in head["samples"]:
+          # The item stands as it was written; text in front of it makes the whole one JSON object.
+          front = {k: sample[k] for k in ("file", "item")} | {"clip": clip}
+          text = json.dumps(front)[:-1] + ', "record": ' + sample["text"] + "}"
+          sample_writer.write(text.encode())
+        at = 0
+        for size in head["sizes"]:
+          frame_writer.write(blobs[at : at + size])
+          at += size
+        counts["frames"] += len(head["sizes"])
+        counts["clips"] += bool(clip)
+        counts["samples"] += len(head["samples"])
+        counts["frame_bytes"] += at
+      frame_writer.close()
+      sample_writer.close()
+    files = {name: _hash_file(self.out / name) for name in names.values()}
+    with committed(self.output("shards", shard)) as part:
+      part.write_text(json.dumps({**counts, "files": files, "rejects": rejects}) + "\n")
+
+  # Stage manifest
+
+  def _manifest(self, _: int) -> None:
+    """Counts, checksums and rejects of all shards; rejects one by one in rejects.jsonl."""
+    totals: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    checksums: dict[str, str] = {}
+    of_shards = []
+    with committed(self.out / REJECTS) as part, open(part, "w") as out:
+
+      def reject(line: Mapping[str, Any]) -> None:
+        reasons[line["class"]] += 1
+        out.write(json.dumps(line) + "\n")
+
+      for number in range(len(self.settings.files)):
+        with open(self.output("index", number)) as lines:
+          next(lines)
+          for line in lines:
+            totals["items"] += 1
+            if line[0] == "{":
+              reject({"file": number} | json.loads(line))
+      for shard in range(self.settings.shards):
+        own = json.loads(self.output("shards", shard).read_text())
+        for line in own.pop("rejects"):
+          reject(line)
+        checksums |= own.pop("files")
+        of_shards.append(own.get("samples", 0))
+        totals.update(own)
+    manifest = {
+      "format": 1,
+      "settings": asdict(self.settings),
+      "items": totals["items"],
+      "samples": totals["samples"],
+      "clips": totals["clips"],
+      "frames": totals["frames"],
+      "frame_bytes": totals["frame_bytes"],
+      "rejected": sum(reasons.values()),
+      "rejects": dict(sorted(reasons.items())),
+      "samples_of_shards": of_shards,
+      "checksums": checksums,
+    }
+    with committed(self.output("manifest", 0)) as part:
+      part.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def summary(manifest: Mapping[str, Any], out: Path) -> str:
+  """The manifest as lines for a terminal."""
+  lines = [
+    f"{out}: {manifest['samples']} samples of {manifest['clips']} clips, {manifest['frames']} "
+    f"frames ({manifest['frame_bytes'] / 1e6:.1f} MB), {len(manifest['samples_of_shards'])} shards"
+  ]
+  if manifest["rejected"]:
+    lines.append(f"{manifest['rejected']} of {manifest['items']} rejected, see {out / REJECTS}")
+    lines += [f"  {kind:<17} {count:>7}" for kind, count in manifest["rejects"].items()]
+  return "\n".join(lines)
+
+
+def _media_findings(record: Record, media: Media) -> Iterator[Finding]:
+  yield from check_masks(record, media.size)
+  yield from check_frames(record, media)
+
+
+def _rejected(found: Iterable[Finding], checks: Checks) -> dict[str, str] | None:
+  """The class and reason of the first finding that rejects an item."""
+  first = next((f for f in found if checks.rejects(f)), None)
+  return None if first is None else {"class": first.kind, "reason": first.reason}
+
+
+def _hash_media(path: Path) -> str:
+  """blake2b of a media file; of a folder, of its files' names and bytes in order."""
+  if path.is_file():
+    return _hash_file(path)
+  code = hashlib.blake2b(digest_size=16)
+  for file in sorted(p for p in path.iterdir() if p.is_file()):
+    code.update(f"{file.name}\0{_hash_file(file)}\0".encode())
+  return code.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

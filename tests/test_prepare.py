@@ -1,0 +1,277 @@
+"""vr data prepare: shards equal to their sources, whole after a kill, rejects with reasons."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data_check import CASES, item, mask, media, write, write_clip  # noqa: F401 (media)
+
+from data_pipes import check
+from data_pipes.batch import RowShape
+from data_pipes.check import Checks
+from data_pipes.errors import InputError
+from data_pipes.prepare import Prepare, Settings
+from data_pipes.records import RecordFile
+from data_pipes.samples import RowRules, Samples
+from data_pipes.shards import ShardSet
+from data_pipes.tasks import Journal, array_commands, run_local
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.cli import main
+
+SHAPE = RowShape(
+  frames=48, scene=16, objects=4, object_frames=32, length=256, image_size=56, grid=4,
+  tokens_per_object=4, scene_tokens=32,
+)  # fmt: skip
+
+
+def prepare(out, files, folder, workers=1, **options) -> ShardSet:
+  settings = Settings(tuple(map(str, files)), str(folder), **{"shards": 3, "size": 56, **options})
+  run_local(Prepare.start(out, settings), workers)
+  return ShardSet(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+  return Tokenizer.from_folder(golden / "tiny_videorefer_qwen2")
+
+
+@pytest.mark.parametrize(("size", "exact"), [(56, True), (0, True), (56, False)])
+def test_rows_from_shards_are_those_of_the_files(golden, tokenizer, tmp_path, size, exact):
+  """Videos, frame folders, GIFs, images and text; every mask mode. PNG: bit for bit."""
+  file = golden / "data/train.json"
+  shards = prepare(
+    tmp_path / "s", [file], golden / "media", size=size, format="png" if exact else "jpeg"
+  )
+  records = RecordFile(file)
+  assert sorted(shards.source(i) for i in range(len(shards))) == [
+    (str(file), i) for i in range(len(records))
+  ]
+  for masks in ("multi", "single"):
+    rules = RowRules(masks=masks)
+    ours = Samples(shards, tokenizer, SHAPE, rules=rules)
+    theirs = Samples(records, tokenizer, SHAPE, media_root=golden / "media", rules=rules)
+    for i in range(len(shards)):
+      row, wanted = ours[i], theirs[shards.source(i)[1]]
+      for key in row:
+        if key == "frames" and not exact:
+          assert np.abs(row[key].astype(int) - wanted[key]).mean() < 2
+        else:
+          np.testing.assert_array_equal(row[key], wanted[key], err_msg=key)
+
+
+def test_what_is_stored_beside_the_frames(golden, tmp_path):
+  shards = prepare(tmp_path / "s", [golden / "data/train.json"], golden / "media", quality=90)
+  clips = [shards.sample(i)["clip"] for i in range(len(shards))]
+  video = next(c for c in clips if c and c["kind"] == "video")
+  assert video["index_space"] == "presented"
+  assert video["rule"]["scene"] == [16]
+  assert video["rule"]["quality"] == 90
+  assert len(video["source"]) == 32
+  assert len(video["pts"]) == len(video["frames"])
+  assert sorted(set(video["frames"])) == video["frames"]
+  manifest = shards.manifest
+  assert manifest["samples"] == manifest["items"] == sum(manifest["samples_of_shards"]) == 8
+  # Clips that samples share are decoded and stored once.
+  assert manifest["clips"] == len({c["path"] for c in clips if c})
+  assert manifest["frames"] == sum(
+    len(c["frames"]) for c in {c["path"]: c for c in clips if c}.values()
+  )
+  assert len(manifest["checksums"]) == 6
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+  """Clips enough for a run that can be killed in the middle, with a few bad items among them."""
+  folder = tmp_path_factory.mktemp("many")
+  items = []
+  for i in range(30):
+    write_clip(folder / f"{i}.mp4", count=20 + i % 3)
+    annotation = [{"3": {"segmentation": mask()}}]
+    items += [item(id=2 * i + k, video=f"{i}.mp4", annotation=annotation) for k in range(2)]
+  items[7]["video"] = "none.mp4"
+  items[9]["annotation"] = [{"90": {"segmentation": mask()}}]
+  items[11]["conversations"] = []
+  write(folder / "f.json", items)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def whole(many, tmp_path_factory):
+  out = tmp_path_factory.mktemp("whole") / "s"
+  prepare(out, [many / "f.json"], many)
+  return contents(out)
+
+
+def command(many, out, *more):
+  code = "import sys; from vr_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+  words = ["data", "prepare", str(many / "f.json"), "--media", str(many), "--out", str(out)]
+  words += ["--shards", "3", "--size", "56", *more]
+  root = str(Path(__file__).parent.parent)
+  env = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+  return {"args": [sys.executable, "-c", code, *words], "env": env, "stderr": subprocess.PIPE}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_bytes(many, whole, tmp_path, jobs):
+  out = tmp_path / "s"
+  process = subprocess.Popen(**command(many, out, "--jobs", jobs), start_new_session=True)
+  deadline = time.monotonic() + 60
+  while not any(p.stat().st_size > 8_000 for p in out.glob("journals/*")):
+    assert time.monotonic() < deadline
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.002)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  assert not (out / "manifest.json").exists()
+  (left,) = [p for p in out.glob("journals/*") if p.stat().st_size > 8_000][:1]
+  with open(left, "ab") as file:
+    file.write(b"torn")  # as a kill in the middle of a write leaves it
+  done = subprocess.run(**command(many, out, "--jobs", jobs), check=False)
+  assert done.returncode == 0, done.stderr
+  assert contents(out) == whole
+
+
+def test_an_array_of_commands_gives_the_same_bytes(many, whole, tmp_path, capsys):
+  out = tmp_path / "s"
+  words = command(many, out, "--runner", "array")["args"][3:]
+  assert main(words) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line for line in lines if line.startswith("#")] == [
+    "# stage 1 of 3, index: 1 tasks in any order",
+    "# stage 2 of 3, shards: 3 tasks in any order; when all of index have ended",
+    "# stage 3 of 3, manifest: 1 tasks in any order; when all of shards have ended",
+  ]
+  commands = [line.split() for line in lines if not line.startswith("#")]
+  assert [c[0] for c in commands] == ["vr"] * 5
+  assert main(commands[4][1:]) == 2  # too early
+  assert "index 0 has to be done first" in capsys.readouterr().err
+  for at in (0, 3, 1, 2, 4, 4):
+    assert main(commands[at][1:]) == 0
+  assert contents(out) == whole
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(many, whole, tmp_path):
+  pytest.importorskip("ray", reason="needs the extra [engine]")
+  out = tmp_path / "s"
+  done = subprocess.run(**command(many, out, "--runner", "ray"), check=False)
+  assert done.returncode == 0, done.stderr
+  assert contents(out) == whole
+
+
+def test_rejects_are_counted_by_reason(many, whole, tmp_path):
+  manifest = json.loads(whole["manifest.json"])
+  assert manifest["rejects"] == {"conversations": 1, "frame-range": 1, "media-absent": 1}
+  assert manifest["rejected"] == 3
+  assert manifest["samples"] == 57
+  lines = [json.loads(line) for line in whole["rejects.jsonl"].splitlines()]
+  assert {(r["item"], r["class"]) for r in lines} == {
+    (7, "media-absent"),
+    (9, "frame-range"),
+    (11, "conversations"),
+  }
+  assert next(r for r in lines if r["item"] == 9)["reason"] == (
+    "object 0: found frame 90; accepted: 0 to 20"
+  )
+
+
+def test_prepare_rejects_what_check_finds(tmp_path, media):  # noqa: F811
+  """Each class of bad input ends as a counted reject with the same reason; nothing crashes."""
+  items = [dict(one, id=i) if isinstance(one, dict) else one for i, (_, one, _) in enumerate(CASES)]
+  file = write(tmp_path / "f.json", items)
+  shards = prepare(tmp_path / "s", [file], media, shards=2)
+  checks = Checks(media, decode=True)
+  expected = {}
+  for done in check.check_file(file, checks):
+    bad = [f for f in done.findings if f.is_defect]
+    if bad:
+      expected[done.index] = (bad[0].kind, bad[0].reason)
+  lines = map(json.loads, (tmp_path / "s/rejects.jsonl").read_text().splitlines())
+  found = {line["item"]: (line["class"], line["reason"]) for line in lines}
+  assert found == expected
+  assert len(shards) == len(items) - len(found)
+  # Notices are kept, or rejected where asked.
+  strict = prepare(
+    tmp_path / "t", [file], media, shards=2, reject=("alpha", "rotated", "variable-rate")
+  )
+  assert strict.manifest["rejects"] == shards.manifest["rejects"] | {
+    "alpha": 1, "rotated": 1, "variable-rate": 1,
+  }  # fmt: skip
+
+
+def test_a_broken_off_annotation_file_is_refused(tmp_path, media):  # noqa: F811
+  file = tmp_path / "f.json"
+  file.write_text(json.dumps([item(id=1), item(id=2)])[:-30])
+  with pytest.raises(InputError, match=r"f\.json: .*the file ends inside an item"):
+    prepare(tmp_path / "s", [file], media)
+
+
+def test_wrong_use_is_said(golden, tmp_path, media):  # noqa: F811
+  file = write(tmp_path / "f.json", [item()])
+  out = tmp_path / "s"
+  shards = prepare(out, [file], media)
+  with pytest.raises(InputError, match=r"begun with other settings: size was 56, is 64"):
+    prepare(out, [file], media, size=64)
+  with pytest.raises(InputError, match="is not empty and holds no settings"):
+    prepare(tmp_path, [file], media)
+  with pytest.raises(InputError, match="no such file; begin with"):
+    Prepare.resume(tmp_path / "none")
+  with pytest.raises(InputError, match=r"found no manifest\.json"):
+    ShardSet(tmp_path)
+  with pytest.raises(InputError, match=r"frames of 56 pixels; accepted: .* --size 384, more, or 0"):
+    shards.check_model(384, "square", 16)
+  with pytest.raises(InputError, match=r"aspect ratio 'square'.*--aspect-ratio pad"):
+    shards.check_model(56, "pad", 16)
+  with pytest.raises(InputError, match=r"scenes of \(16,\) frames.*--scene-frames 8"):
+    shards.check_model(56, "square", 8)
+  with pytest.raises(InputError, match="frame 2 is not stored"):
+    shards[0].stored.frames([2])
+  with pytest.raises(InputError, match="format='gif'; accepted: jpeg, png"):
+    prepare(tmp_path / "t", [file], media, format="gif")
+  with pytest.raises(InputError, match=r"task frames 0; accepted: index 0\.\.0, shards 0\.\.2"):
+    Prepare.resume(out).run("frames", 0)
+  next(out.glob("frames-00001*")).unlink()
+  with pytest.raises(InputError, match=r"frames-00001-of-00003\.array_record: no such file"):
+    ShardSet(out)
+
+
+def test_a_journal_keeps_whole_rows_only(tmp_path):
+  path = tmp_path / "j"
+  with Journal(path) as journal:
+    journal.add("a", b"1" * 100)
+    journal.add("b", b"")
+    with pytest.raises(InputError, match="another process is at this task"):
+      Journal(path)
+  size = path.stat().st_size
+  with Journal(path) as journal:
+    journal.add("c", b"2" * 100)
+  data = path.read_bytes()
+  for cut in (size + 1, size + 15, size + 17, len(data) - 1):
+    path.write_bytes(data[:cut])
+    with Journal(path) as journal:
+      assert len(journal) == 2
+      assert "c" not in journal
+      assert journal["a"] == b"1" * 100
+      assert journal["b"] == b""
+      journal.add("c", b"3")
+      assert journal["c"] == b"3"
+  path.write_bytes(data[:-1] + b"x")  # damaged
+  with Journal(path) as journal:
+    assert "c" not in journal
+
+
+def test_commands_survive_spaces_in_paths(tmp_path, media):  # noqa: F811
+  file = write(tmp_path / "f.json", [item()])
+  job = Prepare.start(tmp_path / "a b", Settings((str(file),), str(media), shards=1))
+  assert list(array_commands(job))[1].startswith(f"vr data prepare --out '{tmp_path}/a b' --task")
