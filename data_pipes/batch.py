@@ -23,6 +23,10 @@ region_frames int32 [R, F]: frames of object r in merge order, -1 for none.
 tokens int32 [L]: text ids; 0 in visual slots and padding.
 visual int32 [L]: -1, or the row of the visual table: scene token v, then V + r*U + k.
 valid bool [L]: text or visual slot. supervised bool [L]: the slot's own token is a target.
+
+A packed row holds several samples one behind the other: scene is int32 [C, T], a clip each (unused
+ones are frame 0), the visual table begins with C * V scene tokens, and there is
+segments int32 [L]: the number of the sample in the row, -1 in padding.
 """
 
 
@@ -39,6 +43,7 @@ class RowShape:
   grid: int  # patches a side; N = grid * grid
   tokens_per_object: int  # U
   scene_tokens: int  # V
+  clips: int = 0  # C, of packed rows; 0: a row is one sample
 
 
 @dataclass(frozen=True)
@@ -81,51 +86,108 @@ def build_row(
   Raises:
     InputError: the tags do not match the clip (also after cutting), or the row does not fit.
   """
-  n = shape.grid * shape.grid
   row = empty_row(shape)
+  _place(row, text, clip, shape, region_id, where, _Used())
+  return row
+
+
+def build_packed(
+  parts: Sequence[tuple[Text, Clip | None, str]], shape: RowShape, region_id: int
+) -> Row:
+  """Lays several dialogues, (text, clip, where) each, out in one row of `shape`.
+
+  Each is laid out as `build_row` does it and is a segment of its own, so that the loss of the row
+  is the sum of theirs.
+
+  Raises:
+    InputError: as build_row, for the first that is wrong or finds no room.
+  """
+  row = empty_row(shape)
+  used = _Used()
+  for text, clip, where in parts:
+    used = _place(row, text, clip, shape, region_id, where, used)
+  return row
+
+
+@dataclass(frozen=True)
+class _Used:
+  """How much of a row its samples take so far."""
+
+  samples: int = 0
+  clips: int = 0
+  frames: int = 0
+  objects: int = 0
+  length: int = 0
+
+
+def _place(
+  row: Row,
+  text: Text,
+  clip: Clip | None,
+  shape: RowShape,
+  region_id: int,
+  where: str,
+  at: _Used,
+) -> _Used:
+  """Lays one dialogue out behind what the row holds; returns what it holds then."""
+  n = shape.grid * shape.grid
   is_tag = np.isin(text.ids, list(MEDIA_IDS.values()))
   is_region = _spliced_regions(text, clip, region_id, where)
   slots = np.ones(len(text.ids), np.int64)
   slots[is_tag] = shape.scene_tokens
   slots[is_region] = shape.tokens_per_object
-  check_fit(needs(text, clip, region_id, where), shape, where)
+  need = needs(text, clip, region_id, where)
+  check_fit(need, shape, where, at)
 
   source = np.repeat(np.arange(len(slots)), slots)  # the text id behind each slot
   within = np.arange(len(source)) - (np.cumsum(slots) - slots)[source]
   first = np.full(len(slots), -1)
-  first[is_tag] = 0
-  first[is_region] = shape.scene_tokens + np.arange(is_region.sum()) * shape.tokens_per_object
+  first[is_tag] = at.clips * shape.scene_tokens
+  objects = at.objects + np.arange(is_region.sum())
+  first[is_region] = max(shape.clips, 1) * shape.scene_tokens + objects * shape.tokens_per_object
   visual = np.where(first[source] >= 0, first[source] + within, -1)
-  used = slice(0, len(source))
+  used = slice(at.length, at.length + len(source))
   row["visual"][used] = visual
   row["tokens"][used] = np.where(visual < 0, text.ids[source], 0)
   row["valid"][used] = True
   row["supervised"][used] = (visual < 0) & (text.labels[source] != IGNORE)
+  if shape.clips:
+    row["segments"][used] = at.samples
+  after = _Used(
+    samples=at.samples + 1,
+    clips=at.clips + (clip is not None),
+    frames=at.frames + need.frames,
+    objects=at.objects + need.objects,
+    length=used.stop,
+  )
   if clip is None:
-    return row
+    return after
 
-  slot = {number: p for p, number in enumerate(clip.numbers())}
+  slot = {number: p for p, number in enumerate(clip.numbers(), at.frames)}
   for number, p in slot.items():
     row["frames"][p] = clip.frames[number]
-  row["scene"][:] = [slot[number] for number in clip.scene]
-  for r, masks in enumerate(clip.objects):
+  scene = row["scene"][at.clips] if shape.clips else row["scene"]
+  scene[:] = [slot[number] for number in clip.scene]
+  for r, masks in enumerate(clip.objects, at.objects):
     row["region_frames"][r, : len(masks)] = [slot[number] for number in masks]
     for number, mask in masks.items():
       row["region_masks"][r, slot[number]] = np.asarray(mask).reshape(n)
-  return row
+  return after
 
 
 def empty_row(shape: RowShape) -> Row:
   """A row with nothing in it: no valid slot, nothing supervised."""
+  packed = {"segments": np.full(shape.length, -1, np.int32)} if shape.clips else {}
   return {
     "frames": np.zeros((shape.frames, shape.image_size, shape.image_size, 3), np.uint8),
-    "scene": np.zeros(shape.scene, np.int32),
+    "scene": np.zeros((shape.clips, shape.scene) if shape.clips else shape.scene, np.int32),
     "region_masks": np.zeros((shape.objects, shape.frames, shape.grid**2), np.uint8),
     "region_frames": np.full((shape.objects, shape.object_frames), -1, np.int32),
     "tokens": np.zeros(shape.length, np.int32),
     "visual": np.full(shape.length, -1, np.int32),
     "valid": np.zeros(shape.length, bool),
     "supervised": np.zeros(shape.length, bool),
+    **packed,
   }
 
 
@@ -163,15 +225,18 @@ def needs(text: Text, clip: Clip | None, region_id: int, where: str = "question"
   )
 
 
-def check_fit(need: Needs, shape: RowShape, where: str) -> None:
-  """Raises InputError with the numbers if a row does not fit."""
+def check_fit(need: Needs, shape: RowShape, where: str, used: _Used | None = None) -> None:
+  """Raises InputError with the numbers if a sample does not fit behind what the row holds."""
+  used = used or _Used()
   length = need.length(shape.tokens_per_object, shape.scene_tokens)
-  rows = (
-    ("frames", need.frames, shape.frames),
-    ("objects", need.objects, shape.objects),
+  rows = [
+    ("frames", used.frames + need.frames, shape.frames),
+    ("objects", used.objects + need.objects, shape.objects),
     ("object_frames", need.object_frames, shape.object_frames),
-    ("length", length, shape.length),
-  )
+    ("length", used.length + length, shape.length),
+  ]
+  if shape.clips:
+    rows.append(("clips", used.clips + (need.scene > 0), shape.clips))
   over = [f"{name} {have} (accepted: up to {most})" for name, have, most in rows if have > most]
   if need.scene not in (0, shape.scene):
     over.append(f"scene {need.scene} (accepted: {shape.scene})")

@@ -5,15 +5,23 @@ then batch. Nothing filters after the shuffle, no worker process has a state of 
 global batches are the same for any number of processes.
 """
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import grain
+import numpy as np
 
 from data_pipes.batch import Row, collate, empty_row
 from data_pipes.errors import InputError
 from data_pipes.samples import Samples
+
+if TYPE_CHECKING:
+  from data_pipes.packing import BucketSamples, PackedSamples
+
+_ENDLESS = 1 << 32  # epochs
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +62,7 @@ class Failures:
 
 
 def make_dataset(
-  samples: Sequence[Samples],
+  samples: "Sequence[Samples] | Sequence[PackedSamples]",
   *,
   batch_size: int,
   seed: int,
@@ -134,6 +142,65 @@ def make_dataset(
     )
   rows = order[process_index::process_count].map(load)
   return rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=collate)
+
+
+def make_bucketed_dataset(
+  buckets: "Sequence[BucketSamples]",
+  *,
+  batch_size: int,
+  seed: int,
+  shuffle: bool = True,
+  epochs: int | None = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+  failures: Failures | None = None,
+) -> grain.MapDataset:
+  """As `make_dataset`, for rows of a few shapes: each global batch is of one bucket.
+
+  The batches of an epoch come in one shuffled order over all buckets; empty rows fill the last
+  batch of each. `batches_of(buckets, batch_size)` of them are an epoch.
+  """
+  if batch_size % process_count:
+    raise InputError(
+      f"batch_size={batch_size} is not divisible by the number of processes ({process_count})"
+    )
+  failures = Failures() if failures is None else failures
+  per_epoch, total = batches_of(buckets, batch_size), sum(map(len, buckets))
+
+  @functools.lru_cache(2)
+  def order(epoch: int) -> list[tuple[int, np.ndarray]]:
+    rng = np.random.default_rng((seed, epoch))
+    batches = []
+    for b, bucket in enumerate(buckets):
+      rows = rng.permutation(len(bucket)) if shuffle else np.arange(len(bucket))
+      batches += [(b, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    mixed = rng.permutation(len(batches)) if shuffle else range(len(batches))
+    return [batches[i] for i in mixed]
+
+  def load_row(bucket: "BucketSamples", index: int) -> Row:
+    try:
+      return bucket[index]
+    except InputError as error:
+      failures.add(int(bucket.numbers[index]), str(error), total)
+      return empty_row(bucket.shape)
+
+  def load(position: int) -> Row:
+    epoch, at = divmod(position, per_epoch)
+    b, rows = order(epoch)[at]
+    mine = range(process_index, batch_size, process_count)
+    return collate(
+      [
+        load_row(buckets[b], rows[i]) if i < len(rows) else empty_row(buckets[b].shape)
+        for i in mine
+      ]
+    )
+
+  return grain.MapDataset.range(per_epoch * (_ENDLESS if epochs is None else epochs)).map(load)
+
+
+def batches_of(buckets: "Sequence[BucketSamples]", batch_size: int) -> int:
+  """Global batches of an epoch over buckets."""
+  return sum(-(-len(bucket) // batch_size) for bucket in buckets)
 
 
 def prefetched(

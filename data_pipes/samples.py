@@ -13,6 +13,7 @@ from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import Text, dialogue_text, plain_text
 from data_pipes.records import Record, RecordFile
 from data_pipes.tokenizer import Tokenizer
+from data_pipes.video import scene_ids
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +83,20 @@ def record_needs(
 ) -> Needs:
   """What a record takes of a RowShape, without opening its media.
 
-  `frames` is an upper bound: mask frames that are scene frames too are stored once.
+  `frames` is an upper bound for a video that is not stored in shards: mask frames that are scene
+  frames too are taken once.
   """
   text = rules.text(record, tokenizer)
   if record.media is None:
     return Needs(0, 0, 0, 0, len(text.ids))
   objects = rules.objects(record, index)
-  of_masks = {number for by_frame in objects for number in by_frame}
+  numbers = {number for by_frame in objects for number in by_frame}
+  if record.stored is not None and record.media != "image":
+    frames = len(numbers.union(scene_ids(record.stored, scene)))
+  else:
+    frames = 1 if record.media == "image" else scene + len(numbers)
   return Needs(
-    frames=1 if record.media == "image" else scene + len(of_masks),
+    frames=frames,
     scene=scene,
     objects=len(objects),
     object_frames=max(map(len, objects), default=0),
@@ -125,6 +131,14 @@ class Samples:
     return len(self.records)
 
   def __getitem__(self, index: int) -> Row:
+    text, clip, where = self.part(index)
+    return build_row(text, clip, self.shape, self.tokenizer.region_id, where)
+
+  def part(self, index: int) -> tuple[Text, Clip | None, str]:
+    """Sample `index` before it is laid out: its text, its decoded clip, and how messages name it.
+
+    Raises InputError.
+    """
     record = self.records[index]
     try:
       text = self.rules.text(record, self.tokenizer)
@@ -143,8 +157,7 @@ class Samples:
       raise InputError(f"{record.where}: {error}") from error
     if clip and clip.vanished:
       self._warn(record.where, clip)
-    region_id = self.tokenizer.region_id
-    return build_row(text, clip, self.shape, region_id, record.where)
+    return text, clip, record.where
 
   def _warn(self, where: str, clip: Clip) -> None:
     self.vanished += len(clip.vanished)

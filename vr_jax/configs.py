@@ -62,8 +62,15 @@ def base_config() -> ConfigDict:
   # Masks on the tower's grid: "published", by which small objects vanish, or "keep": those keep the
   # cells they cover most.
   config.input.mask_rule = "keep"
-  # Static sizes of a row; 0: what the largest record needs (reads the text of all records once).
+  # A row is one sample, all rows of one shape; or several samples, packed into so many slots, such
+  # as 8192; or one sample in the shortest of up to three lengths that holds it. batch_size and
+  # "examples" count rows.
+  config.input.pack = 0
+  config.input.buckets = ()
+  # Static sizes of a row; 0: what the largest record needs, or nine of ten packed rows (reads the
+  # text of all records once).
   config.input.row_frames = 0
+  config.input.row_clips = 0  # of packed rows
   config.input.row_objects = 0
   config.input.row_object_frames = 0
   config.input.row_length = 0

@@ -10,7 +10,8 @@ W vocabulary.
 
 A batch is the dict that `data_pipes.batch` makes: `frames` u8 [B,P,S,S,3], `scene` i32 [B,T],
 `region_masks` u8 [B,R,P,N], `region_frames` i32 [B,R,F], `tokens`, `visual` i32 [B,L], `valid`,
-`supervised` bool [B,L].
+`supervised` bool [B,L]. In packed rows `scene` is [B,C,T] (C clips) and `segments` i32 [B,L]
+numbers the samples of a row, which do not see each other.
 
 Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_arch.py`.
 """
@@ -76,7 +77,8 @@ class Spliced:
   """The decoder's input rows after splicing: valid slots first, padding behind them.
 
   embeds [B,L,E]; tokens i32 [B,L] (0 in visual slots); supervised, valid bool [B,L];
-  positions i32 [B,L], 0.. for valid slots and -1 for padding.
+  positions i32 [B,L], 0.. for valid slots (of each segment) and -1 for padding; segments i32 [B,L]
+  in packed rows.
   """
 
   embeds: Float[Array, "B L E"]
@@ -84,6 +86,7 @@ class Spliced:
   supervised: Bool[Array, "B L"]
   valid: Bool[Array, "B L"]
   positions: Int[Array, "B L"]
+  segments: Int[Array, "B L"] | None = None
 
 
 def pixels(frames: UInt8[Array, "... S S 3"]) -> Float[Array, "... S S 3"]:
@@ -112,9 +115,12 @@ class VideoRefer(nn.Module):
   def visual_table(
     self, features: Float[Array, "B P N D"], batch: Batch
   ) -> tuple[Float[Array, "B X E"], Bool[Array, "B X"]]:
-    """Scene tokens, then the U object tokens of each object: (rows, valid), X = V + R*U."""
-    scene_features = jnp.take_along_axis(features, batch["scene"][:, :, None, None], axis=1)
-    scene = self.connector(scene_features)
+    """Scene tokens, then the U object tokens of each object: (rows, valid), X = C*V + R*U."""
+    T, (B, _, N, D) = batch["scene"].shape[-1], features.shape
+    index = batch["scene"].reshape(B, -1)[:, :, None, None]
+    scene_features = jnp.take_along_axis(features, index, axis=1)
+    scene = self.connector(scene_features.reshape(-1, T, N, D))
+    scene = scene.reshape(B, -1, scene.shape[-1])
     objects, kept = self.region(features, batch["region_masks"], batch["region_frames"])
     B, _, E = scene.shape
     rows = jnp.concatenate([scene, objects.reshape(B, -1, E).astype(scene.dtype)], axis=1)
@@ -137,20 +143,28 @@ class VideoRefer(nn.Module):
     order = jnp.argsort(~valid, axis=1, stable=True)
     embeds = jnp.where(is_visual[:, :, None], visual, text)
     valid = jnp.take_along_axis(valid, order, axis=1)
+    slots, segments = jnp.arange(valid.shape[1]), batch.get("segments")
+    if segments is not None:
+      segments = jnp.take_along_axis(segments, order, axis=1)
+      begins = jnp.diff(segments, axis=1, prepend=-2) != 0
+      slots -= jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+    positions = jnp.where(valid, slots, -1).astype(jnp.int32)
     return Spliced(
       embeds=jnp.where(
         valid[:, :, None], jnp.take_along_axis(embeds, order[:, :, None], axis=1), 0
       ),
       tokens=jnp.take_along_axis(batch["tokens"], order, axis=1),
-      supervised=jnp.take_along_axis(batch["supervised"], order, axis=1) & valid,
+      # Nothing predicts the first slot of a sample.
+      supervised=jnp.take_along_axis(batch["supervised"], order, axis=1) & (positions > 0),
       valid=valid,
-      positions=jnp.where(valid, jnp.arange(valid.shape[1]), -1).astype(jnp.int32),
+      positions=positions,
+      segments=segments,
     )
 
   def __call__(self, batch: Batch) -> tuple[Float[Array, "B L E"], Spliced]:
     """Hidden states of every slot, and the spliced rows they belong to."""
     spliced = self.splice(batch)
-    hidden, _ = self.llm(spliced.embeds, spliced.positions)
+    hidden, _ = self.llm(spliced.embeds, spliced.positions, segments=spliced.segments)
     return hidden, spliced
 
   def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... W"]:

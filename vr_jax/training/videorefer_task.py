@@ -1,16 +1,38 @@
 """Training VideoRefer on annotation files in the published format."""
 
 import dataclasses
+import functools
+import itertools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from data_pipes.batch import RowShape, fit_shape
+from data_pipes.batch import Needs, RowShape, fit_shape
 from data_pipes.errors import InputError
-from data_pipes.loader import Failures, make_dataset, prefetched
+from data_pipes.loader import (
+  Failures,
+  batches_of,
+  make_bucketed_dataset,
+  make_dataset,
+  prefetched,
+)
+from data_pipes.packing import (
+  BucketSamples,
+  PackedSamples,
+  Plan,
+  budgets_of,
+  fill_line,
+  make_buckets,
+  needs_key,
+  plan_rows,
+  read_needs,
+  write_needs,
+)
 from data_pipes.records import Record, RecordFile
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
@@ -21,6 +43,8 @@ from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.loss import model_loss
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.task import Rows, Task
+
+log = logging.getLogger(__name__)
 
 
 def videorefer_task(config: ConfigDict) -> Task:
@@ -49,24 +73,17 @@ def videorefer_task(config: ConfigDict) -> Task:
     max_mask_frames=config.input.max_mask_frames,
     seed=config.seed,
   )
-  shape = row_shape(config, cfg, records, tokenizer, rules)
-  samples = [
-    Samples(r, tokenizer, shape, media_root=config.input.media, rules=rules) for r in records
-  ]
   failures = Failures(config.input.max_unreadable)
-  size = sum(len(r) for r in records)
+  size, dataset_of = _dataset(config, cfg, records, tokenizer, rules, failures, files)
 
   def batches(position: int, total_steps: int) -> Iterator[Rows]:
     # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
     epochs = config.total_epochs or total_steps * config.input.batch_size / size
-    dataset = make_dataset(
-      samples,
+    dataset = dataset_of(
       batch_size=config.input.batch_size,
       seed=config.seed,
-      drop_remainder=False,
       shuffle=config.input.shuffle,
       epochs=None if config.input.weights else math.ceil(epochs),
-      weights=config.input.weights or None,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       failures=failures,
@@ -86,6 +103,87 @@ def videorefer_task(config: ConfigDict) -> Task:
   )
 
 
+def _dataset(
+  config: ConfigDict,
+  cfg: VideoReferConfig,
+  records: Sequence[RecordFile | ShardSet],
+  tokenizer: Tokenizer,
+  rules: RowRules,
+  failures: Failures,
+  files: Mapping[str, bytes],
+) -> tuple[int, Callable[..., Any]]:
+  """(rows of an epoch, the dataset as a function of how it is run).
+
+  A row is a sample, or several where `input.pack` is set; with `input.buckets` an epoch has as many
+  rows as its batches hold, the empty ones at the end of each bucket included.
+  """
+  source = {"media_root": config.input.media, "rules": rules}
+  packed, lengths, weights = config.input.pack, config.input.buckets, config.input.weights or None
+  if bool(packed) + bool(lengths) + bool(config.input.row_length) > 1:
+    raise InputError(
+      "config.input: pack, buckets and row_length each say how long rows are; accepted: one of them"
+    )
+  if not packed and not lengths:
+    shape = row_shape(config, cfg, records, tokenizer, rules)
+    samples = [Samples(r, tokenizer, shape, **source) for r in records]
+    made = functools.partial(make_dataset, samples, drop_remainder=False, weights=weights)
+    return sum(map(len, records)), made
+  sizes, scene = row_sizes(cfg), cfg.num_frames
+  whole = fit_shape([], scene=scene, **sizes)  # rows are laid out by the plan's shape
+  samples = [Samples(r, tokenizer, whole, **source) for r in records]
+  wanted = [all_needs(r, cfg, tokenizer, rules, files) for r in records]
+  if lengths:
+    if weights:
+      raise InputError("config.input: weights do not go with buckets; accepted: pack, or neither")
+    found = make_buckets(list(itertools.chain(*wanted)), lengths, sizes=sizes, scene=scene)
+    buckets = [BucketSamples(samples, bucket) for bucket in found]
+    rows = batches_of(buckets, config.input.batch_size) * config.input.batch_size
+    return rows, functools.partial(make_bucketed_dataset, buckets)
+  # Shares are those of rows, each of one set; without them samples of all sets share rows.
+  groups = [(list(itertools.chain(*wanted)), samples)]
+  if weights:
+    groups = [(n, [s]) for n, s in zip(wanted, samples, strict=True)]
+  budgets = {
+    name: config.input[f"row_{name}"] for name in ("frames", "objects", "object_frames", "clips")
+  }
+
+  def planned(budgets: dict[str, int]) -> list[Plan]:
+    options = {"sizes": sizes, "scene": scene, "budgets": budgets, "seed": config.seed}
+    return [plan_rows(needs, packed, **options) for needs, _ in groups]
+
+  plans = planned(budgets)
+  if len(plans) > 1:  # one shape for all
+    each = [budgets_of(plan.shape) for plan in plans]
+    plans = planned({name: max(b[name] for b in each) for name in budgets})
+  for plan, (needs, _) in zip(plans, groups, strict=True):
+    log.info(fill_line(plan, len(needs)))
+  rows = [PackedSamples(s, p, failures) for (_, s), p in zip(groups, plans, strict=True)]
+  made = functools.partial(make_dataset, rows, drop_remainder=False, weights=weights)
+  return sum(map(len, rows)), made
+
+
+def all_needs(
+  records: RecordFile | ShardSet,
+  cfg: VideoReferConfig,
+  tokenizer: Tokenizer,
+  rules: RowRules,
+  files: Mapping[str, bytes],
+) -> list[Needs]:
+  """What each record of a set takes of a row; of shards it is found once and kept beside them."""
+  kept = None
+  if isinstance(records, ShardSet):
+    key = needs_key(records.manifest, sorted(files.items()), rules, cfg.num_frames)
+    kept = records.path / f"needs-{key}.npy"
+    if (found := read_needs(kept)) is not None and len(found) == len(records):
+      return found
+  wanted = [
+    record_needs(records[i], i, tokenizer, cfg.num_frames, rules) for i in range(len(records))
+  ]
+  if kept is not None:
+    write_needs(kept, wanted)
+  return wanted
+
+
 def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile | ShardSet:
   """One of `input.files`: an annotation file, or a folder that `vr data prepare` has filled."""
   if not Path(path).is_dir():
@@ -93,6 +191,16 @@ def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile
   shards = ShardSet(path)
   shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
   return shards
+
+
+def row_sizes(cfg: VideoReferConfig) -> dict[str, int]:
+  """The sizes of a row that the model decides."""
+  return {
+    "image_size": cfg.img.image_size,
+    "grid": cfg.img.grid,
+    "tokens_per_object": cfg.region.tokens,
+    "scene_tokens": scene_token_count(cfg.connector, cfg.num_frames, cfg.img.grid),
+  }
 
 
 def row_shape(
@@ -111,12 +219,7 @@ def row_shape(
     for name in ("frames", "objects", "object_frames", "length")
     if config.input[f"row_{name}"]
   }
-  sizes = {
-    "image_size": cfg.img.image_size,
-    "grid": cfg.img.grid,
-    "tokens_per_object": cfg.region.tokens,
-    "scene_tokens": scene_token_count(cfg.connector, cfg.num_frames, cfg.img.grid),
-  }
+  sizes = row_sizes(cfg)
   if len(fixed) == 4:
     return RowShape(scene=cfg.num_frames, **fixed, **sizes)
   needs = (

@@ -1,0 +1,258 @@
+"""Which samples share a row, so that rows of one static shape are nearly full.
+
+Packed: several samples one behind the other in a row, as `segments`. Bucketed: a sample a row, in
+up to three shapes. Both are plans made from the needs of all samples before the first batch, the
+same in every process, so that the position in the data stays one integer.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipes.batch import Needs, Row, RowShape, build_packed, build_row, empty_row, fit_shape
+from data_pipes.errors import InputError
+from data_pipes.loader import Failures
+from data_pipes.samples import Samples
+
+log = logging.getLogger(__name__)
+
+MAX_SHAPES = 3  # of an epoch: each is compiled once
+_WINDOW = 8192  # samples packed together, the longest first
+_FULL = 0.97  # of its length: a row that is not offered to the next window
+_FIELDS = tuple(field.name for field in dataclasses.fields(Needs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Rows of a packed set.
+
+  Attributes:
+    rows: the samples of each row, by their number.
+    shape: of every row.
+    fill: shares of the slots, frames, objects and clips of all rows that samples take.
+  """
+
+  rows: Sequence[np.ndarray]
+  shape: RowShape
+  fill: dict[str, float]
+
+
+def plan_rows(
+  wanted: Sequence[Needs],
+  length: int,
+  *,
+  sizes: dict[str, int],
+  scene: int,
+  budgets: dict[str, int] | None = None,
+  seed: int = 0,
+) -> Plan:
+  """Packs samples into rows of `length` slots.
+
+  Args:
+    wanted: needs of each sample.
+    sizes: image_size, grid, tokens_per_object and scene_tokens of the rows.
+    scene: T.
+    budgets: frames, objects, clips and object_frames of a row where they are set. Otherwise what a
+      full row has on average and some more (frames: a fifth, so that few slots stay empty for want
+      of frames, and few frames are encoded for nothing), and what the largest sample needs.
+    seed: of the order in which samples are packed.
+
+  Raises:
+    InputError: a sample that alone does not fit a row.
+  """
+  budgets = {k: v for k, v in (budgets or {}).items() if v}
+  take = _takes(wanted, sizes)
+  names = ("length", "frames", "objects", "clips")
+  order = np.random.default_rng(seed).permutation(len(take))
+  full_rows = take[:, 0].sum() / length
+  room = [length]
+  for column, slack, multiple in ((1, 1.2, 8), (2, 1.4, 4), (3, 1.4, 1)):
+    usual = math.ceil(take[:, column].sum() * slack / max(full_rows, 1))
+    usual = -(-max(usual, int(take[:, column].max(initial=0)), 1) // multiple) * multiple
+    room.append(budgets.get(names[column], usual))
+  over = (take > room).any(1)
+  if over.any():
+    i = int(np.flatnonzero(over)[0])
+    listed = ", ".join(
+      f"{n} {t} (accepted: {r})" for n, t, r in zip(names, take[i], room, strict=True) if t > r
+    )
+    raise InputError(f"{over.sum()} samples do not fit a packed row, such as {i}: found {listed}")
+  rows = _assign(take, np.array(room), order)
+  used = take.sum(0) / (np.array(room) * max(len(rows), 1))
+  shape = RowShape(
+    frames=room[1],
+    scene=scene,
+    objects=room[2],
+    object_frames=budgets.get("object_frames", max([1, *(n.object_frames for n in wanted)])),
+    length=length,
+    clips=room[3],
+    **sizes,
+  )
+  return Plan(rows, shape, dict(zip(names, map(float, used), strict=True)))
+
+
+def budgets_of(shape: RowShape) -> dict[str, int]:
+  """The budgets of `plan_rows` that give this shape."""
+  return {k: getattr(shape, k) for k in ("frames", "objects", "object_frames", "clips")}
+
+
+def _takes(wanted: Sequence[Needs], sizes: dict[str, int]) -> np.ndarray:
+  """int64 [samples, 4]: slots, frames, objects, clips."""
+  rows = [
+    (n.length(sizes["tokens_per_object"], sizes["scene_tokens"]), n.frames, n.objects, n.scene > 0)
+    for n in wanted
+  ]
+  return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
+  """Best fit, the longest of a window first; rows in the order in which they were opened."""
+  rows: list[list[int]] = []
+  left = np.zeros((0, 4), np.int64)  # of the open rows
+  open_rows: list[int] = []
+  for start in range(0, len(order), _WINDOW):
+    window = order[start : start + _WINDOW]
+    window = window[np.argsort(-take[window, 0], kind="stable")]
+    for i in window:
+      fits = (left >= take[i]).all(1)
+      if fits.any():
+        at = int(np.argmin(np.where(fits, left[:, 0], np.iinfo(np.int64).max)))
+      else:
+        at = len(open_rows)
+        open_rows.append(len(rows))
+        rows.append([])
+        left = np.concatenate([left, room[None]])
+      rows[open_rows[at]].append(int(i))
+      left[at] -= take[i]
+      if left[at, 0] * 64 < room[0]:  # too little for anything
+        left = np.delete(left, at, 0)
+        del open_rows[at]
+    keep = np.flatnonzero(left[:, 0] > (1 - _FULL) * room[0])
+    left, open_rows = left[keep], [open_rows[k] for k in keep]
+  return [np.array(row) for row in rows]
+
+
+class PackedSamples:
+  """Random access to packed rows, as `Samples` gives single ones.
+
+  A sample that cannot be read is left out of its row and counted; the others of the row stay.
+  """
+
+  def __init__(self, sets: Sequence[Samples], plan: Plan, failures: Failures):
+    """`plan` numbers the samples of `sets` through, one set after another."""
+    self.shape = plan.shape
+    self._plan, self._failures = plan, failures
+    self._sets, self._ends = sets, np.cumsum([len(s) for s in sets])
+
+  def __len__(self) -> int:
+    return len(self._plan.rows)
+
+  def __getitem__(self, index: int) -> Row:
+    parts = []
+    for number in self._plan.rows[index]:
+      of, own = _locate(self._ends, number)
+      try:
+        parts.append(self._sets[of].part(own))
+      except InputError as error:
+        self._failures.add(int(number), str(error), int(self._ends[-1]))
+    if not parts:
+      return empty_row(self.shape)
+    return build_packed(parts, self.shape, self._sets[0].tokenizer.region_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """Samples (by number) that go into rows of one shape."""
+
+  numbers: np.ndarray
+  shape: RowShape
+
+
+class BucketSamples:
+  """Random access to the rows of one bucket."""
+
+  def __init__(self, sets: Sequence[Samples], bucket: Bucket):
+    self.shape, self.numbers = bucket.shape, bucket.numbers
+    self._sets, self._ends = sets, np.cumsum([len(s) for s in sets])
+
+  def __len__(self) -> int:
+    return len(self.numbers)
+
+  def __getitem__(self, index: int) -> Row:
+    of, own = _locate(self._ends, self.numbers[index])
+    text, clip, where = self._sets[of].part(own)
+    return build_row(text, clip, self.shape, self._sets[of].tokenizer.region_id, where)
+
+
+def _locate(ends: np.ndarray, number: int) -> tuple[int, int]:
+  """(set, number within it) of a sample numbered through all sets."""
+  of = int(np.searchsorted(ends, number, side="right"))
+  return of, int(number - (ends[of - 1] if of else 0))
+
+
+def make_buckets(
+  wanted: Sequence[Needs], lengths: Sequence[int], *, sizes: dict[str, int], scene: int
+) -> list[Bucket]:
+  """Sorts samples into rows of at most `lengths[0]`, `lengths[1]`, ... slots.
+
+  Each bucket's other sizes are what its largest sample needs; a bucket without samples is left out.
+
+  Raises:
+    InputError: more than three lengths, or a sample longer than all of them.
+  """
+  lengths = sorted(lengths)
+  if not 1 <= len(lengths) <= MAX_SHAPES or lengths[0] < 1:
+    raise InputError(f"buckets={tuple(lengths)}; accepted: 1 to {MAX_SHAPES} row lengths")
+  slots = _takes(wanted, sizes)[:, 0]
+  if slots.max(initial=0) > lengths[-1]:
+    i = int(np.argmax(slots))
+    raise InputError(f"sample {i} has {slots[i]} slots; accepted: a bucket that holds it")
+  of = np.searchsorted(lengths, slots)
+  buckets = []
+  for k, length in enumerate(lengths):
+    numbers = np.flatnonzero(of == k)
+    if len(numbers):
+      shape = fit_shape((wanted[i] for i in numbers), scene=scene, **sizes)
+      buckets.append(Bucket(numbers, dataclasses.replace(shape, length=length)))
+  return buckets
+
+
+# The needs of a large set take minutes to find; they are kept beside prepared shards.
+
+
+def read_needs(path: Path) -> list[Needs] | None:
+  """What `write_needs` wrote, or None."""
+  try:
+    table = np.load(path)
+  except (OSError, ValueError, EOFError):
+    return None
+  return [Needs(*map(int, row)) for row in table]
+
+
+def write_needs(path: Path, wanted: Sequence[Needs]) -> None:
+  """Keeps needs in a file, if its folder can be written."""
+  table = np.array([dataclasses.astuple(n) for n in wanted], np.int32).reshape(-1, len(_FIELDS))
+  part = path.with_name(f"{path.name}.{hash(id(wanted)) & 0xFFFF:x}.part.npy")
+  try:
+    np.save(part, table)
+    part.replace(path)
+  except OSError as error:
+    log.info("needs of the samples are not kept: %s", error)
+
+
+def needs_key(*parts: object) -> str:
+  """A name for what decides the needs."""
+  return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def fill_line(plan: Plan, samples: int) -> str:
+  """How full the rows are, for the log."""
+  s = plan.shape
+  sizes = {"length": s.length, "frames": s.frames, "objects": s.objects, "clips": s.clips}
+  shares = ", ".join(f"{plan.fill[k]:.1%} of {sizes[k]} {k}" for k in sizes)
+  return f"{samples} samples in {len(plan.rows)} packed rows: {shares}"
