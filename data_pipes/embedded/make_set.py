@@ -106,7 +106,7 @@ def _training_items(seeds, annotations, dialogues) -> dict[str, list[dict]]:
       "scene_captions": [scene_dialogue(scene)],
       "short_captions": [caption_dialogue(scene, False, rng)],
       "detailed_captions": [caption_dialogue(scene, True, rng)],
-      "qa": [question_dialogue(scene, balance, rng) for _ in range(dialogues)],
+      "qa": [question_dialogue(scene, balance, rng, 4, captions=1) for _ in range(dialogues)],
     }
     for name, some in made.items():
       files[name] += [_training_item(seed, d, annotations[seed]) for d in some]
