@@ -20,6 +20,7 @@ from data_pipes.embedded.stills import THINGS, picture_rows
 from data_pipes.frame_rules import grid_frames
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.records import RecordFile
+from vr_jax.evaluation.answers import grade
 
 
 @pytest.fixture(scope="module")
@@ -187,15 +188,17 @@ def test_text_alone_does_not_answer(choices, baseline):
   assert all(share <= 0.30 for share in shares.values()), shares
 
 
-def test_answers_say_content_then_letter():
+@pytest.mark.parametrize("letters", [False, True])
+def test_answers_say_the_words_of_an_option(letters):
   balance, rng = Balance(0), np.random.default_rng(0)
-  dialogues = [question_dialogue(make_scene(seed), balance, rng) for seed in range(20)]
-  for d in dialogues:
+  for seed in range(20):
+    d = question_dialogue(make_scene(seed), balance, rng, letters=letters)
     assert d.turns[0].text.startswith("<video>\n")
     assert sum(t.text.count("<region>") for t in d.turns) == len(d.things)
     for asked, said in list(pairwise(d.turns))[::2]:
-      letter = re.search(r"\(([A-D])\)$", said.text)
-      assert bool(letter) == ("(A)" in asked.text)
-      if letter:
-        content = said.text[: letter.start()].strip()
-        assert f"({letter[1]}) {content}" in asked.text
+      words, letter = re.fullmatch(r"(.*?)(?: \(([A-D])\))?", said.text).groups()
+      assert bool(letter) == (letters and "(A)" in asked.text)
+      if "(A)" in asked.text:
+        graded = grade(said.text, words, re.findall(r"\([A-D]\) .*?(?= \(|\. Answer)", asked.text))
+        assert graded.correct
+        assert letter in (None, graded.letter)

@@ -69,11 +69,13 @@ def question_dialogue(
   rng: np.random.Generator,
   questions: int = 5,
   captions: int = 0,
+  letters: bool = False,
 ) -> Dialogue:
   """Stage 3: questions of different types, most with options, then detailed captions.
 
-  An answer to a question with options says the content before the letter: the letter is then a
-  look-up among words that are already there.
+  An answer says the words of the right option, which the strict parser reads as its letter; with
+  `letters` the letter stands behind them. (A decoder as small as vr-mini's takes longer to learn
+  which letter stands before given words than to see the objects.)
   """
   found, pairs, things = candidates(scene), [], []
   for k in rng.permutation(len(TYPES))[:questions]:
@@ -83,7 +85,8 @@ def question_dialogue(
     choice = balance.choose(question)
     text = question_text(choice)
     if rng.random() < 0.75:
-      pairs.append((bench_q_prompt(text, choice.options), f"{question.answer} ({choice.letter})"))
+      said = f"{question.answer} ({choice.letter})" if letters else question.answer
+      pairs.append((bench_q_prompt(text, choice.options), said))
     else:
       pairs.append((text.replace(REGION, f"[{REGION}]"), question.answer))
     things.extend(question.things)

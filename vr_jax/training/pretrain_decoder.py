@@ -91,7 +91,7 @@ def dialogue_rows(start: int, tokenizer_folder: str, length: int) -> list[dict[s
     scene = make_scene(seed)
     questions, captions = ((2, 1), (3, 0), (1, 2), (0, 0))[seed % 4]
     if questions:
-      dialogue = question_dialogue(scene, balance, rng, questions, captions)
+      dialogue = question_dialogue(scene, balance, rng, questions, captions, letters=True)
     else:
       dialogue = lookup_dialogue(scene, balance)
     text = dialogue_text(dialogue.turns, tokenizer, "<video>")
