@@ -34,8 +34,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   overrides = [a.removeprefix("--") for a in argv if a.startswith("--config.")]
   args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
   args.overrides = overrides
-  if overrides and args.command not in ("train", "config"):
-    parser.error(f"--config.… belongs to vr train and vr config, not to vr {args.command}")
+  if overrides and args.command not in ("train", "config", "engine"):
+    parser.error(f"--config.… belongs to vr train, config and engine, not to vr {args.command}")
   return args
 
 
@@ -95,11 +95,39 @@ def _parser() -> argparse.ArgumentParser:
   parity.add_argument("--json", action="store_true", help="print the results as JSON")
 
   _data_commands(command("data", _data, "check, shard, count, show and time annotation files"))
+  _engine_commands(command("engine", _engine, "make object-level data from videos with agents"))
 
   config = command("config", _config, "resolve configs without running them")
   config.add_argument("what", choices=["show", "diff", "shapes"])
   config.add_argument("configs", nargs="+", metavar="F.py[:ARGS]")
   return parser
+
+
+def _engine_commands(engine: argparse.ArgumentParser) -> None:
+  steps = engine.add_subparsers(dest="step", required=True, metavar="STEP")
+  run = steps.add_parser("run", help="run the engine, or go on with a run that was stopped")
+  run.add_argument("--config", required=True, metavar="F.py[:ARGS]")
+  run.add_argument("--workdir", required=True)
+  run.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent")
+  run.add_argument("--limit", type=int, metavar="N", help="only N videos: a trial, with a bill")
+  run.add_argument("--retry-quarantined", action="store_true", help="try failed items again")
+  run.add_argument("--runner", default="local", help="local (default), ray, or array (printed)")
+  run.add_argument("--shards", type=int, metavar="N", help="fixed by the first run")
+  run.add_argument("--address", help="of the Ray cluster")
+  run.add_argument("--only", metavar="PHASE:SHARD", help="one task of a job array")
+  run.epilog = "Any field of the config: --config.key=value"
+  review = steps.add_parser("review", help="sample for human checking; reads the verdicts back")
+  review.add_argument("--n", type=int, default=100, help="of the kept, and as many of the dropped")
+  review.add_argument("--seed", type=int, default=0)
+  review.add_argument("--verdicts", metavar="FILE", help="of the page, Label Studio or CVAT")
+  for step in (
+    review,
+    steps.add_parser("status", help="attrition, rates, cost, what is running"),
+    steps.add_parser("report", help="data card and plots"),
+  ):
+    step.add_argument("workdir")
+  for step in steps.choices.values():
+    step.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _data_commands(data: argparse.ArgumentParser) -> None:
@@ -261,6 +289,12 @@ def _parity(args: argparse.Namespace) -> int:
   if args.json:
     print(json.dumps([dataclasses.asdict(r) for r in results], indent=2))
   return int(any(r.status == FAIL for r in results))
+
+
+def _engine(args: argparse.Namespace) -> int:
+  from vr_jax.engine import engine
+
+  return engine(args)
 
 
 def _config(args: argparse.Namespace) -> None:

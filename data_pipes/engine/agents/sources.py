@@ -1,0 +1,114 @@
+"""What a run starts from: a folder of videos, a list with captions, or annotated objects."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipes.errors import InputError
+from data_pipes.images import IMAGE_SUFFIXES
+from data_pipes.records import parse_objects, read_items
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg")
+_VIDEO_KEYS, _CAPTION_KEYS = ("video", "path", "file"), ("caption", "text", "cap")
+
+
+def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """One row a video, in the order of their names: key, path, caption, given, size, mtime.
+
+  Reads `input.videos` (a folder) and `input.files`: JSON arrays, JSON lines or CSV of
+  {"video", "caption"}; on the QA path items of the published JSON, whose objects (and `texts`, one
+  an object, if there) are taken. Without files, all videos of the folder, without captions.
+
+  Raises:
+    InputError: nothing there, or an item that is not in the format.
+  """
+  root = Path(settings["input"]["videos"])
+  if not root.is_dir():
+    raise InputError(f"input.videos={str(root)!r}: no such folder; accepted: a folder of videos")
+  found: dict[str, dict[str, Any]] = {}
+  files = settings["input"]["files"]
+  entries = _from_files(files) if files else _from_folder(root)
+  for where, entry in entries:
+    name, caption, given = _read_entry(where, entry, settings["path"] == "qa")
+    if name in found and not given:
+      continue  # the first caption of a video counts
+    row = found.setdefault(
+      name, {"key": name, "path": str(root / name), "caption": caption, "given": []}
+    )
+    row["given"] = row["given"] + given
+  if not found:
+    raise InputError(f"{root}: found no videos; accepted: {', '.join(VIDEO_SUFFIXES)}")
+  rows = [_stamped(found[name]) for name in sorted(found)]
+  limit = settings["input"]["limit"]
+  return rows[:limit] if limit else rows
+
+
+def _stamped(row: dict[str, Any]) -> dict[str, Any]:
+  """With size and time of the file, which tell when it was replaced."""
+  try:
+    stat = os.stat(row["path"])
+  except OSError:
+    return {**row, "size": -1, "mtime_ns": 0}  # quarantined when it is opened
+  return {**row, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _from_folder(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  for path in sorted(root.rglob("*")):
+    if path.is_dir():
+      is_video = any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir())
+    else:
+      is_video = path.suffix.lower() in VIDEO_SUFFIXES
+    if is_video:
+      yield str(path), {"video": str(path.relative_to(root))}
+
+
+def _from_files(files) -> Iterator[tuple[str, Any]]:
+  for name in files:
+    path = Path(name)
+    if not path.is_file():
+      raise InputError(f"input.files: {path}: no such file; accepted: .json, .jsonl or .csv")
+    if path.suffix == ".jsonl":
+      with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+          if line.strip():
+            yield f"{path}:{number}", _loads(line, f"{path}:{number}")
+    elif path.suffix == ".csv":
+      with open(path, encoding="utf-8", newline="") as file:
+        for number, entry in enumerate(csv.DictReader(file), 2):
+          yield f"{path}:{number}", entry
+    else:
+      for number, entry in enumerate(read_items(path)):
+        yield f"{path}: item {number}", entry
+
+
+def _loads(line: str, where: str) -> Any:
+  try:
+    return json.loads(line)
+  except ValueError as error:
+    raise InputError(f"{where}: found {error}; accepted: one JSON object a line") from None
+
+
+def _read_entry(where: str, entry: Any, with_objects: bool) -> tuple[str, str, list]:
+  if not isinstance(entry, dict):
+    raise InputError(f"{where}: found {type(entry).__name__}; accepted: an object with 'video'")
+  names = [entry[key] for key in _VIDEO_KEYS if isinstance(entry.get(key), str) and entry[key]]
+  if not names:
+    raise InputError(f"{where}: found keys {sorted(entry)}; accepted: 'video' and 'caption'")
+  captions = [entry[key] for key in _CAPTION_KEYS if isinstance(entry.get(key), str)]
+  if not with_objects:
+    return names[0], (captions or [""])[0], []
+  objects = parse_objects(entry, where)
+  texts = entry.get("texts") or [""] * len(objects)
+  if not objects or len(texts) != len(objects):
+    raise InputError(
+      f"{where}: found {len(objects)} annotated objects and {len(texts)} texts; accepted on the QA "
+      "path: key 'annotation' with objects, and no 'texts' or one for each"
+    )
+  given = [
+    {"masks": {str(n): mask for n, mask in masks.items()}, "text": str(text)}
+    for masks, text in zip(objects, texts, strict=True)
+  ]
+  return names[0], (captions or [""])[0], given

@@ -1,0 +1,177 @@
+"""Calls to endpoints: answered ones are never paid for again, and all are accounted for.
+
+One SQLite file (WAL, so on a local disk) for each process name that works in the folder:
+
+    W/calls/local.sqlite
+
+Before a request goes out it is entered as open; with its answer it becomes answered. What a killed
+run left open is listed as cut off: it may have been paid for, and is the only thing that repeats.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipes.engine.graph import StopRun, digest
+
+OPEN, ANSWERED, FAILED, CUT_OFF = "open", "answered", "failed", "cut off"
+
+_TABLE = """
+create table if not exists calls (
+  request text not null, stage text not null, model text not null, status text not null,
+  answer text, input_tokens integer, output_tokens integer, usd real,
+  started real not null, seconds real, note text);
+create index if not exists by_request on calls (request, status);
+"""
+
+
+@dataclass(frozen=True)
+class Price:
+  """US dollars for a million tokens."""
+
+  input: float = 0.0
+  output: float = 0.0
+
+  def usd(self, input_tokens: int, output_tokens: int) -> float:
+    return (input_tokens * self.input + output_tokens * self.output) / 1e6
+
+
+class Calls:
+  """The cache, ledger and budget of the calls of one process; safe to use from threads.
+
+  Args:
+    folder: W/calls. name: of this process's file; files of others there are read.
+    budget_usd: no call is begun when this is spent, or might be overspent by those in flight.
+  """
+
+  def __init__(self, folder: Path, name: str = "local", budget_usd: float | None = None):
+    folder.mkdir(parents=True, exist_ok=True)
+    self.folder, self.budget = folder, budget_usd
+    self._lock = threading.Lock()
+    self._db = self._connect(folder / f"{name}.sqlite")
+    self._others = [
+      self._connect(path) for path in sorted(folder.glob("*.sqlite")) if path.stem != name
+    ]
+    # Whoever had this name is gone: what it left open was cut off.
+    self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
+    self._spent = sum(_sum_usd(db) for db in (self._db, *self._others))
+    self._reserved = 0.0
+    self._dearest: dict[str, float] = {}
+
+  @staticmethod
+  def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=60)
+    db.execute("pragma journal_mode = wal")
+    db.execute("pragma synchronous = normal")
+    db.executescript(_TABLE)
+    return db
+
+  def close(self) -> None:
+    for db in (self._db, *self._others):
+      db.close()
+
+  def answer(self, request: Mapping[str, Any]) -> Any:
+    """The stored answer to a request, None if there is none."""
+    key = digest(request, 16)
+    with self._lock:
+      for db in (self._db, *self._others):
+        found = db.execute(
+          "select answer from calls where request = ? and status = ?", (key, ANSWERED)
+        ).fetchone()
+        if found:
+          return json.loads(found[0])
+    return None
+
+  def begin(self, request: Mapping[str, Any], stage: str, model: str, guess_usd: float) -> int:
+    """Enters a call as open and sets its likely cost aside; returns its number.
+
+    Raises:
+      StopRun: the budget does not allow it.
+    """
+    with self._lock:
+      guess = max(guess_usd, self._dearest.get(model, 0.0))
+      if self.budget is not None and self._spent + self._reserved + guess > self.budget:
+        raise StopRun(
+          f"budget of {self.budget:g} USD: {self._spent:.4f} spent, {self._reserved:.4f} set aside "
+          f"for calls in flight, the next may cost {guess:.4f}; raise --budget-usd to go on"
+        )
+      self._reserved += guess
+      cursor = self._db.execute(
+        "insert into calls (request, stage, model, status, started, usd, note) "
+        "values (?, ?, ?, ?, ?, ?, ?)",
+        (digest(request, 16), stage, model, OPEN, time.time(), 0.0, str(guess)),
+      )
+      assert cursor.lastrowid is not None
+      return cursor.lastrowid
+
+  def end(
+    self,
+    number: int,
+    answer: Any,
+    *,
+    input_tokens: int = 0,
+    output_tokens: int = 0,
+    usd: float = 0.0,
+    note: str = "",
+  ) -> None:
+    """Stores the answer, or (None) that there was none."""
+    with self._lock:
+      guess, started, model = self._db.execute(
+        "select note, started, model from calls where rowid = ?", (number,)
+      ).fetchone()
+      self._reserved = max(0.0, self._reserved - float(guess))
+      self._spent += usd
+      self._dearest[model] = max(self._dearest.get(model, 0.0), usd)
+      self._db.execute(
+        "update calls set status = ?, answer = ?, input_tokens = ?, output_tokens = ?, usd = ?, "
+        "seconds = ?, note = ? where rowid = ?",
+        (
+          FAILED if answer is None else ANSWERED,
+          None if answer is None else json.dumps(answer),
+          input_tokens,
+          output_tokens,
+          usd,
+          time.time() - started,
+          note,
+          number,
+        ),
+      )
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+  """Calls by stage, model and status: how many, tokens, US dollars, mean seconds."""
+  sums: dict[tuple[str, str, str], list[float]] = {}
+  for path in sorted(folder.glob("*.sqlite")):
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
+    rows = db.execute(
+      "select stage, model, status, count(*), coalesce(sum(input_tokens), 0), "
+      "coalesce(sum(output_tokens), 0), coalesce(sum(usd), 0), coalesce(sum(seconds), 0) "
+      "from calls group by 1, 2, 3"
+    ).fetchall()
+    db.close()
+    for stage, model, status, *numbers in rows:
+      into = sums.setdefault((stage, model, status), [0.0] * 5)
+      for i, number in enumerate(numbers):
+        into[i] += number
+  return [
+    {
+      "stage": stage,
+      "model": model,
+      "status": status,
+      "calls": int(calls),
+      "input_tokens": int(tokens_in),
+      "output_tokens": int(tokens_out),
+      "usd": round(usd, 6),
+      "mean_seconds": round(seconds / calls, 4),
+    }
+    for (stage, model, status), (calls, tokens_in, tokens_out, usd, seconds) in sorted(sums.items())
+  ]
+
+
+def _sum_usd(db: sqlite3.Connection) -> float:
+  return db.execute("select coalesce(sum(usd), 0) from calls").fetchone()[0]

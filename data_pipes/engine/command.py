@@ -1,0 +1,220 @@
+"""What `vr engine` does: run, status, report, review."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipes.engine import export, stages
+from data_pipes.engine.calls import ledger
+from data_pipes.engine.graph import GraphRef, Stage, StopRun
+from data_pipes.engine.runners import local
+from data_pipes.engine.store import Store, manifest
+from data_pipes.errors import InputError
+
+VIDEOS_A_SHARD = 200
+RUNNERS = ("local", "array", "ray")
+
+
+def run(
+  config: Mapping[str, Any],
+  workdir: str | Path,
+  *,
+  budget_usd: float | None = None,
+  retry_quarantined: bool = False,
+  runner: str = "local",
+  address: str | None = None,
+  only: tuple[str, int] | None = None,
+  command: str = "vr engine run",
+  report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+  """Runs the engine, or goes on with a run that was stopped, and writes the published files.
+
+  Args:
+    config: `stages.engine_config()` with changes.
+    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
+    only: (phase, shard) of a job array, instead of everything; writes no published files.
+    command: how this was called, for the job array.
+    report: takes a line about the progress now and then.
+
+  Returns the summary that `status` gives.
+
+  Raises:
+    InputError: something in the config or the work directory is not usable.
+    StopRun: budget spent, endpoint down, disk full; the same command goes on from there.
+  """
+  settings = stages.check_settings(config, workdir)
+  ref = stages.graph_ref(settings)
+  graph = ref.build()
+  store = open_store(settings, workdir, graph)
+  if runner not in RUNNERS:
+    raise InputError(f"--runner {runner}: accepted: {', '.join(RUNNERS)}")
+  if runner == "array":
+    from data_pipes.engine.runners.array import job_array
+
+    return {"commands": job_array(graph, store, command)}
+  name = f"{only[0]}-{only[1]:05d}" if only else "local"
+  stages.set_calls(settings["workdir"], name, budget_usd)
+  options: dict[str, Any] = {"retry_quarantined": retry_quarantined}
+  try:
+    if runner == "ray":
+      from data_pipes.engine.runners.ray import run_on_ray
+
+      run_on_ray(ref, store, graph=graph, address=address, budget_usd=budget_usd, **options)
+    else:
+      if only:
+        options |= {"stages": phase(graph.stages, only[0]), "shards": [only[1]]}
+      local.run_tasks(
+        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
+      )
+    if only is None:
+      export.export(store)
+      _write_manifest(store, ref)
+  finally:
+    stages.close_calls(settings["workdir"])
+  return status(workdir)
+
+
+def open_store(settings: Mapping[str, Any], workdir: str | Path, graph) -> Store:
+  """The run's folder; the first run fixes the number of shards."""
+  stored = Path(workdir) / "run.json"
+  shards = settings["shards"] or None
+  if not stored.is_file() and shards is None:
+    videos = sum(1 for _ in graph.source())
+    shards = max(1, -(-videos // VIDEOS_A_SHARD))
+  store = Store(workdir, shards)
+  if store.settings().get("config") != json.loads(json.dumps(settings)):
+    store.write_settings({"config": settings})
+  return store
+
+
+def phase(every: tuple[Stage, ...], name: str) -> list[str]:
+  """The stages of a job array's phase: phases end where a stage needs all shards of the last."""
+  return phases(every)[_phase_number(every, name)]
+
+
+def phases(every: tuple[Stage, ...]) -> list[list[str]]:
+  out: list[list[str]] = [[]]
+  for stage in every:
+    if stage.survey is not None:
+      out.append([])
+    out[-1].append(stage.name)
+  return out
+
+
+def _phase_number(every: tuple[Stage, ...], name: str) -> int:
+  count = len(phases(every))
+  if not name.isdigit() or not 1 <= int(name) <= count:
+    raise InputError(f"--only {name}: no such phase; accepted: 1 to {count}")
+  return int(name) - 1
+
+
+def parse_only(text: str) -> tuple[str, int]:
+  """Reads PHASE:SHARD, a task of a job array."""
+  name, colon, shard = text.partition(":")
+  if not colon or not shard.isdigit() or not name.isdigit():
+    raise InputError(f"--only {text!r}; accepted: PHASE:SHARD, such as 1:0")
+  return name, int(shard)
+
+
+def _write_manifest(store: Store, ref: GraphRef) -> None:
+  store.write("manifest.json", json.dumps(manifest(store, ref.build()), indent=1) + "\n")
+
+
+def status(workdir: str | Path) -> dict[str, Any]:
+  """Where a run stands: attrition and reasons per stage, calls and cost, what works on it now."""
+  store = Store(workdir)
+  config = store.settings().get("config")
+  if config is None:
+    raise InputError(f"{workdir}: run.json names no config; start with vr engine run")
+  entries = manifest(store, stages.graph_ref(config).build())
+  live = []
+  for path in sorted((store.folder / "progress").glob("*.json")):
+    try:
+      found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+      continue  # being replaced
+    live.append({"name": path.stem, "running": _is_running(found), **found})
+  calls = ledger(store.folder / "calls")
+  return {
+    "workdir": str(store.folder),
+    "shards": store.shards,
+    "stages": entries,
+    "calls": calls,
+    "usd": round(sum(c["usd"] for c in calls), 6),
+    "progress": live,
+    "projected": projected(entries, calls, config),
+  }
+
+
+def _is_running(found: Mapping[str, Any]) -> bool:
+  ended = found["finished"] or found["stopped"]
+  return not ended and time.time() - found["updated"] < 15
+
+
+def projected(entries, calls, config) -> dict[str, Any]:
+  """What all videos would cost, judged by those done (a dry run with input.limit)."""
+  done = entries[0]["inputs"] if entries else 0
+  spent = sum(c["usd"] for c in calls)
+  if not config["input"]["limit"] or not done:
+    return {}
+  total = len(stages.list_sources({**config, "input": {**config["input"], "limit": 0}}))
+  return {"videos": total, "usd": round(spent * total / done, 2)}
+
+
+def status_lines(found: Mapping[str, Any]) -> list[str]:
+  """The status as a table for people."""
+  out = [f"{found['workdir']}: {found['shards']} shards"]
+  out.append(f"{'stage':14}{'shards':>12}{'inputs':>9}{'kept':>9}{'dropped':>9}{'failed':>8}  why")
+  for e in found["stages"]:
+    why = "; ".join(f"{reason} {count}" for reason, count in list(e["reasons"].items())[:3])
+    outdated = f" ({e['outdated']} outdated)" if e["outdated"] else ""
+    shards = f"{e['shards']}/{e['of']}"
+    out.append(
+      f"{e['stage']:14}{shards:>12}{e['inputs']:>9}{e['kept']:>9}"
+      f"{e['rejected']:>9}{e['quarantined']:>8}  {why}{outdated}"
+    )
+  for p in found["progress"]:
+    state = "running" if p["running"] else p["stopped"] or ("done" if p["finished"] else "killed")
+    out.append(f"{p['name']}: {state}, {p['seconds']:g} s")
+    if p["running"]:
+      out += [f"  {line}" for line in _live_lines(p["stages"])]
+  for c in found["calls"]:
+    out.append(
+      f"calls {c['stage']} {c['model']} {c['status']}: {c['calls']}, {c['input_tokens']} + "
+      f"{c['output_tokens']} tokens, {c['usd']:.4f} USD, {c['mean_seconds']:g} s each"
+    )
+  if found["projected"]:
+    p = found["projected"]
+    out.append(f"all {p['videos']} videos would cost about {p['usd']:.2f} USD")
+  return out
+
+
+def _live_lines(of_stage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  out = []
+  for name, c in of_stage.items():
+    new = c["done"] - c["reused"]
+    if c["seconds"] and new:
+      rate = new / c["seconds"]
+      left = (c["total"] - c["done"]) / rate
+      out.append(f"{name}: {c['done']}/{c['total']} items, {rate:.3g}/s, {left:.0f} s left")
+  return out
+
+
+def progress_line(progress: local.Progress) -> str:
+  """One line about all stages: items done and kept."""
+  parts = [
+    f"{name[3:]} {c['done']}/{c['total']}" for name, c in progress.stages.items() if c["total"]
+  ]
+  return " · ".join(parts) + (f" · stopped: {progress.stopped}" if progress.stopped else "")
+
+
+def called_as() -> str:
+  """The command line of this process, for the commands of a job array."""
+  return " ".join(map(shlex.quote, ["vr", *sys.argv[1:]]))
+
+
+__all__ = ["RUNNERS", "StopRun", "called_as", "parse_only", "run", "status", "status_lines"]

@@ -1,0 +1,87 @@
+"""Near-duplicate clips, and clips of the benchmark's videos, by perceptual hashes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_PARTS = 16  # of 4 bits: two hashes within 15 bits agree on at least one part
+
+
+def distance(a: int, b: int) -> int:
+  """Bits in which two hashes differ."""
+  return (a ^ b).bit_count()
+
+
+class Index:
+  """Clips by the hashes of their frames; finds those that are near."""
+
+  def __init__(self, limit: int):
+    assert limit < _PARTS, limit
+    self.limit = limit
+    self._parts: list[dict[int, list[tuple[int, str, int]]]] = [{} for _ in range(_PARTS)]
+
+  def add(self, name: str, hashes: Sequence[int]) -> None:
+    for place, value in enumerate(hashes):
+      for part, bits in enumerate(_split(value)):
+        self._parts[part].setdefault(bits, []).append((value, name, place))
+
+  def near(self, hashes: Sequence[int]) -> tuple[str, int] | None:
+    """The clip whose frames at most places lie within the limit, and their mean distance.
+
+    More than half of the frames must; so a common title card alone makes no duplicate.
+    """
+    best: dict[str, dict[int, int]] = {}
+    for place, value in enumerate(hashes):
+      for part, bits in enumerate(_split(value)):
+        for other, name, _ in self._parts[part].get(bits, ()):
+          apart = distance(value, other)
+          if apart <= self.limit:
+            of_place = best.setdefault(name, {})
+            of_place[place] = min(apart, of_place.get(place, apart))
+    close = [
+      (-len(found), sum(found.values()) / len(found), name)
+      for name, found in best.items()
+      if 2 * len(found) > len(hashes)
+    ]
+    if not close:
+      return None
+    _, mean, name = min(close)
+    return name, round(mean)
+
+
+def _split(value: int) -> list[int]:
+  return [(value >> (4 * part)) & 0xF for part in range(_PARTS)]
+
+
+def survey(
+  clips: Iterable[Mapping[str, Any]], benchmark: Mapping[str, Sequence[int]], limit: int
+) -> dict[str, str]:
+  """{clip key: why it is dropped}: too like a benchmark video, or like a clip with a smaller key.
+
+  Args:
+    clips: rows with key, hashes and mirrored (hex).
+    benchmark: {name: hashes} of videos that must not be trained on.
+    limit: Hamming distance up to which two frames count as the same.
+  """
+  held_out, seen = Index(limit), Index(limit)
+  for name, hashes in benchmark.items():
+    held_out.add(name, hashes)
+  dropped = {}
+  ordered = sorted(
+    ((row["key"], row["hashes"], row["mirrored"]) for row in clips), key=lambda c: c[0]
+  )
+  for key, straight, mirrored in ordered:
+    both = [[int(h, 16) for h in hashes] for hashes in (straight, mirrored)]
+    if found := held_out.near(both[0]) or held_out.near(both[1]):
+      dropped[key] = f"benchmark video: like {found[0]} (distance {found[1]})"
+    elif found := seen.near(both[0]) or seen.near(both[1]):
+      dropped[key] = f"near-duplicate: like {found[0]} (distance {found[1]})"
+    else:
+      seen.add(key, both[0])
+  return dropped
+
+
+def spread(frames: int) -> list[int]:
+  """The frames that stand for a clip: 1/4, 1/2 and 3/4."""
+  return [int(frames * share) for share in np.array([1, 2, 3]) / 4]

@@ -1,0 +1,73 @@
+"""Rules for texts that models wrote: refusals, language, repetition, talk about the frame."""
+
+import re
+from collections import Counter
+
+_REFUSAL = re.compile(
+  r"\b(i('| a)m sorry|i can(no|')t (assist|help|comply|provide|describe|see|view|identify)"
+  r"|i('m| am) (unable|not able) to|as an ai\b|as a language model|i do not have the ability"
+  r"|cannot fulfil|against my guidelines)",
+  re.IGNORECASE,
+)
+_META = re.compile(
+  r"\b(the (red |green )?(outline|contour|bounding box|mask(ed)? (region|area))"
+  r"|the (provided|given) (images?|frames?|texts?|descriptions?)|based on the (frames|images|text)"
+  r"|the caption (says|states|mentions)|<region>|<video>|<image>|json)",
+  re.IGNORECASE,
+)
+# The commonest words of each language that are not words of the others.
+_COMMON = {
+  "en": {"the", "and", "is", "of", "with", "its", "it", "to", "at", "that", "are", "was", "from"},
+  "fr": {"le", "les", "est", "et", "une", "des", "dans", "qui", "sur", "avec", "du", "il", "elle"},
+  "de": {"der", "die", "das", "und", "ist", "ein", "eine", "mit", "auf", "dem", "den", "sich"},
+  "es": {"el", "los", "las", "es", "una", "que", "con", "por", "del", "en", "y", "su"},
+  "it": {"il", "che", "è", "una", "con", "della", "nel", "gli", "di", "si", "sul"},
+  "pt": {"os", "as", "uma", "com", "não", "que", "do", "da", "em", "um", "para"},
+}
+MIN_WORDS, MAX_WORDS = 3, 400
+
+
+def fault(text: str, language: str = "en", least: int = MIN_WORDS) -> str | None:
+  """What is wrong with a text; None if nothing is.
+
+  Args:
+    language: ISO 639-1 code; only languages with a word list here are told apart, others by script.
+    least: words.
+  """
+  words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+  if refused(text):
+    return f"text refuses: {text[:80]!r}"
+  if not words:
+    return "text empty"
+  if len(words) < least:
+    return f"text too short: {len(words)} words, at least {least}"
+  if len(words) > MAX_WORDS:
+    return f"text too long: {len(words)} words, at most {MAX_WORDS}"
+  if other := wrong_language(words, language):
+    return f"text in another language: {other}"
+  if found := _META.search(text):
+    return f"text talks about the picture or the task: {found[0]!r}"
+  if len(words) >= 12:
+    triples = Counter(zip(words, words[1:], words[2:], strict=False))
+    (triple, count), *_ = triples.most_common(1)
+    if count >= 4 and 3 * count > 0.3 * len(words):
+      return f"text repeats itself: {' '.join(triple)!r} {count} times"
+  return None
+
+
+def refused(text: str) -> bool:
+  """Whether a model declined to answer."""
+  return bool(_REFUSAL.search(text[:300]))
+
+
+def wrong_language(words: list[str], language: str) -> str | None:
+  """Another language that the words are in, or "script"; None where nothing speaks for that."""
+  letters = "".join(words)
+  latin = sum(char.isascii() or "À" <= char <= "ɏ" for char in letters) / max(1, len(letters))
+  if (language in _COMMON) != (latin > 0.7):
+    return "script" if language in _COMMON else "latin script"
+  if language not in _COMMON or len(words) < 4:
+    return None
+  counts = {code: sum(word in common for word in words) for code, common in _COMMON.items()}
+  other = max((code for code in counts if code != language), key=lambda code: counts[code])
+  return other if counts[other] > counts[language] and counts[other] >= 2 else None

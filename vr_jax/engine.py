@@ -1,0 +1,141 @@
+"""The command line of the data engine, and our model as one of its agents."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipes.engine import command, prompts
+from data_pipes.engine.graph import StopRun
+from data_pipes.engine.quality import text as quality
+from data_pipes.engine.roles import Clip, Context, Description, Masks
+from data_pipes.errors import InputError
+from vr_jax.configs import load_config
+
+STOPPED = 3  # exit code: out of budget, endpoint down, disk full
+
+
+def engine(args: argparse.Namespace) -> int:
+  """Runs one step of `vr engine`; returns the exit code."""
+  try:
+    found = {"run": _run, "status": _status, "report": _report, "review": _review}[args.step](args)
+  except StopRun as stop:
+    print(f"vr engine: stopped: {stop}", file=sys.stderr)
+    return STOPPED
+  lines, values = found
+  print(json.dumps(values, indent=1) if args.json else "\n".join(lines))
+  return 0
+
+
+def _run(args: argparse.Namespace):
+  config = load_config(args.config, args.overrides)
+  with config.unlocked():
+    if args.limit is not None:
+      config.input.limit = args.limit
+    if args.shards is not None:
+      config.shards = args.shards
+  show = sys.stderr.isatty() and not args.json
+
+  def report(line: str) -> None:
+    if show:
+      print(f"\\r\\x1b[2K{line[:180]}", end="", file=sys.stderr, flush=True)
+
+  summary = command.run(
+    config,
+    args.workdir,
+    budget_usd=args.budget_usd,
+    retry_quarantined=args.retry_quarantined,
+    runner=args.runner,
+    address=args.address,
+    only=command.parse_only(args.only) if args.only else None,
+    command=_array_command(args),
+    report=report,
+  )
+  if show:
+    print(file=sys.stderr)
+  if "commands" in summary:
+    return summary["commands"], summary
+  return command.status_lines(summary), summary
+
+
+def _array_command(args: argparse.Namespace) -> str:
+  import shlex
+
+  words = ["vr", "engine", "run", "--config", args.config, "--workdir", args.workdir]
+  for flag, value in (("--budget-usd", args.budget_usd), ("--limit", args.limit)):
+    words += [flag, str(value)] if value is not None else []
+  return shlex.join([*words, *(f"--{override}" for override in args.overrides)])
+
+
+def _status(args: argparse.Namespace):
+  found = command.status(args.workdir)
+  return command.status_lines(found), found
+
+
+def _report(args: argparse.Namespace):
+  from data_pipes.engine import report
+
+  path, numbers = report.write_report(args.workdir)
+  return [str(path)], numbers
+
+
+def _review(args: argparse.Namespace):
+  from data_pipes.engine import review
+  from vr_jax.evaluation import reviewer
+
+  if args.verdicts is None:
+    paths = review.write_sample(args.workdir, args.n, args.seed)
+    return [str(p) for p in paths], {"files": [str(p) for p in paths]}
+  judged, accepted = review.read_verdicts(args.workdir, args.verdicts)
+  table = reviewer.confusion(judged, accepted)
+  return reviewer.lines(table), table.to_dict()
+
+
+class VideoReferAgent:
+  """A VideoRefer model as Annotator or region describer.
+
+  In an engine config: {"kind": "python", "target": "vr_jax.engine:VideoReferAgent",
+  "checkpoint": folder}; without a checkpoint the packaged vr-mini, which knows its own little world
+  only.
+  """
+
+  needs_masks = True
+
+  def __init__(self, context: Context, checkpoint: str | None = None, max_new_tokens: int = 128):
+    from vr_jax.inference.model import load
+
+    self.model = load(checkpoint)
+    self.language, self.max_new_tokens = context.language, max_new_tokens
+
+  @staticmethod
+  def identity(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    return {
+      "backend": f"videorefer {options.get('checkpoint') or 'vr-mini'}",
+      "prompts": {name: prompts.prompt_hash(name) for name in _PROMPTS},
+      "options": dict(options),
+    }
+
+  def _ask(self, clip: Clip, masks: Masks, prompt: str) -> str:
+    from vr_jax.inference.model import Request
+
+    seen = {n: m.astype("uint8") for n, m in masks.items() if m.any()}
+    request = Request(clip.path, prompts.render(prompt).strip(), annotation=[seen])
+    (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
+    fault = quality.fault(answer.text, self.language, least=1)
+    if fault:
+      raise InputError(f"videorefer: {fault}")
+    return answer.text
+
+  def describe(self, clip: Clip, noun: str, masks: Masks | None) -> Description:
+    """Both texts from one object, asked for one after the other."""
+    if not masks:
+      raise InputError("VideoRefer describes marked objects: use order 'mask_first'")
+    motion, looks = (self._ask(clip, masks, prompt) for prompt in _PROMPTS[:2])
+    return Description(motion, looks, static=False)
+
+  def region(self, clip: Clip, masks: Masks, frame: int) -> str:
+    return self._ask(clip, {frame: masks[frame]}, _PROMPTS[2])
+
+
+_PROMPTS = ("videorefer/motion@v1", "videorefer/appearance@v1", "videorefer/region@v1")
