@@ -3,7 +3,7 @@
     vr engine run --config configs/engine_embedded.py:videos=CLIPS,captions=C.json --workdir W
 
 CPU, about a second of one core for a second of video and object. CLIPS is a folder of videos,
-C.json holds [{"video": path in CLIPS, "caption": text}, ...]; without captions, the moving is taken.
+C.json holds [{"video": path in CLIPS, "caption": text}, ...]; without it, what moves is taken.
 Expect W/out/videorefer-detailed-caption.json and -short-caption.json in the published format; train
 on them with `input.media` = W/media. `path=short` and `path=qa` (captions: annotated items) are the
 other two published paths. Its texts and masks are no training data for real models.

@@ -3,9 +3,9 @@ r"""The data engine with real models: Grounding DINO and SAM 2 on this machine, 
     vr engine run --config configs/engine_models.py:videos=CLIPS,captions=C.json,url=U,vlm=V,llm=L \
       --workdir W --limit 20 --budget-usd 5
 
-One GPU with 16 GB for the Segmentor (SAM 2.1 tiny needs about 9 s a frame on a CPU core, so CPU is
-for trying it out). The endpoint U, such as http://HOST:8000/v1, serves a vision-language model V and
-a language model L. With --limit first, `vr engine status W` shows what all videos would cost.
+One GPU with 16 GB for the Segmentor (SAM 2.1 tiny needs about 9 s a frame on a CPU core: a trial is
+possible). The endpoint U, such as http://HOST:8000/v1, serves a vision-language model V and a
+language model L. With --limit first, `vr engine status W` shows what all videos would cost.
 Read the licences of the models you name.
 """
 

@@ -85,12 +85,16 @@ def _tagged(caption: str) -> list[list[tuple[str, str]]]:
 
 
 def _corrected(tokens: list[tuple[str, str]]) -> list[tuple[str, str]]:
-  """Verbs that the tagger takes for nouns: "is fishing", "a person drives a car"."""
+  """Verbs taken for nouns ("is fishing", "a person drives a car"); nouns and verbs that are
+  adjectives ("a large cyan striped ball")."""
   out: list[tuple[str, str]] = []
   for i, (word, tag) in enumerate(tokens):
     before = out[-1] if out else ("", "")
     after = tokens[i + 1][1] if i + 1 < len(tokens) else "."
-    if tag == "NN" and before[0].lower() in _BE:
+    colours = tag == "NN" and colour_word(word) and after in ("JJ", "VBN", "VBD", "NN")
+    if colours or (tag in ("VBD", "VBN") and before[1] == "JJ" and after == "NN"):
+      tag = "JJ"
+    elif tag == "NN" and before[0].lower() in _BE:
       tag = "VBG"
     elif tag == "NNS" and word.endswith("s") and before[1] == "NN" and after in _FOLLOWS_VERB:
       tag = "VBZ"
