@@ -121,8 +121,9 @@ def test_a_video_of_two_shots_becomes_two_files(detailed):
   store = Store(detailed["workdir"])
   clips = [row for row in store.rows("05_shots") if row["source"] == "two.mp4"]
   assert [(c["start"], c["end"]) for c in clips] == [(0, 40), (40, 80)]
-  assert len(open_video(clips[0]["path"])) == 40
-  frame = open_video(clips[1]["path"]).frames([3])[0].astype(int)
+  media = Path(detailed["workdir"]) / "media"
+  assert len(open_video(media / clips[0]["video"])) == 40
+  frame = open_video(media / clips[1]["video"]).frames([3])[0].astype(int)
   expected = render(make_scene(9))[0][3].astype(int)
   assert np.abs(frame - expected).mean() < 4  # the right frames, twice encoded
 

@@ -139,7 +139,7 @@ def test_a_detector_that_finds_nothing_or_too_much(detector, tracker, clip):
   assert nothing.tracks(clip, "red ball", [0, 2, 4]) == []
   many = DinoSam2(CONTEXT, str(detector), str(tracker), threshold=0.0, text_threshold=0.0,
                   most_boxes=1)  # fmt: skip
-  with pytest.raises(InputError, match="ambiguous: [0-9]+ boxes for 'red ball'"):
+  with pytest.raises(InputError, match=r"ambiguous: [0-9]+ boxes for 'red ball'"):
     many.tracks(clip, "red ball", [0, 2, 4])
   boxes = [((0, 0, 10, 10), 0.5), ((1, 0, 11, 10), 0.9), ((30, 30, 90, 90), 0.3), ((5, 5, 6, 6), 1)]
   assert separate_boxes(boxes, (60, 60)) == [((1, 0, 11, 10), 0.9), ((30, 30, 60, 60), 0.3)]
@@ -149,7 +149,7 @@ def test_a_model_that_is_not_there(tmp_path, tracker):
   from data_pipes.engine.backends.transformers_models import DinoSam2
   from data_pipes.errors import InputError
 
-  with pytest.raises(InputError, match="detector '.*' cannot be loaded"):
+  with pytest.raises(InputError, match=r"detector '.*' cannot be loaded"):
     DinoSam2(CONTEXT, str(tmp_path), str(tracker))
 
 

@@ -47,9 +47,16 @@ class Calls:
   Args:
     folder: W/calls. name: of this process's file; files of others there are read.
     budget_usd: no call is begun when this is spent, or might be overspent by those in flight.
+    own: the budget is this process's alone; otherwise what others had spent counts too.
   """
 
-  def __init__(self, folder: Path, name: str = "local", budget_usd: float | None = None):
+  def __init__(
+    self,
+    folder: Path,
+    name: str = "local",
+    budget_usd: float | None = None,
+    own: bool = False,
+  ):
     folder.mkdir(parents=True, exist_ok=True)
     self.folder, self.budget = folder, budget_usd
     self._lock = threading.Lock()
@@ -59,7 +66,7 @@ class Calls:
     ]
     # Whoever had this name is gone: what it left open was cut off.
     self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
-    self._spent = sum(_sum_usd(db) for db in (self._db, *self._others))
+    self._spent = sum(_sum_usd(db) for db in (self._db, *(() if own else self._others)))
     self._reserved = 0.0
     self._dearest: dict[str, float] = {}
 
@@ -141,6 +148,16 @@ class Calls:
           number,
         ),
       )
+
+
+def spent_by_file(folder: Path) -> dict[str, float]:
+  """US dollars that each process name has spent."""
+  out = {}
+  for path in sorted(folder.glob("*.sqlite")):
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
+    out[path.stem] = _sum_usd(db)
+    db.close()
+  return out
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
 """What `vr engine` does: run, status, report, review."""
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 
 from data_pipes.engine import export, stages
 from data_pipes.engine.calls import ledger
-from data_pipes.engine.graph import GraphRef, Stage, StopRun
-from data_pipes.engine.runners import local
+from data_pipes.engine.graph import Graph, GraphRef
+from data_pipes.engine.runners import array, local
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 
@@ -50,12 +48,12 @@ def run(
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)
+  if only and only[1] >= store.shards:
+    raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
   if runner not in RUNNERS:
     raise InputError(f"--runner {runner}: accepted: {', '.join(RUNNERS)}")
   if runner == "array":
-    from data_pipes.engine.runners.array import job_array
-
-    return {"commands": job_array(graph, store, command)}
+    return {"commands": array.job_array(graph, store, command)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
   stages.set_calls(settings["workdir"], name, budget_usd)
   options: dict[str, Any] = {"retry_quarantined": retry_quarantined}
@@ -66,7 +64,7 @@ def run(
       run_on_ray(ref, store, graph=graph, address=address, budget_usd=budget_usd, **options)
     else:
       if only:
-        options |= {"stages": phase(graph.stages, only[0]), "shards": [only[1]]}
+        options |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
       local.run_tasks(
         ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
       )
@@ -78,7 +76,7 @@ def run(
   return status(workdir)
 
 
-def open_store(settings: Mapping[str, Any], workdir: str | Path, graph) -> Store:
+def open_store(settings: Mapping[str, Any], workdir: str | Path, graph: Graph) -> Store:
   """The run's folder; the first run fixes the number of shards."""
   stored = Path(workdir) / "run.json"
   shards = settings["shards"] or None
@@ -91,25 +89,12 @@ def open_store(settings: Mapping[str, Any], workdir: str | Path, graph) -> Store
   return store
 
 
-def phase(every: tuple[Stage, ...], name: str) -> list[str]:
-  """The stages of a job array's phase: phases end where a stage needs all shards of the last."""
-  return phases(every)[_phase_number(every, name)]
-
-
-def phases(every: tuple[Stage, ...]) -> list[list[str]]:
-  out: list[list[str]] = [[]]
-  for stage in every:
-    if stage.survey is not None:
-      out.append([])
-    out[-1].append(stage.name)
-  return out
-
-
-def _phase_number(every: tuple[Stage, ...], name: str) -> int:
-  count = len(phases(every))
-  if not name.isdigit() or not 1 <= int(name) <= count:
-    raise InputError(f"--only {name}: no such phase; accepted: 1 to {count}")
-  return int(name) - 1
+def phase(graph: Graph, name: str) -> list[str]:
+  """The stages of a job array's phase."""
+  every = array.phases(graph)
+  if not 1 <= int(name) <= len(every):
+    raise InputError(f"--only {name}: no such phase; accepted: 1 to {len(every)}")
+  return every[int(name) - 1]
 
 
 def parse_only(text: str) -> tuple[str, int]:
@@ -210,11 +195,3 @@ def progress_line(progress: local.Progress) -> str:
     f"{name[3:]} {c['done']}/{c['total']}" for name, c in progress.stages.items() if c["total"]
   ]
   return " · ".join(parts) + (f" · stopped: {progress.stopped}" if progress.stopped else "")
-
-
-def called_as() -> str:
-  """The command line of this process, for the commands of a job array."""
-  return " ".join(map(shlex.quote, ["vr", *sys.argv[1:]]))
-
-
-__all__ = ["RUNNERS", "StopRun", "called_as", "parse_only", "run", "status", "status_lines"]

@@ -89,7 +89,7 @@ def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, 
     seen = [n for n in sorted(masks) if masks[n].any()]
     places = np.linspace(0, len(seen) - 1, min(FRAMES, len(seen))).round().astype(int)
     numbers = sorted({seen[i] for i in places})
-    frames = open_video(clip["path"]).frames(numbers)
+    frames = open_video(store.folder / "media" / clip["video"]).frames(numbers)
     images = [outline(f, masks[n], SIZE) for n, f in zip(numbers, frames, strict=True)]
     out.append({**item, "images": images, "numbers": numbers, "masks": masks, "clip": clip})
   return out
@@ -125,7 +125,7 @@ def _write_cvat(store: Store, folder: Path, items: Iterable[Mapping[str, Any]]) 
   (folder / "frames").mkdir(parents=True, exist_ok=True)
   for i, item in enumerate(items):
     best = max(item["numbers"], key=lambda n: int(item["masks"][n].sum()))
-    frame = open_video(item["clip"]["path"]).frames([best])[0]
+    frame = open_video(store.folder / "media" / item["clip"]["video"]).frames([best])[0]
     name = f"{i:04d}.jpg"
     outline(frame, item["masks"][best], max(frame.shape[:2])).save(folder / "frames" / name)
     height, width = frame.shape[:2]

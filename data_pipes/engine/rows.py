@@ -33,7 +33,6 @@ class ClipRow:
   video_id: str
   source: str  # name of the source video
   video: str  # path in published samples, relative to W/media
-  path: str
   caption: str
   start: int  # frames of the source video, end excluded
   end: int

@@ -371,13 +371,13 @@ def calls_of(workdir: str) -> Calls:
   return _open_calls[workdir]
 
 
-_calls_options: dict[str, tuple[str, float | None]] = {}
+_calls_options: dict[str, tuple[str, float | None, bool]] = {}
 
 
-def set_calls(workdir: str, name: str, budget_usd: float | None) -> None:
-  """Names this process's file of calls and sets its budget, before the first call."""
+def set_calls(workdir: str, name: str, budget_usd: float | None, own: bool = False) -> None:
+  """Names this process's file of calls and sets its budget (calls.Calls), before the first call."""
   close_calls(workdir)
-  _calls_options[workdir] = (name, budget_usd)
+  _calls_options[workdir] = (name, budget_usd, own)
 
 
 def close_calls(workdir: str) -> None:

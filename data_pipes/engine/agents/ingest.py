@@ -105,7 +105,6 @@ def _clip_row(key: str, row: Mapping[str, Any], shot: Shot, path: Path, name: st
     video_id=row["key"],
     source=row["name"],
     video=name,
-    path=str(path),
     caption=row["caption"],
     start=shot.start,
     end=shot.end,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,17 @@ from data_pipes.masks import check_size, encode_mask, segmentation_to_mask
 _NOUN = re.compile(r"[^\W\d_][\w' -]{0,60}$")
 
 
-def clip_of(row: Mapping[str, Any]) -> Clip:
-  return Clip(row["path"], row["caption"], row["frames"], row["fps"], row["height"], row["width"])
+def clip_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> Clip:
+  """The clip of a ClipRow; its file lies in the run's media folder."""
+  path = Path(settings["workdir"]) / "media" / row["video"]
+  return Clip(str(path), row["caption"], row["frames"], row["fps"], row["height"], row["width"])
 
 
 def make_analyze(analyzer: Analyzer, settings: Mapping[str, Any]) -> Process:
   """ClipRow -> a NounRow for each subject."""
 
   def process(item: Item) -> Outcome:
-    clip = clip_of(item.row)
+    clip = clip_of(item.row, settings)
     rows: dict[str, NounRow] = {}
     rejected = []
     for number, noun in enumerate(analyzer.nouns(clip).subjects):
@@ -57,7 +60,7 @@ def make_segment(segmentor: Segmentor, settings: Mapping[str, Any], clips: str) 
   """NounRow (or TextRow) -> ObjectRows with masks on the 32-frame grid and their numbers."""
 
   def process(item: Item) -> Outcome:
-    row, clip = item.row, clip_of(item.joined[clips])
+    row, clip = item.row, clip_of(item.joined[clips], settings)
     numbers = sorted(set(grid_frames(clip.frames, settings["grid_frames"]).tolist()))
     tracks = segmentor.tracks(clip, row["noun"], numbers)
     if not tracks:
@@ -100,7 +103,7 @@ def make_given(settings: Mapping[str, Any]) -> Process:
   """ClipRow with annotated objects -> ObjectRows; in place of Analyzer and Segmentor."""
 
   def process(item: Item) -> Outcome:
-    clip = clip_of(item.row)
+    clip = clip_of(item.row, settings)
     rows, rejected = [], []
     seen_before: dict[str, str] = {}
     for number, given in enumerate(item.row["given"]):

@@ -26,7 +26,7 @@ def make_annotate(
   """GateRow (or NounRow, where `objects` is None: the paper's order) -> TextRow."""
 
   def process(item: Item) -> Outcome:
-    row, clip = item.row, clip_of(item.joined[clips])
+    row, clip = item.row, clip_of(item.joined[clips], settings)
     masks = masks_of(item.joined[objects]) if objects else None
     said = annotator.describe(clip, row["noun"], masks)
     text = TextRow(
@@ -77,7 +77,7 @@ def make_review(
   """A described object -> its verdict; a rejected one is kept with both texts as evidence."""
 
   def process(item: Item) -> Outcome:
-    row, clip = item.row, clip_of(item.joined[names["clips"]])
+    row, clip = item.row, clip_of(item.joined[names["clips"]], settings)
     text = item.joined.get(names["texts"], row)
     masks = masks_of(item.joined[names["objects"]])
     frame = review_frame(masks, row["key"], settings["seed"])
@@ -119,7 +119,7 @@ def make_caption(
   """VerdictRow -> CaptionRow."""
 
   def process(item: Item) -> Outcome:
-    row, clip = item.row, clip_of(item.joined[names["clips"]])
+    row, clip = item.row, clip_of(item.joined[names["clips"]], settings)
     caption = refiner.caption(clip, described(item.joined[names["texts"]]))
     made = CaptionRow(row["key"], row["clip_id"], row["noun_id"], caption.detailed, caption.short)
     for text, least in ((caption.detailed, quality.MIN_WORDS), (caption.short, 2)):
@@ -134,7 +134,7 @@ def make_dialogue(refiner: Refiner, settings: Mapping[str, Any], clips: str) -> 
   """All TextRows of a clip -> one DialogueRow."""
 
   def process(item: Item) -> Outcome:
-    clip = clip_of(item.joined[clips])
+    clip = clip_of(item.joined[clips], settings)
     rows = item.rows[: settings["max_objects"]]
     questions, rejected = [], []
     for number, q in enumerate(refiner.questions(clip, [described(row) for row in rows])):

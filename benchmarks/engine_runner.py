@@ -1,0 +1,170 @@
+"""The data engine's runner and client, alone.
+
+    python benchmarks/engine_runner.py [overhead] [requests] [kills]
+
+overhead  100 000 synthetic items through three stages: ms an item-stage (goal <= 3), memory (flat)
+requests  64 calls in flight against a loopback server with 200 ms latency (goal >= 95 % of ideal)
+kills     a run on an endpoint, killed 10 times at random: same bytes, no answered call repeated
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from data_pipes.engine.backends.chat import ChatClient, Endpoint
+from data_pipes.engine.calls import Calls
+from data_pipes.engine.graph import Graph, GraphRef, Item, Outcome, Stage
+from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.store import Store
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+ITEMS, SHARDS, LATENCY, IN_FLIGHT, CALLS, KILLS = 100_000, 100, 0.2, 64, 1920, 10
+
+
+@dataclass(frozen=True)
+class Number:
+  key: str
+  number: int
+
+
+def synthetic(settings: dict) -> Graph:
+  """Three stages that do nothing."""
+
+  def process(item: Item) -> Outcome:
+    return Outcome([Number(item.key, item.row["number"] + 1)])
+
+  names = ("a", "b", "c")
+  stages = [
+    Stage(name, Number, lambda: process, {"version": 1}, after=before, workers=4)
+    for name, before in zip(names, (None, *names), strict=False)
+  ]
+  items = settings["items"]
+  return Graph(tuple(stages), lambda: ({"key": f"{i:08d}", "number": i} for i in range(items)))
+
+
+def asks(settings: dict) -> Graph:
+  """One stage that asks an endpoint."""
+  workdir = Path(settings["workdir"])
+  schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+
+  def make():
+    calls = Calls(workdir / "calls")
+    client = ChatClient(Endpoint(settings["url"], "m", concurrency=IN_FLIGHT), lambda: calls, "ask")
+
+    def process(item: Item) -> Outcome:
+      client.ask([{"role": "user", "content": f"item {item.key}"}], schema, "text")
+      return Outcome([Number(item.key, 1)])
+
+    return process
+
+  items = [{"key": f"{i:06d}"} for i in range(settings["items"])]
+  return Graph((Stage("ask", Number, make, {"v": 1}, workers=IN_FLIGHT),), lambda: items)
+
+
+def overhead() -> None:
+  memory: list[tuple[float, float]] = []  # share done, resident MiB
+
+  def watch(progress) -> None:
+    done = sum(c["done"] for c in progress.stages.values())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    memory.append((done / (3 * ITEMS), pages * 4096 / 2**20))
+
+  with tempfile.TemporaryDirectory() as folder:
+    store = Store(folder, SHARDS)
+    start, cpu = time.perf_counter(), time.process_time()
+    ref = GraphRef("engine_runner:synthetic", {"items": ITEMS})
+    run_tasks(ref, store, graph=synthetic({"items": ITEMS}), report=watch)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+  early = max(m for share, m in memory if share <= 0.25)
+  late = max(m for share, m in memory if share >= 0.75)
+  wall, cpu = (1e3 * seconds / (3 * ITEMS) for seconds in (wall, cpu))
+  print(
+    f"overhead: {wall:.3f} ms an item-stage (CPU {cpu:.3f}), goal <= 3; "
+    f"memory {early:.0f} MiB in the first quarter, {late:.0f} in the last, goal flat"
+  )
+
+
+def requests() -> None:
+  server = subprocess.Popen(
+    [sys.executable, TESTS / "chat_server.py", str(LATENCY)], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert server.stdout is not None
+    url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    shares = []
+    for _ in range(3):
+      with tempfile.TemporaryDirectory() as folder:
+        settings = {"workdir": folder, "url": url, "items": CALLS}
+        ref = GraphRef("engine_runner:asks", settings)
+        start = time.perf_counter()
+        run_tasks(ref, Store(folder, 4), graph=asks(settings))
+        rate = CALLS / (time.perf_counter() - start)
+        shares.append(rate / (IN_FLIGHT / LATENCY))
+    print(
+      f"requests: {median(shares):.1%} of {IN_FLIGHT / LATENCY:.0f}/s with {IN_FLIGHT} in flight, "
+      f"median of {[f'{s:.1%}' for s in shares]}, goal >= 95 %"
+    )
+  finally:
+    server.kill()
+
+
+def kills() -> None:
+  sys.path.insert(0, str(TESTS))
+  import test_engine_chat as chat
+  from chat_server import ChatServer, sensible
+
+  from data_pipes.embedded.captions import scene_caption
+  from data_pipes.embedded.render import render, write_video
+  from data_pipes.embedded.scenes import make_scene
+  from data_pipes.engine import command
+  from data_pipes.engine.calls import CUT_OFF, ledger
+
+  def slow(body, number):
+    time.sleep(0.02)
+    return sensible(body)
+
+  rng = random.Random(0)
+  with tempfile.TemporaryDirectory() as name, ChatServer(slow) as server:
+    folder = Path(name)
+    seeds = range(4)
+    for seed in seeds:
+      write_video(folder / f"{seed}.mp4", render(make_scene(seed))[0])
+    listed = [{"video": f"{s}.mp4", "caption": scene_caption(make_scene(s))} for s in seeds]
+    (folder / "captions.json").write_text(json.dumps(listed))
+    command.run(chat.config(folder, server.url), folder / "whole")
+    needed = {json.dumps(b, sort_keys=True) for b in server.bodies}
+    server.bodies.clear()
+    arguments = [str(folder), server.url, str(folder / "w"), str(TESTS)]
+    killed = 0
+    for _ in range(KILLS):
+      process = subprocess.Popen([sys.executable, "-c", chat.RUN, *arguments])
+      goal = len(server.bodies) + rng.randrange(1, max(2, len(needed) // KILLS))
+      while process.poll() is None and len(server.bodies) < goal:
+        time.sleep(0.002)
+      killed += process.poll() is None
+      process.kill()
+      process.wait()
+    subprocess.run([sys.executable, "-c", chat.RUN, *arguments], check=True)
+    asked = [json.dumps(b, sort_keys=True) for b in server.bodies]
+    cut = sum(c["calls"] for c in ledger(folder / "w" / "calls") if c["status"] == CUT_OFF)
+    whole = folder / "whole"
+    files = [*whole.rglob("*.parquet"), *(whole / "out").iterdir()]
+    differ = [
+      p for p in files if (folder / "w" / p.relative_to(whole)).read_bytes() != p.read_bytes()
+    ]
+    print(
+      f"kills: {killed} kills; {len(differ)} of {len(files)} files differ (goal 0); {len(asked)} "
+      f"calls for {len(needed)} needed, {cut} of them cut off in flight; answered calls repeated: "
+      f"{len(asked) - len(needed) - cut} (goal 0)"
+    )
+
+
+if __name__ == "__main__":
+  for part in sys.argv[1:] or ("overhead", "requests", "kills"):
+    {"overhead": overhead, "requests": requests, "kills": kills}[part]()
