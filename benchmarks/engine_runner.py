@@ -1,6 +1,6 @@
 """The data engine's runner and client, alone.
 
-    python benchmarks/engine_runner.py [overhead] [requests] [kills]
+    python benchmarks/engine_runner.py [overhead[:ITEMS]] [requests] [kills]
 
 overhead  100 000 synthetic items through three stages: ms an item-stage (goal <= 3), memory (flat)
 requests  64 calls in flight against a loopback server with 200 ms latency (goal >= 95 % of ideal)
@@ -24,7 +24,8 @@ from data_pipes.engine.runners.local import run_tasks
 from data_pipes.engine.store import Store
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-ITEMS, SHARDS, LATENCY, IN_FLIGHT, CALLS, KILLS = 100_000, 100, 0.2, 64, 1920, 10
+ITEMS, ITEMS_A_SHARD = 100_000, 1000
+LATENCY, IN_FLIGHT, CALLS, KILLS = 0.2, 64, 1920, 10
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,25 @@ def asks(settings: dict) -> Graph:
   return Graph((Stage("ask", Number, make, {"v": 1}, workers=IN_FLIGHT),), lambda: items)
 
 
-def overhead() -> None:
+def overhead(items: int = ITEMS) -> None:
   memory: list[tuple[float, float]] = []  # share done, resident MiB
 
   def watch(progress) -> None:
     done = sum(c["done"] for c in progress.stages.values())
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    memory.append((done / (3 * ITEMS), pages * 4096 / 2**20))
+    memory.append((done / (3 * items), pages * 4096 / 2**20))
 
   with tempfile.TemporaryDirectory() as folder:
-    store = Store(folder, SHARDS)
+    store = Store(folder, max(1, items // ITEMS_A_SHARD))
     start, cpu = time.perf_counter(), time.process_time()
-    ref = GraphRef("engine_runner:synthetic", {"items": ITEMS})
-    run_tasks(ref, store, graph=synthetic({"items": ITEMS}), report=watch)
+    ref = GraphRef("engine_runner:synthetic", {"items": items})
+    run_tasks(ref, store, graph=synthetic({"items": items}), report=watch)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
   early = max(m for share, m in memory if share <= 0.25)
   late = max(m for share, m in memory if share >= 0.75)
-  wall, cpu = (1e3 * seconds / (3 * ITEMS) for seconds in (wall, cpu))
+  wall, cpu = (1e3 * seconds / (3 * items) for seconds in (wall, cpu))
   print(
-    f"overhead: {wall:.3f} ms an item-stage (CPU {cpu:.3f}), goal <= 3; "
+    f"overhead: {items} items, {wall:.3f} ms an item-stage (CPU {cpu:.3f}), goal <= 3; "
     f"memory {early:.0f} MiB in the first quarter, {late:.0f} in the last, goal flat"
   )
 
@@ -167,4 +168,5 @@ def kills() -> None:
 
 if __name__ == "__main__":
   for part in sys.argv[1:] or ("overhead", "requests", "kills"):
-    {"overhead": overhead, "requests": requests, "kills": kills}[part]()
+    name, _, items = part.partition(":")
+    {"overhead": overhead, "requests": requests, "kills": kills}[name](*map(int, items.split()))

@@ -15,12 +15,13 @@ from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
-from data_pipes.engine.backends import chat
+from data_pipes.engine.backends import chat, chat_agents
 from data_pipes.engine.backends.chat import ChatClient, Endpoint, Unanswered, retry_after
 from data_pipes.engine.backends.chat_agents import ChatAnalyzer
 from data_pipes.engine.calls import ANSWERED, CUT_OFF, FAILED, Calls, Price, ledger
 from data_pipes.engine.graph import StopRun
 from data_pipes.engine.prompts import as_data, prompt_hash
+from data_pipes.engine.quality import text as quality
 from data_pipes.engine.roles import Clip, Context
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
@@ -89,6 +90,16 @@ def test_nonsense_is_given_up_after_the_tries(calls):
     with pytest.raises(Unanswered, match="unusable after 3 tries: it is no JSON"):
       ask(server, calls)
     assert len(server.bodies) == 3
+
+
+def test_another_language_is_asked_for_again(calls):
+  french = Reply({"text": "le chien court dans le jardin et il est brun"})
+  with ChatServer(sequence(french, GOOD)) as server:
+    value = client(server, calls).ask(
+      [{"role": "user", "content": "x"}], SCHEMA, "text", lambda v: quality.fault(v["text"])
+    )
+    assert value["text"].startswith("a dog")
+    assert "text in another language: fr" in server.bodies[1]["messages"][2]["content"]
 
 
 def test_json_in_a_code_fence_is_taken(calls):
@@ -194,16 +205,16 @@ def test_answered_calls_are_not_made_again(calls, tmp_path):
 
 
 def test_the_budget_is_never_overspent(tmp_path):
-  calls = Calls(tmp_path / "calls", budget_usd=0.001)
+  calls = Calls(tmp_path / "calls", budget_usd=0.0029)
   price = Price(input=1.0, output=10.0)  # 0.0003 a call
   with ChatServer(sequence(GOOD)) as server:
     found = client(server, calls, price=price)
     found.ask([{"role": "user", "content": "one"}], SCHEMA, "text")
     found.ask([{"role": "user", "content": "two"}], SCHEMA, "text")
     found.ask([{"role": "user", "content": "three"}], SCHEMA, "text")
-    with pytest.raises(StopRun, match=r"budget of 0.001 USD"):
+    with pytest.raises(StopRun, match=r"budget of 0.0029 USD"):
       found.ask([{"role": "user", "content": "four"}], SCHEMA, "text")
-  assert sum(c["usd"] for c in ledger(tmp_path / "calls")) <= 0.001
+  assert sum(c["usd"] for c in ledger(tmp_path / "calls")) <= 0.0029
   calls.close()
 
 
@@ -215,6 +226,18 @@ def test_failed_and_cut_off_calls_are_listed(tmp_path):
   calls.close()
   Calls(tmp_path / "calls").close()
   assert {c["status"]: c["calls"] for c in ledger(tmp_path / "calls")} == {FAILED: 1, CUT_OFF: 1}
+
+
+def test_a_ledger_that_is_full_stops_the_run(calls):
+  """Quarantining the item instead would lose an answer that was paid for."""
+  pages = calls._db.execute("pragma page_count").fetchone()[0]
+  calls._db.execute(f"pragma max_page_count = {pages}")
+  big = Reply({"text": "a dog " * 4000})
+  with (
+    ChatServer(sequence(big)) as server,
+    pytest.raises(StopRun, match="database or disk is full"),
+  ):
+    ask(server, calls)
 
 
 def test_requests_keep_to_a_rate(calls, monkeypatch):
@@ -276,6 +299,15 @@ def test_prompts_have_hashes_and_data_cannot_close_its_markers():
 
 
 # The engine on an endpoint
+
+
+def test_a_changed_prompt_changes_its_stage_alone(videos, tmp_path, monkeypatch):
+  settings = stages.check_settings(config(videos, "http://127.0.0.1:9/v1"), tmp_path)
+  before = {s.name: s.fingerprint for s in stages.make_graph(settings).stages}
+  changed = {"judge/same_object@v1": "0" * 16}
+  monkeypatch.setattr(chat_agents, "prompt_hash", lambda n: changed.get(n) or prompt_hash(n))
+  after = {s.name: s.fingerprint for s in stages.make_graph(settings).stages}
+  assert {name for name in after if after[name] != before[name]} == {"40_review"}
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,24 @@ def test_a_changed_setting_redoes_its_stage_and_keeps_the_others(videos, detaile
   assert after["25_masks"] != before["25_masks"]
 
 
+@pytest.mark.slow
+def test_our_own_model_describes_objects(tmp_path):
+  """The packaged vr-mini as Annotator and region describer, on its own little world."""
+  write_video(tmp_path / "0.mp4", render(make_scene(0))[0])
+  item = {"video": "0.mp4", "caption": scene_caption(make_scene(0))}
+  (tmp_path / "captions.json").write_text(json.dumps([item]))
+  agent = {"kind": "python", "target": "vr_jax.engine:VideoReferAgent"}
+  c = config(tmp_path, shards=1).unlock()
+  c.roles = {**c.roles, "annotator": agent, "describer": agent}
+  summary = command.run(c, tmp_path / "w")
+  _, provenance = file_paths(tmp_path / "w" / "out", "detailed-caption")
+  made = [json.loads(line) for line in provenance.read_text().splitlines()]
+  assert by_stage(summary)["30_annotate"]["quarantined"] == 0
+  assert made
+  assert all(m["agents"]["30_annotate"]["backend"] == "videorefer vr-mini" for m in made)
+  assert all(m["text_source"] == "model" for m in made)
+
+
 # Parts
 
 

@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace):
 
   def report(line: str) -> None:
     if show:
-      print(f"\\r\\x1b[2K{line[:180]}", end="", file=sys.stderr, flush=True)
+      print(f"\r\x1b[2K{line[:180]}", end="", file=sys.stderr, flush=True)
 
   summary = command.run(
     config,

@@ -8,11 +8,12 @@ Before a request goes out it is entered as open; with its answer it becomes answ
 run left open is listed as cut off: it may have been paid for, and is the only thing that repeats.
 """
 
+import contextlib
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Calls:
     Raises:
       StopRun: the budget does not allow it.
     """
-    with self._lock:
+    with self._lock, _stop_if_full(self.folder):
       guess = max(guess_usd, self._dearest.get(model, 0.0))
       if self.budget is not None and self._spent + self._reserved + guess > self.budget:
         raise StopRun(
@@ -127,7 +128,7 @@ class Calls:
     note: str = "",
   ) -> None:
     """Stores the answer, or (None) that there was none."""
-    with self._lock:
+    with self._lock, _stop_if_full(self.folder):
       guess, started, model = self._db.execute(
         "select note, started, model from calls where rowid = ?", (number,)
       ).fetchone()
@@ -192,3 +193,12 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 def _sum_usd(db: sqlite3.Connection) -> float:
   return db.execute("select coalesce(sum(usd), 0) from calls").fetchone()[0]
+
+
+@contextlib.contextmanager
+def _stop_if_full(folder: Path) -> Iterator[None]:
+  """A ledger that cannot be written stops the run: an unrecorded answer would be paid for twice."""
+  try:
+    yield
+  except sqlite3.OperationalError as error:
+    raise StopRun(f"{folder}: {error}; nothing that was done is lost: run again") from error

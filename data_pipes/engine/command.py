@@ -61,7 +61,8 @@ def run(
     if runner == "ray":
       from data_pipes.engine.runners.ray import run_on_ray
 
-      run_on_ray(ref, store, graph=graph, address=address, budget_usd=budget_usd, **options)
+      options |= {"address": address, "budget_usd": budget_usd, "num_gpus": settings["ray_gpus"]}
+      run_on_ray(ref, store, graph=graph, **options)
     else:
       if only:
         options |= {"stages": phase(graph, only[0]), "shards": [only[1]]}

@@ -42,6 +42,10 @@ class Nouns:
   others: tuple[str, ...] = ()
 
 
+class Ambiguous(InputError):
+  """A noun that could stand for too many things of a clip; it is dropped, not quarantined."""
+
+
 @dataclass(frozen=True)
 class Track:
   """Segmentor: clip and noun -> an object with a mask on each looked-at frame.

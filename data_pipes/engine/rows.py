@@ -15,8 +15,7 @@ class VideoRow:
   """00_ingest: one readable video of the source. key: hash of its bytes."""
 
   key: str
-  name: str  # as the source names it
-  path: str
+  name: str  # as the source names it: its path below input.videos
   caption: str
   frames: int
   fps: float | None

@@ -77,6 +77,7 @@ def engine_config() -> ConfigDict:
     for role in ("analyzer", "segmentor", "annotator", "describer", "judge", "refiner")
   }
   config.workers = 0  # processes of stages that compute; 0: one a core
+  config.ray_gpus = 0.0  # GPUs of each actor of --runner ray
   return config.lock()
 
 

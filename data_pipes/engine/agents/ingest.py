@@ -31,7 +31,6 @@ def make_ingest(settings: Mapping[str, Any]) -> Process:
       VideoRow(
         key=content_hash(Path(source["path"])),
         name=source["key"],
-        path=source["path"],
         caption=" ".join(source["caption"].split()),
         frames=len(video),
         fps=video.fps,
@@ -66,7 +65,8 @@ def make_shots(settings: Mapping[str, Any], media: Path) -> Process:
 
   def process(item: Item) -> Outcome:
     row = item.row
-    video = open_video(row["path"])
+    source = Path(settings["input"]["videos"]) / row["name"]
+    video = open_video(source)
     shots = find_shots(video, rules["adaptive_threshold"], rules["min_content"])
     fps = video.fps or 25.0
     if row["given"]:
@@ -80,7 +80,7 @@ def make_shots(settings: Mapping[str, Any], media: Path) -> Process:
         rejected.append(Rejected(key, reason))
         continue
       whole = len(shots) == 1
-      name = _link(media, row) if whole else _cut(media, video, row["key"], shot)
+      name = _link(media, row, source) if whole else _cut(media, video, row["key"], shot)
       rows.append(_clip_row(key, row, shot, media / name, name))
     return Outcome(rows, rejected)
 
@@ -119,12 +119,12 @@ def _clip_row(key: str, row: Mapping[str, Any], shot: Shot, path: Path, name: st
   )
 
 
-def _link(media: Path, row: Mapping[str, Any]) -> str:
+def _link(media: Path, row: Mapping[str, Any], source: Path) -> str:
   """A link to a video that is used whole; its name in published samples."""
   name = PurePosixPath(row["name"])
   safe = not name.is_absolute() and ".." not in name.parts
   name = "videos" / (name if safe else PurePosixPath(f"{row['key']}{name.suffix}"))
-  target, link = Path(row["path"]).resolve(), media / name
+  target, link = source.resolve(), media / name
   link.parent.mkdir(parents=True, exist_ok=True)
   if not link.is_symlink() or Path(os.readlink(link)) != target:
     link.unlink(missing_ok=True)

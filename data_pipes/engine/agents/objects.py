@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipes.engine.graph import Item, Outcome, Process, Rejected, digest
 from data_pipes.engine.quality import masks as quality
-from data_pipes.engine.roles import Analyzer, Clip, Segmentor, Track
+from data_pipes.engine.roles import Ambiguous, Analyzer, Clip, Segmentor, Track
 from data_pipes.engine.rows import GateRow, NounRow, ObjectRow
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
@@ -62,7 +62,10 @@ def make_segment(segmentor: Segmentor, settings: Mapping[str, Any], clips: str) 
   def process(item: Item) -> Outcome:
     row, clip = item.row, clip_of(item.joined[clips], settings)
     numbers = sorted(set(grid_frames(clip.frames, settings["grid_frames"]).tolist()))
-    tracks = segmentor.tracks(clip, row["noun"], numbers)
+    try:
+      tracks = segmentor.tracks(clip, row["noun"], numbers)
+    except Ambiguous as error:
+      return Outcome(rejected=[Rejected(item.key, str(error))])
     if not tracks:
       return Outcome(rejected=[Rejected(item.key, f"not found: no {row['noun']!r} in the clip")])
     frames = dict(zip(numbers, clip.open().frames(numbers), strict=True))

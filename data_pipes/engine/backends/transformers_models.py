@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipes.engine.backends.marking import outline, shrunk
 from data_pipes.engine.prompts import prompt_hash, render
 from data_pipes.engine.quality.masks import iou
-from data_pipes.engine.roles import Clip, Context, Description, Masks, Track
+from data_pipes.engine.roles import Ambiguous, Clip, Context, Description, Masks, Track
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import uniform_frames
 
@@ -89,7 +89,7 @@ class DinoSam2:
       return []
     start, boxes = max(found, key=lambda f: f[1][0][1])
     if len(boxes) > self.most_boxes:
-      raise InputError(
+      raise Ambiguous(
         f"ambiguous: {len(boxes)} boxes for {noun!r} on frame {frames[start]}, at most "
         f"{self.most_boxes}"
       )

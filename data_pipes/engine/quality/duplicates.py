@@ -1,11 +1,10 @@
 """Near-duplicate clips, and clips of the benchmark's videos, by perceptual hashes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-
-_PARTS = 16  # of 4 bits: two hashes within 15 bits agree on at least one part
 
 
 def distance(a: int, b: int) -> int:
@@ -14,17 +13,24 @@ def distance(a: int, b: int) -> int:
 
 
 class Index:
-  """Clips by the hashes of their frames; finds those that are near."""
+  """Clips by the hashes of their frames; finds those within `limit` bits.
+
+  A hash is cut into limit + 1 parts, so that two within the limit agree on at least one.
+  """
 
   def __init__(self, limit: int):
-    assert limit < _PARTS, limit
+    edges = [64 * i // (limit + 1) for i in range(limit + 2)]
     self.limit = limit
-    self._parts: list[dict[int, list[tuple[int, str, int]]]] = [{} for _ in range(_PARTS)]
+    self._cuts = [(low, (1 << (high - low)) - 1) for low, high in pairwise(edges)]
+    self._parts: list[dict[int, list[tuple[int, str]]]] = [{} for _ in self._cuts]
 
   def add(self, name: str, hashes: Sequence[int]) -> None:
-    for place, value in enumerate(hashes):
-      for part, bits in enumerate(_split(value)):
-        self._parts[part].setdefault(bits, []).append((value, name, place))
+    for value in hashes:
+      for part, bits in enumerate(self._split(value)):
+        self._parts[part].setdefault(bits, []).append((value, name))
+
+  def _split(self, value: int) -> list[int]:
+    return [(value >> low) & ones for low, ones in self._cuts]
 
   def near(self, hashes: Sequence[int]) -> tuple[str, int] | None:
     """The clip whose frames at most places lie within the limit, and their mean distance.
@@ -33,8 +39,8 @@ class Index:
     """
     best: dict[str, dict[int, int]] = {}
     for place, value in enumerate(hashes):
-      for part, bits in enumerate(_split(value)):
-        for other, name, _ in self._parts[part].get(bits, ()):
+      for part, bits in enumerate(self._split(value)):
+        for other, name in self._parts[part].get(bits, ()):
           apart = distance(value, other)
           if apart <= self.limit:
             of_place = best.setdefault(name, {})
@@ -48,10 +54,6 @@ class Index:
       return None
     _, mean, name = min(close)
     return name, round(mean)
-
-
-def _split(value: int) -> list[int]:
-  return [(value >> (4 * part)) & 0xF for part in range(_PARTS)]
 
 
 def survey(

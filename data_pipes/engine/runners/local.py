@@ -22,6 +22,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data_pipes.engine.graph import (
@@ -36,7 +37,7 @@ from data_pipes.engine.graph import (
   Stage,
   StopRun,
 )
-from data_pipes.engine.store import Store, Task, journal_line
+from data_pipes.engine.store import Store, Task, journal_line, stop_if_full
 from data_pipes.errors import InputError
 
 Wanted = tuple[str, int]  # (stage name, shard)
@@ -289,7 +290,8 @@ def process_item(stage: Stage, process: Process, item: Item, fp: str) -> Line:
     StopRun: nothing more can be done now.
   """
   try:
-    outcome: Any = process(item)
+    with stop_if_full(Path(stage.name)):
+      outcome: Any = process(item)
     return journal_line(stage, item.key, fp, outcome)
   except StopRun:
     raise
