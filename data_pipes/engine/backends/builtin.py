@@ -91,9 +91,11 @@ def _corrected(tokens: list[tuple[str, str]]) -> list[tuple[str, str]]:
   for i, (word, tag) in enumerate(tokens):
     before = out[-1] if out else ("", "")
     after = tokens[i + 1][1] if i + 1 < len(tokens) else "."
-    colours = tag == "NN" and colour_word(word) and after in ("JJ", "VBN", "VBD", "NN")
-    if colours or (tag in ("VBD", "VBN") and before[1] == "JJ" and after == "NN"):
+    colours = tag == "NN" and colour_word(word) and after in ("JJ", "VBN", "VBD", "NN", "VB")
+    if colours or (tag in ("VBD", "VBN") and before[1] == "JJ" and after in ("NN", "VB")):
       tag = "JJ"
+    elif tag == "VB" and before[1] in ("JJ", "DT"):
+      tag = "NN"
     elif tag == "NN" and before[0].lower() in _BE:
       tag = "VBG"
     elif tag == "NNS" and word.endswith("s") and before[1] == "NN" and after in _FOLLOWS_VERB:
