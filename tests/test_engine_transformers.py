@@ -30,8 +30,8 @@ def detector(tmp_path_factory) -> Path:
   )
 
   folder = tmp_path_factory.mktemp("dino")
-  (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words())))
-  BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+  vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words()))}
+  BertTokenizer(vocabulary).save_pretrained(folder)
   GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 128}).save_pretrained(
     folder
   )
@@ -45,7 +45,7 @@ def detector(tmp_path_factory) -> Path:
       "model_type": "bert", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1,
       "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64,
     },
-    d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=20,
     max_text_len=32, use_timm_backbone=False,
   )  # fmt: skip
