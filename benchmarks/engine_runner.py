@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
 from data_pipes.engine.calls import Calls
-from data_pipes.engine.graph import Graph, GraphRef, Item, Outcome, Stage
+from data_pipes.engine.graph import Graph, GraphRef, Item, Outcome, Stage, digest
 from data_pipes.engine.runners.local import run_tasks
 from data_pipes.engine.store import Store
 
@@ -124,7 +125,6 @@ def kills() -> None:
   from data_pipes.embedded.render import render, write_video
   from data_pipes.embedded.scenes import make_scene
   from data_pipes.engine import command
-  from data_pipes.engine.calls import CUT_OFF, ledger
 
   def slow(body, number):
     time.sleep(0.02)
@@ -152,17 +152,18 @@ def kills() -> None:
       process.kill()
       process.wait()
     subprocess.run([sys.executable, "-c", chat.RUN, *arguments], check=True)
-    asked = [json.dumps(b, sort_keys=True) for b in server.bodies]
-    cut = sum(c["calls"] for c in ledger(folder / "w" / "calls") if c["status"] == CUT_OFF)
+    asked = Counter(json.dumps(b, sort_keys=True) for b in server.bodies)
+    cut = chat.cut_off_requests(folder / "w" / "calls")
+    repeated = sum(max(0, n - 1 - cut[digest(json.loads(b), 16)]) for b, n in asked.items())
     whole = folder / "whole"
     files = [*whole.rglob("*.parquet"), *(whole / "out").iterdir()]
     differ = [
       p for p in files if (folder / "w" / p.relative_to(whole)).read_bytes() != p.read_bytes()
     ]
     print(
-      f"kills: {killed} kills; {len(differ)} of {len(files)} files differ (goal 0); {len(asked)} "
-      f"calls for {len(needed)} needed, {cut} of them cut off in flight; answered calls repeated: "
-      f"{len(asked) - len(needed) - cut} (goal 0)"
+      f"kills: {killed} kills; {len(differ)} of {len(files)} files differ (goal 0); "
+      f"{asked.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight; "
+      f"answered calls repeated: {repeated} (goal 0)"
     )
 
 

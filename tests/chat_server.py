@@ -38,7 +38,11 @@ class ChatServer:
       protocol_version = "HTTP/1.1"
 
       def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        length = int(self.headers["content-length"])
+        data = self.rfile.read(length)
+        if len(data) < length:
+          return  # the caller died while it asked
+        body = json.loads(data)
         with lock:
           outer.bodies.append(body)
           outer.times.append(time.monotonic())
