@@ -223,8 +223,8 @@ def test_the_budget_is_never_overspent(tmp_path):
 
 def test_failed_and_cut_off_calls_are_listed(tmp_path):
   calls = Calls(tmp_path / "calls")
-  calls.begin({"a": 1}, "s", "m", 0.0)  # killed here
-  number = calls.begin({"a": 2}, "s", "m", 0.0)
+  calls.begin("a", "s", "m", 0.0)  # killed here
+  number = calls.begin("b", "s", "m", 0.0)
   calls.end(number, None, note="hung")
   calls.close()
   Calls(tmp_path / "calls").close()

@@ -9,16 +9,17 @@ run left open is listed as cut off: it may have been paid for, and is the only t
 """
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipes.engine.graph import StopRun, digest
+from data_pipes.engine.graph import StopRun
 
 OPEN, ANSWERED, FAILED, CUT_OFF = "open", "answered", "failed", "cut off"
 
@@ -83,19 +84,18 @@ class Calls:
     for db in (self._db, *self._others):
       db.close()
 
-  def answer(self, request: Mapping[str, Any]) -> Any:
-    """The stored answer to a request, None if there is none."""
-    key = digest(request, 16)
+  def answer(self, request: str) -> Any:
+    """The stored answer to a request (its `request_key`), None if there is none."""
     with self._lock:
       for db in (self._db, *self._others):
         found = db.execute(
-          "select answer from calls where request = ? and status = ?", (key, ANSWERED)
+          "select answer from calls where request = ? and status = ?", (request, ANSWERED)
         ).fetchone()
         if found:
           return json.loads(found[0])
     return None
 
-  def begin(self, request: Mapping[str, Any], stage: str, model: str, guess_usd: float) -> int:
+  def begin(self, request: str, stage: str, model: str, guess_usd: float) -> int:
     """Enters a call as open and sets its likely cost aside; returns its number.
 
     Raises:
@@ -112,7 +112,7 @@ class Calls:
       cursor = self._db.execute(
         "insert into calls (request, stage, model, status, started, usd, note) "
         "values (?, ?, ?, ?, ?, ?, ?)",
-        (digest(request, 16), stage, model, OPEN, time.time(), 0.0, str(guess)),
+        (request, stage, model, OPEN, time.time(), 0.0, str(guess)),
       )
       assert cursor.lastrowid is not None
       return cursor.lastrowid
@@ -149,6 +149,11 @@ class Calls:
           number,
         ),
       )
+
+
+def request_key(raw: str) -> str:
+  """Hash of a request's canonical JSON."""
+  return hashlib.blake2b(raw.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def spent_by_file(folder: Path) -> dict[str, float]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from data_pipes.engine.calls import Calls, Price
-from data_pipes.engine.graph import StopRun
+from data_pipes.engine.calls import Calls, Price, request_key
+from data_pipes.engine.graph import StopRun, canonical
 from data_pipes.engine.quality.text import refused
 from data_pipes.errors import InputError
 
@@ -74,13 +74,13 @@ class ChatClient:
         raise InputError(f"environment variable {endpoint.api_key_env} is empty; it holds the key")
     if not endpoint.base_url.startswith(("http://", "https://")):
       raise InputError(f"base_url {endpoint.base_url!r}; accepted: http://... or https://...")
-    limits = httpx.Limits(max_connections=endpoint.concurrency)
-    self._http = httpx.Client(
-      base_url=endpoint.base_url.rstrip("/") + "/",
-      headers={"authorization": f"Bearer {key}"} if key else {},
-      timeout=endpoint.timeout,
-      limits=limits,
-    )
+    self._headers = {"content-type": "application/json"}
+    if key:
+      self._headers["authorization"] = f"Bearer {key}"
+    self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
+    self._tls = httpx.create_ssl_context()
+    self._of_thread = threading.local()
+    self._validators: dict[str, Any] = {}
     self._slots = threading.BoundedSemaphore(endpoint.concurrency)
     self._pace = Pace(endpoint.requests_per_minute, endpoint.tokens_per_minute)
     self._failed = 0
@@ -111,7 +111,7 @@ class ChatClient:
       text = answer["text"]
       if answer["refusal"] or refused(text):
         raise Unanswered(f"model refused: {(answer['refusal'] or text)[:120]!r}")
-      value, wrong = _parse(text, schema, answer["finish"])
+      value, wrong = _parse(text, self._validator(schema, name), answer["finish"])
       if not wrong:
         wrong = check(value) or ""
       if not wrong:
@@ -137,16 +137,18 @@ class ChatClient:
         "type": "json_schema",
         "json_schema": {"name": name, "strict": True, "schema": schema},
       }
-    if (stored := calls.answer(body)) is not None:
+    raw = canonical(body)  # once: with images it is large
+    request = request_key(raw)
+    if (stored := calls.answer(request)) is not None:
       return stored
-    size = len(json.dumps(body)) // 4  # tokens, roughly; images cost less than their base64
+    size = len(raw) // 4  # tokens, roughly; images cost less than their base64
     with self._slots:
       self._pace.wait(size)
       number = calls.begin(
-        body, self.stage, endpoint.model, endpoint.price.usd(min(size, 4000), 200)
+        request, self.stage, endpoint.model, endpoint.price.usd(min(size, 4000), 200)
       )
       try:
-        reply = self._post(body)
+        reply = self._post(raw.encode("utf-8"))
       except BaseException as error:
         calls.end(number, None, note=" ".join(str(error).split())[:200])
         raise
@@ -161,7 +163,24 @@ class ChatClient:
       )
     return reply["answer"]
 
-  def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def _validator(self, schema: Mapping[str, Any], name: str) -> Any:
+    import jsonschema
+
+    if name not in self._validators:
+      self._validators[name] = jsonschema.Draft202012Validator(schema)
+    return self._validators[name]
+
+  def _http(self) -> Any:
+    """A connection of each thread: a shared pool looks through all of them for every call."""
+    import httpx
+
+    if not hasattr(self._of_thread, "client"):
+      self._of_thread.client = httpx.Client(
+        headers=self._headers, timeout=self.endpoint.timeout, verify=self._tls
+      )
+    return self._of_thread.client
+
+  def _post(self, body: bytes) -> dict[str, Any]:
     """One call with its retries."""
     import httpx
 
@@ -169,7 +188,7 @@ class ChatClient:
     for attempt in range(self.endpoint.retries + 1):
       wait = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
       try:
-        response = self._http.post("chat/completions", json=body)
+        response = self._http().post(self._url, content=body)
       except httpx.TimeoutException:
         reason = f"no answer within {self.endpoint.timeout:g} s"
       except httpx.TransportError as error:
@@ -262,10 +281,8 @@ def retry_after(header: str | None, otherwise: float) -> float:
   return min(max(seconds, 0.0), 600.0) + random.uniform(0, 0.1)
 
 
-def _parse(text: str, schema: Mapping[str, Any], finish: str) -> tuple[Any, str]:
+def _parse(text: str, validator: Any, finish: str) -> tuple[Any, str]:
   """The JSON value of an answer, and what is wrong with it ("" for nothing)."""
-  import jsonschema
-
   inner = text.strip()
   if inner.startswith("```"):
     inner = inner.strip("`").removeprefix("json").strip()
@@ -274,7 +291,7 @@ def _parse(text: str, schema: Mapping[str, Any], finish: str) -> tuple[Any, str]
   except ValueError as error:
     cut = "; it was cut off at max_tokens" if finish == "length" else ""
     return None, f"it is no JSON ({error}){cut}"
-  errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(value), key=str)
+  errors = sorted(validator.iter_errors(value), key=str)
   if errors:
     where = "/".join(map(str, errors[0].absolute_path)) or "the value"
     return None, f"{where}: {errors[0].message}"[:300]
