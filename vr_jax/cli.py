@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("--json", action="store_true", help="print the answer and what it rests on")
 
+  _evaluation(command)
+
   parity = command("parity", _parity, "run a golden-case folder of the published code")
   parity.add_argument("folder")
   parity.add_argument("--stage", action="append", metavar="NAME", help="such as 03_region")
@@ -128,6 +130,58 @@ def _engine_commands(engine: argparse.ArgumentParser) -> None:
     step.add_argument("workdir")
   for step in steps.choices.values():
     step.add_argument("--json", action="store_true", help="print the results as JSON")
+def _evaluation(command) -> None:
+  """vr eval, vr score, vr report."""
+  names = ("bench-d", "bench-q", "hc-stvg", "mvbench", "videomme", "perception-test")
+  run = command("eval", _eval, "a model's answers to a benchmark; goes on where it was stopped")
+  run.add_argument("benchmark", choices=names)
+  run.add_argument("--checkpoint", help="a checkpoint folder (default: the packaged vr-mini)")
+  run.add_argument("--data", required=True, help="the benchmark's folder or annotation file")
+  run.add_argument("--media", help="folder that video paths start from (default: in --data)")
+  run.add_argument("--out", required=True, metavar="O", help="folder of the predictions")
+  run.add_argument("--mode", default="multi", choices=["single", "multi"], help="mask frames")
+  run.add_argument("--scene-frames", type=int, metavar="N", help="default: as many as in training")
+  run.add_argument(
+    "--published", action="store_true", help="the published scripts' 8 scene frames, 2048 tokens"
+  )
+  run.add_argument("--subtitles", action="store_true", help="videomme: with subtitles")
+  run.add_argument("--split", default="", help="needed where a benchmark has several")
+  run.add_argument("--shard", metavar="K/N", help="every N-th item from the K-th on")
+  run.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+  run.add_argument("--batch-size", type=int, default=8, metavar="N")
+  run.add_argument("--max-new-tokens", type=int, metavar="N")
+  run.add_argument("--json", action="store_true", help="print run.json")
+
+  score = command("score", _score, "predictions to scores with intervals")
+  score.add_argument("benchmark", choices=(*names, "reviewer"))
+  score.add_argument("predictions", metavar="O", help="of vr eval, or a published-shape file")
+  score.add_argument("--parser", default="strict", choices=["strict", "published"])
+  score.add_argument("--out", help="folder of the result (default: in O)")
+  score.add_argument("--against", metavar="R", help="a result folder to compare with, item by item")
+  score.add_argument("--common", action="store_true", help="compare the items that both have")
+  score.add_argument("--judge", default="", metavar="URL|replay:FILE|rule", help="bench-d")
+  score.add_argument("--judge-model", default="", metavar="NAME")
+  score.add_argument("--judge-key-env", default="OPENAI_API_KEY", metavar="VARIABLE")
+  score.add_argument("--judge-prompt", metavar="FILE", help="a system prompt of your own")
+  score.add_argument("--judge-temperature", type=float, metavar="T")
+  score.add_argument("--allow-alias", action="store_true", help="a judge's name without a date")
+  score.add_argument("--repeats", type=int, default=1, metavar="K", help="judge each K times")
+  score.add_argument("--budget", type=int, metavar="TOKENS", help="of the judge; stop after them")
+  score.add_argument("--concurrency", type=int, default=8, metavar="N")
+  score.add_argument("--max-failed", type=float, default=0.05, metavar="SHARE")
+  score.add_argument("--tokenizer", default="ptb-py", choices=["ptb-py", "ptb-jar"])
+  score.add_argument("--no-meteor", action="store_true", help="captions without Java")
+  score.add_argument("--length-filter", default="none", choices=["none", "artemis"])
+  score.add_argument("--accept-rate", type=float, metavar="SHARE", help="reviewer: re-weight to it")
+  score.add_argument("--json", action="store_true", help="print result.json")
+
+  report = command("report", _report, "results as a page and a table")
+  report.add_argument("results", nargs="+", metavar="O", help="run or result folders")
+  report.add_argument("--out", default="report", help="folder (default: %(default)s)")
+  report.add_argument("--data", help="the benchmark's folder, for the frames of the gallery")
+  report.add_argument("--media", help="folder that video paths start from")
+  report.add_argument("--examples", type=int, default=24, metavar="N", help="in the gallery")
+  report.add_argument("--common", action="store_true", help="compare the items that both have")
 
 
 def _data_commands(data: argparse.ArgumentParser) -> None:
@@ -276,6 +330,42 @@ def _ask(args: argparse.Namespace) -> None:
   for warning in answer.warnings:
     print(f"vr {args.command}: warning: {warning}", file=sys.stderr)
   print(json.dumps(answer.to_dict(), indent=2) if args.json else answer.text)
+
+
+def _eval(args: argparse.Namespace) -> None:
+  from vr_jax.evaluation.run import Settings, evaluate, parse_shard, say
+  from vr_jax.inference.model import load
+
+  names = ("mode", "scene_frames", "max_new_tokens", "batch_size", "published", "subtitles")
+  run = evaluate(
+    load(args.checkpoint),
+    args.benchmark,
+    args.data,
+    args.out,
+    Settings(**{name: getattr(args, name) for name in names}),
+    checkpoint=args.checkpoint,
+    media=args.media,
+    split=args.split,
+    shard=parse_shard(args.shard),
+    limit=args.limit,
+    progress=say,
+  )
+  print(json.dumps(run, indent=2) if args.json else f"{args.out}: {run['counts']}")
+
+
+def _score(args: argparse.Namespace) -> None:
+  from vr_jax.evaluation import score
+
+  score.command(args)
+
+
+def _report(args: argparse.Namespace) -> None:
+  from vr_jax.evaluation.report_results import write_reports
+
+  for path in write_reports(
+    args.results, args.out, args.data, args.media, args.examples, args.common
+  ):
+    print(path)
 
 
 def _parity(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ Every step leaves its result in the work directory, and a second call goes on fr
 
     W/set/                  videos and annotation files (data_pipes.embedded.make_set)
     W/stage1 ... W/stage3   work directories of `vr train`, configs/mini_stages.py
-    W/single.jsonl, multi.jsonl   answers to the held-out questions
+    W/bench_q_single, bench_q_multi   answers to the held-out questions and their scores
     W/report.html, results.json
 """
 
@@ -18,20 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from data_pipes.embedded.dialogues import DESCRIBE_DETAIL
 from data_pipes.embedded.make_set import make_set
-from data_pipes.embedded.scenes import HEIGHT, WIDTH
-from data_pipes.masks import segmentation_to_mask
 from data_pipes.tokenizer import REGION
-from data_pipes.video import open_video
 from vr_jax.configs import load_config, to_json
-from vr_jax.evaluation.answers import grade
-from vr_jax.evaluation.bench import BenchItem, predict, read_bench
+from vr_jax.evaluation.bench import read_bench
+from vr_jax.evaluation.choice import summary_of
+from vr_jax.evaluation.gallery import choice_examples, frames_of, spread
+from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.report import (
-  Example,
-  Frame,
   FreeAnswer,
   LossCurve,
   ObjectSimilarity,
@@ -39,7 +35,10 @@ from vr_jax.evaluation.report import (
   Scored,
   write_report,
 )
-from vr_jax.evaluation.statistics import Answered, Summary, summarize
+from vr_jax.evaluation.results import Result
+from vr_jax.evaluation.run import Settings, evaluate
+from vr_jax.evaluation.score import score
+from vr_jax.evaluation.statistics import Summary
 from vr_jax.inference.model import Model, Request, load
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
@@ -48,7 +47,6 @@ STAGES = ("1", "2", "2.5", "3")
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}
 NEW_TOKENS = 24  # more than any answer with options
 EXAMPLES = 12
-SHOWN_FRAMES = 6
 FREE_QUESTION = DESCRIBE_DETAIL
 
 
@@ -97,12 +95,15 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
 
   model = load(init)
   items = read_bench(data / "bench_q.json")
-  predictions = {}
+  results: dict[str, Result] = {}
   for mode in MODES:
     with clock.part(f"{mode}-frame questions"):
       say(f"{len(items)} held-out questions, {mode}-frame")
-      predictions[mode] = answer_all(model, items, data, mode, workdir / f"{mode}.jsonl")
-  scored = {mode: score(items, said) for mode, said in predictions.items()}
+      answers = workdir / f"bench_q_{mode}"
+      settings = Settings(mode, max_new_tokens=NEW_TOKENS, batch_size=16)
+      evaluate(model, "bench-q", data, answers, settings, checkpoint=init)
+      results[mode], _ = score("bench-q", answers)
+  scored = {mode: summary_of(result) for mode, result in results.items()}
 
   with clock.part("report"):
     free = ask_freely(model, items, data)
@@ -113,7 +114,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
       scored=[Scored(MODES[mode], summary) for mode, summary in scored.items()],
       tokens_per_object=model.cfg.region.tokens,
       curves=list(loss_curves(workdir)),
-      examples=list(examples(items, data, predictions["multi"])),
+      examples=choice_examples(results["multi"], items, data, EXAMPLES, MODES["multi"]),
       similarities=[similarity(model, items[i], data) for i in (0, len(items) // 3)],
       free=free,
       provenance={"python": platform.python_version(), "jax": jax.__version__, "parser": "strict"},
@@ -124,7 +125,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
       ],
     )
     page = write_report(workdir / "report.html", report)
-  results = {
+  told = {
     "accuracy": {mode: accuracies(summary) for mode, summary in scored.items()},
     "chance": 0.25,
     "question": free.question,
@@ -132,12 +133,12 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
     "minutes": clock.minutes,
     "report": str(page),
   }
-  (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+  (workdir / "results.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
   for line in summary_lines(scored):
     say(line)
   say(f"{free.question}  {free.answer}")
   say(f"{clock.total():.1f} minutes; report: {page}")
-  return results
+  return told
 
 
 def say(text: str) -> None:
@@ -175,34 +176,6 @@ class Part:
     self._clock.add(self._name, time.perf_counter() - self._since)
 
 
-def answer_all(
-  model: Model, items: Sequence[BenchItem], data: Path, mode: str, path: Path
-) -> list[str]:
-  """Answers of the items in one mode; lines that are in the file already are not asked again."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-  said = [json.loads(line)["pred"] for line in lines]
-  with open(path, "a", encoding="utf-8") as file:
-    asked = predict(model, items[len(said) :], data, mode, batch_size=16, max_new_tokens=NEW_TOKENS)
-    for item, answer in asked:
-      file.write(json.dumps(item.prediction(answer)) + "\n")
-      file.flush()
-      said.append(answer.text)
-  return said
-
-
-def score(items: Sequence[BenchItem], said: Sequence[str]) -> Summary:
-  """Accuracies by type."""
-  answered = []
-  for item, text in zip(items, said, strict=True):
-    fields = item.fields
-    graded = grade(text, fields["Answer"], fields["options"])
-    count = len(fields["options"])
-    answered.append(
-      Answered(fields["type"], item.video, graded.correct, count, graded.letter is None)
-    )
-  return summarize(answered)
-
-
 def accuracies(summary: Summary) -> dict[str, dict[str, float]]:
   return {
     part.name: {
@@ -235,52 +208,7 @@ def loss_curves(workdir: Path) -> Iterator[LossCurve]:
     )
 
 
-def frames_of(item: BenchItem, data: Path, numbers: Sequence[int]) -> list[Frame]:
-  """Frames of an item's video with the masks of its objects."""
-  video = open_video(data / item.video)
-  shown = []
-  for number, image in zip(numbers, video.frames(numbers), strict=True):
-    masks = {
-      i: segmentation_to_mask(by_frame[number], HEIGHT, WIDTH)
-      for i, by_frame in enumerate(item.objects)
-      if by_frame.get(number) is not None
-    }
-    shown.append(Frame(image, masks, f"frame {number}"))
-  return shown
-
-
-def spread(item: BenchItem, count: int = SHOWN_FRAMES) -> list[int]:
-  """`count` of an item's annotated frames, first and last among them."""
-  numbers = list(item.objects[0])
-  return [numbers[i] for i in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
-
-
-def examples(items: Sequence[BenchItem], data: Path, said: Sequence[str]) -> Iterator[Example]:
-  """Right and wrong answers of every type, turn about."""
-  by_kind: dict[tuple[str, bool], list[Example]] = {}
-  for item, text in zip(items, said, strict=True):
-    fields = item.fields
-    graded = grade(text, fields["Answer"], fields["options"])
-    found = by_kind.setdefault((fields["type"], graded.correct), [])
-    if len(found) < EXAMPLES // 5:
-      found.append(
-        Example(
-          type=fields["type"],
-          mode=MODES["multi"],
-          video=item.video,
-          frames=frames_of(item, data, spread(item)),
-          question=fields["Question"],
-          options=fields["options"],
-          answer=text,
-          letter=graded.letter,
-          truth=graded.truth,
-        )
-      )
-  for found in by_kind.values():
-    yield from found[:1]
-
-
-def similarity(model: Model, item: BenchItem, data: Path) -> ObjectSimilarity:
+def similarity(model: Model, item: Item, data: Path) -> ObjectSimilarity:
   """How alike the item's first object looks over time, and where its tokens were cut."""
   request = Request(data / item.video, REGION, annotation=item.masks("multi")[:1])
   ((matrix, segments),) = model.object_similarity(request)
@@ -293,7 +221,7 @@ def similarity(model: Model, item: BenchItem, data: Path) -> ObjectSimilarity:
   )
 
 
-def ask_freely(model: Model, items: Sequence[BenchItem], data: Path) -> FreeAnswer:
+def ask_freely(model: Model, items: Sequence[Item], data: Path) -> FreeAnswer:
   """One object of a held-out video, described."""
   item = items[0]
   request = Request(data / item.video, FREE_QUESTION, annotation=item.masks("multi")[:1])

@@ -14,7 +14,8 @@ from data_pipes.errors import InputError
 from data_pipes.masks import mask_to_grid, segmentation_to_mask
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.evaluation.bench import BenchItem, predict, read_bench
+from vr_jax.evaluation.bench import published_record, read_bench
+from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.evaluation.parity import (
   Case,
   CaseResult,
@@ -277,30 +278,25 @@ def bench_inference(golden: Golden) -> Iterator[CaseResult]:
     items = read_bench(golden.path(golden.index["other_json"][f"bench_{kind.lower()}"]))
     for mode, published in recorded[kind].items():
       new_tokens = max(len(record["generated_ids"]) for record in published)
-      answers = predict(
-        model,
-        items,
-        golden.path("media"),
-        mode,
-        max_new_tokens=new_tokens,
-        scene_frames=published[0]["video_shape"][0],
-      )
+      scene = published[0]["video_shape"][0]
+      requests = [item.request(golden.path("media"), mode, scene) for item in items]
+      answers = model.ask_many(requests, max_new_tokens=new_tokens, scene_frames=scene)
+      pairs = _bench_pairs(model, mode, items, answers, published)
       name = f"{kind}_{mode}"
-      yield exact("bench_inference", name, _bench_pairs(model, mode, answers, published))
+      yield exact("bench_inference", name, pairs)
 
 
 def _bench_pairs(
-  model: Model, mode: str, answers: Iterator[tuple[BenchItem, Answer]], published: list[dict]
+  model: Model, mode: str, items: list[Item], answers: list[Answer], published: list[dict]
 ) -> Iterator[tuple[Any, Any, Any]]:
   """(what, ours, published) of every item of one benchmark and mode."""
-  for (item, answer), record in zip(answers, published, strict=True):
+  for item, answer, record in zip(items, answers, published, strict=True):
     prompt, text = question_prompt(item.question, model.tokenizer, "video")
     masks = item.masks(mode)
     size = record["masks_shape"][-2:]
     segmentations = [m for of in masks for m in of.values()]
     areas = [int(segmentation_to_mask(m, *size).sum()) for m in segmentations]
     tokens = [len(o["tokens"]) for o in answer.objects]
-    expected = {k: v for k, v in item.prediction(answer).items() if k != "id"}
     pairs = {
       "question": item.question,
       "prompt": prompt,
@@ -309,7 +305,7 @@ def _bench_pairs(
       "masks_area": areas,
       "region_token_nums": tokens,
       "generated_ids": list(answer.token_ids),
-      "output_record": expected,
+      "output_record": published_record(Prediction.of(item, answer.text)),
     }
     for key, ours in pairs.items():
       yield (item.id, key), ours, record[key]

@@ -1,0 +1,173 @@
+"""`vr eval` on the tiny published checkpoint: predictions, shards, resuming, defects."""
+
+import json
+import shutil
+
+import pytest
+
+import vr_jax
+from data_pipes.errors import InputError
+from vr_jax import cli
+from vr_jax.evaluation.results import read_predictions
+from vr_jax.evaluation.run import Settings, evaluate
+
+TOKENS = 16  # as recorded
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+  return vr_jax.load(golden / "tiny_videorefer_qwen2")
+
+
+@pytest.fixture
+def data(golden, tmp_path):
+  """The golden Bench files in a folder with their media."""
+  folder = tmp_path / "data"
+  folder.mkdir()
+  for kind in ("d", "q"):
+    shutil.copy(golden / "data" / f"bench_{kind}.json", folder)
+  for name in ("clip_dir", "clip_mp4.mp4"):
+    (folder / name).symlink_to(golden / "media" / name)
+  return folder
+
+
+def run(model, golden, name, data, out, mode="single", **options):
+  settings = Settings(mode, max_new_tokens=TOKENS, published=True, batch_size=1)
+  checkpoint = golden / "tiny_videorefer_qwen2"
+  return evaluate(model, name, data, out, settings, checkpoint=checkpoint, **options)
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def items_of(data, name="bench_q"):
+  return json.loads((data / f"{name}.json").read_text())
+
+
+def write_items(data, items, name="bench_q"):
+  (data / f"{name}.json").write_text(json.dumps(items))
+
+
+def test_published_files_equal_those_of_the_published_scripts(model, golden, data, tmp_path):
+  recorded = json.loads((golden / "json" / "bench_inference.json").read_text())
+  for name, kind, mode in (("bench-q", "Q", "multi"), ("bench-d", "D", "single")):
+    out = tmp_path / name
+    told = run(model, golden, name, data, out, mode)
+    assert lines(out / "published.jsonl") == [r["output_record"] for r in recorded[kind][mode]]
+    held, predictions = read_predictions(out)
+    assert held == told
+    assert [p.id for p in predictions] == [r["id"] for r in recorded[kind][mode]]
+    assert told["counts"] == {
+      "total": 4,
+      "answered": 4,
+      "missing_media": 0,
+      "unusable": 0,
+      "empty": 0,
+    }
+    assert told["inference"]["frames"] == 8
+    assert len(predictions[0].scene_frames) == 8
+    assert len(told["model"]["checkpoint_sha256"]) == 64
+
+
+def test_shards_and_a_kill_give_the_same_file(model, golden, data, tmp_path):
+  whole, apart = tmp_path / "whole", tmp_path / "apart"
+  run(model, golden, "bench-q", data, whole)
+  first = run(model, golden, "bench-q", data, apart, shard=(1, 3))
+  assert first["counts"]["answered"] == 1
+  with pytest.raises(InputError, match="only parts are done"):
+    read_predictions(apart)
+  run(model, golden, "bench-q", data, apart, shard=(0, 3))
+  part = apart / "parts" / "0-of-3.jsonl"
+  part.write_text(part.read_text()[:-40])  # killed within its second line
+  asked = []
+  run(model, golden, "bench-q", data, apart, progress=asked.append)  # by another number of shards
+  assert asked[0].endswith("4 items, 2 done, 2 to ask here")
+  for name in ("predictions.jsonl", "published.jsonl"):
+    assert (apart / name).read_bytes() == (whole / name).read_bytes()
+  run(model, golden, "bench-q", data, apart, progress=asked.append)
+  assert asked[-1].endswith("4 done, 0 to ask here")
+
+
+def test_what_cannot_be_asked_is_counted_and_asked_again_later(model, golden, data, tmp_path):
+  items = items_of(data)
+  items[0]["video"] = "absent.mp4"
+  items[1]["frame_idx"] = "77"  # not annotated
+  items[2]["video"] = "broken.mp4"
+  (data / "broken.mp4").write_bytes(b"no video")
+  write_items(data, items)
+  out, said = tmp_path / "out", []
+  told = run(model, golden, "bench-q", data, out, progress=said.append)
+  assert told["counts"] == {
+    "total": 4,
+    "answered": 1,
+    "missing_media": 1,
+    "unusable": 2,
+    "empty": 0,
+  }
+  by_id = {p.id: p for p in read_predictions(out)[1]}
+  assert "absent.mp4" in by_id[items[0]["id"]].error
+  assert "no annotation on frame_idx 77" in by_id[items[1]["id"]].error
+  assert "broken.mp4" in by_id[items[2]["id"]].error
+  assert len([line for line in said if "unusable" in line or "missing" in line]) == 3
+  assert len(lines(out / "published.jsonl")) == 1
+  (data / "absent.mp4").symlink_to(data / "clip_mp4.mp4")
+  told = run(model, golden, "bench-q", data, out)
+  assert told["counts"]["answered"] == 2
+
+
+def test_a_folder_keeps_to_its_settings(model, golden, data, tmp_path):
+  out = tmp_path / "out"
+  run(model, golden, "bench-q", data, out, shard=(0, 4))
+  before = sorted(p.read_bytes() for p in out.rglob("*") if p.is_file())
+  with pytest.raises(InputError, match="mode='single', not 'multi'"):
+    run(model, golden, "bench-q", data, out, "multi")
+  items = items_of(data)
+  items[0]["Answer"] = "(B) A hat"
+  write_items(data, items)
+  with pytest.raises(InputError, match="data_sha256"):
+    run(model, golden, "bench-q", data, out)
+  assert before == sorted(p.read_bytes() for p in out.rglob("*") if p.is_file())
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "notes.txt").write_text("mine")
+  with pytest.raises(InputError, match="holds other files"):
+    run(model, golden, "bench-q", data, other)
+
+
+def test_bad_files_and_options(model, golden, data, tmp_path):
+  def fails(match, name="bench-q", where=None, **options):
+    with pytest.raises(InputError, match=match):
+      run(model, golden, name, where or data, tmp_path / "out", **options)
+
+  fails("no such file or folder", where=tmp_path / "absent")
+  fails("not those of VideoRefer-Bench-D", "bench-d", data / "bench_q.json")
+  fails("accepted: bench-d, bench-q", "bench-x")
+  fails("--shard 4/4", shard=(4, 4))
+  fails("--split NAME", "hc-stvg")
+  items = items_of(data)
+  write_items(data, [*items, items[1]])
+  fails("items 1 and 4 both have id 1")
+  write_items(data, [])
+  fails("no items")
+  for item in items:
+    item["video"] = "absent.mp4"
+  write_items(data, items)
+  fails("none of 4 items could be asked")
+  with pytest.raises(InputError, match="scene_frames=1"):
+    evaluate(model, "bench-q", data, tmp_path / "out", Settings(scene_frames=1))
+
+
+def test_the_command(golden, data, tmp_path, capsys):
+  command = ["eval", "bench-q", "--checkpoint", str(golden / "tiny_videorefer_qwen2")]
+  command += ["--data", str(data), "--out", str(tmp_path / "out"), "--mode", "single"]
+  command += ["--max-new-tokens", "4", "--limit", "2", "--scene-frames", "8"]
+  assert cli.main([*command, "--json"]) == 0
+  printed = capsys.readouterr()
+  assert json.loads(printed.out)["task"]["n"] == 2
+  assert "2 of 2" in printed.err
+  assert cli.main([*command, "--shard", "one"]) == 2
+  assert cli.main(["score", "bench-d", str(tmp_path / "out")]) == 2
+  assert "is a run of bench-q" in capsys.readouterr().err
+  assert cli.main(["score", "bench-q", str(tmp_path / "out")]) == 0
+  assert "2 total" in capsys.readouterr().out

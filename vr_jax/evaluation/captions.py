@@ -1,0 +1,213 @@
+"""Scores of captions against one reference each (HC-STVG, Table 3 of the paper; values times 100).
+
+BLEU, ROUGE-L and CIDEr need nothing but this package. METEOR and the tokenizer that the published
+numbers were made with are Java programs of the extra [java]; a metric that cannot be computed says
+why and is never 0.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.evaluation.benchmarks import Benchmark
+from vr_jax.evaluation.caption_metrics import (
+  ORDERS,
+  Scored,
+  bleu,
+  bleu_counts,
+  bleu_of_counts,
+  cider_d,
+  rouge_l,
+)
+from vr_jax.evaluation.items import Prediction
+from vr_jax.evaluation.provenance import java_version
+from vr_jax.evaluation.ptb import one_line, tokenize, without_punctuation
+from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
+from vr_jax.evaluation.statistics import Interval, cluster_bootstrap
+
+TOKENIZERS = ("ptb-py", "ptb-jar")
+FILTERS = ("none", "artemis")
+BLEU_DRAWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How captions are scored.
+
+  Attributes:
+    tokenizer: "ptb-py" (ours) or "ptb-jar" (Stanford's, extra [java]).
+    meteor: computed where Java and the extra are there.
+    length_filter: "artemis" leaves out predictions of at most 5 or at least 300 characters before
+      scoring, as the source of the paper's baseline rows does.
+  """
+
+  tokenizer: str = "ptb-py"
+  meteor: bool = True
+  length_filter: str = "none"
+
+
+def score(
+  of: Benchmark,
+  predictions: Sequence[Prediction],
+  run: Mapping[str, Any],
+  parser: str,
+  settings: Settings,
+) -> Result:
+  """Scores the answered items; those without an answer are counted, an empty answer scores 0."""
+  for name, value, accepted in (
+    ("--tokenizer", settings.tokenizer, TOKENIZERS),
+    ("--length-filter", settings.length_filter, FILTERS),
+  ):
+    if value not in accepted:
+      raise InputError(f"{name} {value!r}; accepted: {', '.join(accepted)}")
+  answered = [p for p in predictions if p.pred is not None]
+  kept = answered
+  if settings.length_filter == "artemis":
+    kept = [p for p in answered if 5 < len(p.pred or "") < 300]
+  if not kept:
+    raise InputError("no captions to score; at least one is needed")
+  cut = jar_tokenize if settings.tokenizer == "ptb-jar" else ours
+  references = [[text] for text in cut([p.truth or "" for p in kept])]
+  said = cut([p.pred or "" for p in kept])
+  videos = [p.video for p in kept]
+  found: dict[str, Scored | str] = {
+    f"BLEU-{n}": scored for n, scored in enumerate(bleu(references, said), 1)
+  }
+  found["METEOR"] = _meteor(references, said) if settings.meteor else "left out"
+  found["ROUGE_L"] = rouge_l(references, said)
+  found["CIDEr"] = cider_d(references, said)
+  found["SPICE"] = "its CoreNLP 3.6.0 is not part of any package and nothing is downloaded"
+  left_out = len(predictions) - len(kept)
+  metrics = []
+  for name, scored in found.items():
+    if isinstance(scored, str):
+      note = f"n/a ({scored})"
+      metrics.append(Metric(name, "All", None, "score", 0, len(predictions), note=note))
+      continue
+    if name.startswith("BLEU"):
+      interval = _bleu_interval(references, said, videos, int(name[-1]))
+    else:
+      interval = cluster_bootstrap(scored.items, videos)
+    fields = {"name": name, "slice": "All", "value": scored.corpus, "unit": "score"}
+    metrics.append(Metric.of(interval, BY_VIDEO, n=len(kept), n_failed=left_out, **fields))
+  items = [_record(p) for p in predictions]
+  place = {p.id: i for i, p in enumerate(kept)}
+  for item in items:
+    i = place.get(item["id"])
+    if i is not None:
+      scores = {n: s.items[i] for n, s in found.items() if isinstance(s, Scored)}
+      item |= {"parsed": said[i], "scores": scores, "score": scores["CIDEr"]}
+    elif item["error"] is None:
+      item["problem"] = "left out by the length filter"
+  counts = {
+    "total": len(predictions),
+    "answered": len(answered),
+    "kept": len(kept),
+    "missing_media": sum(p.missing for p in predictions),
+    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
+    "empty": sum(not (p.pred or "").strip() for p in answered),
+  }
+  extra = {
+    "tokenizer": settings.tokenizer,
+    "length_filter": f"{settings.length_filter}: {len(kept)} of {len(answered)} kept",
+    "java": java_version(),
+  }
+  return Result(of.name, run, parser, metrics, counts, items, extra=extra)
+
+
+def ours(texts: Sequence[str]) -> list[str]:
+  """Tokens of each text, joined by spaces, without punctuation."""
+  return [" ".join(without_punctuation(tokenize(text))) for text in texts]
+
+
+def jar_tokenize(texts: Sequence[str]) -> list[str]:
+  """The same by Stanford's PTBTokenizer.
+
+  pycocoevalcap's own wrapper writes into its installation, and a U+2028 in a caption shifts all
+  later ones; here the text goes through a pipe, one clean line each.
+  """
+  jar = _java_home() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+  command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+  lines = "".join(f"{one_line(text)}\n" for text in texts)
+  done = subprocess.run(
+    [*command, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"],
+    input=lines.encode(),
+    capture_output=True,
+    check=True,
+  )
+  out = done.stdout.decode().split("\n")[: len(texts)]
+  return [" ".join(without_punctuation(line.rstrip().split(" "))) for line in out]
+
+
+def _java_home() -> Path:
+  """The folder of pycocoevalcap, whose wheel holds the Java programs."""
+  found = util.find_spec("pycocoevalcap")
+  if found is None or not found.submodule_search_locations:
+    raise InputError("pycocoevalcap is not installed; accepted: pip install 'vr-jax[java]'")
+  if not shutil.which("java"):
+    raise InputError("no java on the path; accepted: a Java 8 or later")
+  return Path(found.submodule_search_locations[0])
+
+
+def _meteor(references: Sequence[Sequence[str]], said: Sequence[str]) -> Scored | str:
+  """METEOR 1.5, or why there is none."""
+  try:
+    _java_home()
+  except InputError as error:
+    return str(error)
+  from pycocoevalcap.meteor.meteor import Meteor
+
+  def clean(text: str) -> str:
+    return " ".join(text.replace("|||", " ").split())
+
+  meteor = Meteor()
+  try:
+    corpus, items = meteor.compute_score(
+      {i: [clean(r) for r in of] for i, of in enumerate(references)},
+      {i: [clean(text)] for i, text in enumerate(said)},
+    )
+  finally:
+    meteor.close()
+  return Scored(float(corpus), tuple(float(v) for v in items))
+
+
+def _bleu_interval(
+  references: Sequence[Sequence[str]], said: Sequence[str], videos: Sequence[str], order: int
+) -> Interval:
+  """Cluster bootstrap of the corpus score: the counts of the drawn videos, added up."""
+  names = {v: i for i, v in enumerate(dict.fromkeys(videos))}
+  sums = np.zeros((len(names), 2 * ORDERS + 2))
+  for of, text, video in zip(references, said, videos, strict=True):
+    matches, guesses, length, closest = bleu_counts(of, text)
+    sums[names[video]] += [*matches, *guesses, length, closest]
+  rng = np.random.default_rng(0)
+  times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=BLEU_DRAWS)
+  drawn = [
+    bleu_of_counts(row[:ORDERS], row[ORDERS : 2 * ORDERS], row[-2], row[-1])[order - 1]
+    for row in times @ sums
+  ]
+  low, high = np.quantile(drawn, [0.025, 0.975])
+  return Interval(float(low), float(high))
+
+
+def _record(p: Prediction) -> dict[str, Any]:
+  return {
+    "id": p.id,
+    "video": p.video,
+    "type": p.type,
+    "prompt": p.question,
+    "raw": p.pred,
+    "parsed": None,
+    "gt": p.truth,
+    "score": None,
+    "scores": {},
+    "problem": None,
+    "error": p.error,
+  }

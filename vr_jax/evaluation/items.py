@@ -1,0 +1,138 @@
+"""One question of any benchmark, how it is asked, and what came back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipes.clips import choose_mask_frames
+from data_pipes.errors import InputError
+from data_pipes.video import open_video, sample_scene
+
+if TYPE_CHECKING:  # scoring needs no model code
+  from vr_jax.inference.model import Request
+
+MODES = ("single", "multi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One question.
+
+  Attributes:
+    where: file and item, for messages.
+    video: path of the media file or folder, from the media folder.
+    question: the text after the media tag, byte for byte as the published scripts ask.
+    asked: the question alone, without options and instructions, for people to read.
+    type: what its results are listed under ("" for none), `slices` further such groupings by name.
+    truth: the right option or the reference caption, as the file has it; None if it is hidden.
+    options: of a multiple-choice question.
+    objects: {frame number: segmentation or None} of each object, in the order of the `<region>`s.
+    frame: the frame of single-frame mode.
+    seconds: start and end of the part of the video that is asked about.
+    preface: gives the text in front of the question that depends on the media (its path, the number
+      of scene frames), such as subtitles.
+  """
+
+  id: str | int
+  where: str
+  video: str
+  question: str
+  asked: str = ""
+  type: str = ""
+  truth: str | None = ""
+  options: tuple[str, ...] = ()
+  objects: tuple[Mapping[int, Any], ...] = ()
+  frame: int = 0
+  seconds: tuple[float, float] | None = None
+  slices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  preface: Callable[[Path, int], str] | None = None
+
+  def masks(self, mode: str) -> list[dict[int, Any]]:
+    """The mask frames of each object: `frame` alone (single), or all annotated ones (multi).
+
+    Raises:
+      InputError: an object without an entry for the frame of single-frame mode (B28).
+    """
+    if mode not in MODES:
+      raise InputError(f"mode {mode!r}; accepted: {', '.join(MODES)}")
+    if mode == "multi":
+      return choose_mask_frames(self.objects, single=False)
+    for i, by_frame in enumerate(self.objects):
+      if self.frame not in by_frame:
+        raise InputError(
+          f"{self.where}: object {i} has no annotation on frame_idx {self.frame}; it has frames "
+          f"{', '.join(map(str, by_frame))}"
+        )
+    return [{self.frame: by_frame[self.frame]} for by_frame in self.objects]
+
+  def request(self, media: Path | str, mode: str, scene_frames: int) -> "Request":
+    """The item as a question to a model that takes `scene_frames` frames of the scene.
+
+    `media` is the folder its video path starts from. Where only a part of the video is asked about,
+    its frames are read here, by the uniform rule.
+    """
+    from vr_jax.inference.model import Request
+
+    path = Path(media) / self.video
+    video: Any = path
+    if self.seconds is not None:
+      video = sample_scene(open_video(path), scene_frames, *self.seconds)
+    before = self.preface(path, scene_frames) if self.preface else ""
+    return Request(video, before + self.question, annotation=self.masks(mode))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What a model answered to an item, with all that scoring needs; one line of predictions.jsonl.
+
+  `pred` is None where the item was not answered, and `error` then says why: "missing media: ..."
+  or what was wrong with the item.
+  """
+
+  id: str | int
+  video: str
+  pred: str | None
+  truth: str | None = ""
+  type: str = ""
+  question: str = ""
+  options: tuple[str, ...] = ()
+  slices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  scene_frames: tuple[int, ...] = ()
+  warnings: tuple[str, ...] = ()
+  error: str | None = None
+
+  @classmethod
+  def of(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
+    names = ("id", "video", "truth", "type", "question", "options", "slices")
+    return cls(pred=pred, **{name: getattr(item, name) for name in names}, **fields)
+
+  @classmethod
+  def from_dict(cls, record: Mapping[str, Any]) -> "Prediction":
+    names = [field.name for field in dataclasses.fields(cls)]
+    known = {name: record[name] for name in names if name in record}
+    for name in ("options", "scene_frames", "warnings"):
+      known[name] = tuple(known.get(name) or ())
+    return cls(**known)
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @property
+  def missing(self) -> bool:
+    """Its media file is not there."""
+    return (self.error or "").startswith(MISSING)
+
+
+MISSING = "missing media"
+
+
+def check_ids(items: Sequence[Item] | Sequence[Prediction], what: str) -> None:
+  """InputError if two items have one id: their answers could not be told apart."""
+  seen: dict[Any, int] = {}
+  for i, item in enumerate(items):
+    if item.id in seen:
+      raise InputError(
+        f"{what}: items {seen[item.id]} and {i} both have id {item.id!r}; accepted: ids that differ"
+      )
+    seen[item.id] = i

@@ -1,0 +1,81 @@
+"""Perception-Test, multiple-choice video QA: mc_question_*.json and a folder of videos.
+
+    DIR/mc_question_valid.json (or _test.json, whose answers are hidden)
+    DIR/videos/<video_id>.mp4
+
+Format and prompt: videorefer/eval/inference_video_mcqa_perception_test_mcqa.py.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipes.bench_prompts import multiple_choice_prompt
+from data_pipes.errors import InputError
+from vr_jax.evaluation.answers import perception_index
+from vr_jax.evaluation.items import Item, Prediction
+
+ACCEPTED = "mc_question_*.json, {video_id: {metadata, mc_question: [...]}}"
+
+
+def read(path: Path) -> list[Item]:
+  """The questions in the file's order; an id is "<video>/<question>", the truth None if hidden."""
+  try:
+    videos = json.loads(path.read_text(encoding="utf-8"))
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise InputError(f"{path}: found {error}; accepted: {ACCEPTED}") from None
+  if not isinstance(videos, dict):
+    raise InputError(f"{path}: found {type(videos).__name__}; accepted: {ACCEPTED}")
+  return [
+    _item(question, video, f"{path}: {video}, question {i}")
+    for video, entry in videos.items()
+    for i, question in enumerate(_questions(entry, f"{path}: {video}"))
+  ]
+
+
+def _questions(entry: Any, where: str) -> list[Any]:
+  if not isinstance(entry, dict) or not isinstance(entry.get("mc_question"), list):
+    raise InputError(f"{where}: no list 'mc_question'; accepted: {ACCEPTED}")
+  return entry["mc_question"]
+
+
+def _item(question: Any, video: str, where: str) -> Item:
+  missing = [key for key in ("id", "question", "options") if key not in question]
+  if missing:
+    raise InputError(f"{where}: no key {missing[0]!r}; accepted: id, question, options, answer_id")
+  options = tuple(question["options"])
+  answer = question.get("answer_id")
+  if answer is not None and not 0 <= int(answer) < len(options):
+    raise InputError(f"{where}: answer_id {answer}; accepted: 0 to {len(options) - 1}")
+  tags = question.get("tag") or ()
+  return Item(
+    id=f"{video}/{question['id']}",
+    where=where,
+    video=f"{video}.mp4",
+    question=multiple_choice_prompt(question["question"], options),
+    asked=question["question"],
+    type=str(question.get("area") or ""),
+    truth=None if answer is None else f"({chr(ord('A') + int(answer))}) {options[int(answer)]}",
+    options=options,
+    slices={
+      "reasoning": str(question.get("reasoning") or ""),
+      "tag": ", ".join(tags) if isinstance(tags, list) else str(tags),
+    },
+  )
+
+
+def submission(predictions: Sequence[Prediction]) -> str:
+  """The file for the challenge's server; where nothing can be read it says C, as published.
+
+  {"video_id": [{"id", "answer_id", "answer"}, ...], ...}
+  """
+  videos: dict[str, list[dict[str, Any]]] = {}
+  for p in predictions:
+    if p.pred is None:
+      continue
+    video, _, number = str(p.id).rpartition("/")
+    index = perception_index(p.pred, p.options)
+    entry = {"id": int(number), "answer_id": index, "answer": p.options[index]}
+    videos.setdefault(video, []).append(entry)
+  return json.dumps(videos, ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""What a result rests on: hashes, versions, the machine."""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from vr_jax.inference.model import Model
+
+_BLOCK = 1 << 22
+
+
+def sha256_of(paths: Sequence[Path]) -> str:
+  """Hash of the contents of files, one after another."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(path, "rb") as file:
+      while block := file.read(_BLOCK):
+        digest.update(block)
+  return digest.hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+  """Hash of the names and contents of all files below a folder, the same wherever it lies."""
+  digest = hashlib.sha256()
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of([path])}\n".encode())
+  return digest.hexdigest()
+
+
+def model_facts(model: "Model", checkpoint: Path | str | None) -> dict[str, Any]:
+  """Name, hash, size and configuration of a model; `checkpoint` is what it was loaded from."""
+  import dataclasses
+
+  import jax
+
+  from vr_jax.inference.model import ASSETS
+  from vr_jax.training.checkpoint import find_checkpoint, is_checkpoint
+
+  name = "vr-mini" if checkpoint is None else str(checkpoint)
+  path = Path(name) if Path(name).exists() else ASSETS / name
+  if is_checkpoint(path):
+    path = find_checkpoint(path)
+  leaves = jax.tree.leaves(model.params)
+  return {
+    "name": name,
+    "checkpoint_sha256": sha256_of_folder(path) if path.is_dir() else None,
+    "params": sum(leaf.size for leaf in leaves),
+    "dtype": str(leaves[0].dtype),
+    "config": _plain(dataclasses.asdict(model.cfg)),
+  }
+
+
+def _plain(value: Any) -> Any:
+  """JSON-ready: what JSON has no word for becomes text."""
+  if isinstance(value, dict):
+    return {str(k): _plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def code_version() -> dict[str, Any]:
+  """The package's version and, in a checkout, its commit and whether it was changed since."""
+
+  def git(*arguments: str) -> str | None:
+    try:
+      found = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+  commit = git("rev-parse", "HEAD")
+  dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
+  return {"version": metadata.version("vr-jax"), "git": commit, "dirty": dirty}
+
+
+def environment() -> dict[str, Any]:
+  """Versions and devices."""
+  import jax
+  import jaxlib
+
+  return {
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "backend": jax.default_backend(),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "java": None,
+  }
+
+
+def java_version() -> str | None:
+  """First line of `java -version`; None without Java."""
+  if not shutil.which("java"):
+    return None
+  found = subprocess.run(["java", "-version"], capture_output=True, text=True)
+  return found.stderr.splitlines()[0] if found.returncode == 0 and found.stderr else None

@@ -1,0 +1,163 @@
+"""The result of scoring a run: numbers with their intervals, one record an item, what it rests on.
+
+S/result.json    `Metric`s, counts and provenance; schemas/result.schema.json is its schema
+S/items.jsonl    id, video, type, prompt, raw, parsed, gt, score(s), error of every item
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipes.errors import InputError
+from vr_jax.evaluation.items import Prediction
+from vr_jax.evaluation.statistics import Interval
+
+SCHEMA = "vr_jax.result/1"
+RUN_SCHEMA = "vr_jax.run/1"
+BY_VIDEO = "cluster-bootstrap by video"
+SCHEMA_FILE = Path(__file__).parent / "schemas" / "result.schema.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """One number.
+
+  Attributes:
+    slice: "All", a type, or "<grouping>: <group>".
+    value: None where it cannot be computed; `note` says why.
+    unit: "share" (0 to 1), "points" (0 to 5) or "score" (of a caption metric).
+    n: the items it is over; `n_failed` those it leaves out.
+  """
+
+  name: str
+  slice: str
+  value: float | None
+  unit: str
+  n: int
+  n_failed: int = 0
+  ci_low: float | None = None
+  ci_high: float | None = None
+  ci_method: str | None = None
+  note: str | None = None
+
+  @classmethod
+  def of(cls, interval: Interval, method: str, **fields: Any) -> "Metric":
+    return cls(ci_low=interval.low, ci_high=interval.high, ci_method=method, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A scored run: what result.json and items.jsonl hold.
+
+  Attributes:
+    run: the content of run.json ({} of predictions that are not from `vr eval`).
+    parser: "strict" or "published".
+    judge: the settings of the judge, where there is one.
+    items: one record an item, in the order of the benchmark.
+    printed: what the published scorer prints, with its parser.
+  """
+
+  benchmark: str
+  run: Mapping[str, Any]
+  parser: str
+  metrics: Sequence[Metric]
+  counts: Mapping[str, int]
+  items: Sequence[Mapping[str, Any]]
+  warnings: Sequence[str] = ()
+  judge: Mapping[str, Any] | None = None
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  printed: str = ""
+
+  def metric(self, name: str, of: str = "All") -> Metric:
+    return next(m for m in self.metrics if m.name == name and m.slice == of)
+
+  @property
+  def label(self) -> str:
+    """What tells this result from others, in few words."""
+    mode = (self.run.get("inference") or {}).get("mode")
+    frames = (self.run.get("inference") or {}).get("frames")
+    parts = [f"{mode}-frame" if mode else "", f"{frames} scene frames" if frames else ""]
+    parts += [f"{self.parser} parser", f"judge {self.judge['name']}" if self.judge else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+  """The content of result.json."""
+  run = result.run
+  return {
+    "schema": SCHEMA,
+    "run_id": run.get("run_id"),
+    "task": run.get("task") or {"name": result.benchmark, "n": result.counts["total"]},
+    **{key: run.get(key) for key in ("model", "code", "env", "inference", "timing")},
+    "judge": result.judge,
+    "parser": result.parser,
+    "metrics": [dataclasses.asdict(m) for m in result.metrics],
+    "counts": dict(result.counts),
+    "files": run.get("files", []),
+    "warnings": list(result.warnings),
+    **({"extra": dict(result.extra)} if result.extra else {}),
+  }
+
+
+def save(result: Result, folder: Path) -> Path:
+  """Writes both files; returns the path of result.json."""
+  lines = (json.dumps(item, ensure_ascii=False) for item in result.items)
+  write(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
+  text = json.dumps(to_dict(result), indent=2, ensure_ascii=False, allow_nan=False)
+  write(folder / "result.json", f"{text}\n")
+  return folder / "result.json"
+
+
+def load(folder: Path | str) -> Result:
+  """A result as `save` wrote it.
+
+  Raises:
+    InputError: there is none, or of another version.
+  """
+  folder = Path(folder)
+  path = folder / "result.json"
+  if not path.is_file():
+    raise InputError(f"{folder}: no result.json; accepted: a folder that vr score wrote")
+  content = json.loads(path.read_text(encoding="utf-8"))
+  if content.get("schema") != SCHEMA:
+    raise InputError(f"{path}: schema {content.get('schema')!r}; accepted: {SCHEMA!r}")
+  lines = (folder / "items.jsonl").read_text(encoding="utf-8").split("\n")
+  keys = ("run_id", "task", "model", "code", "env", "inference", "timing", "files")
+  return Result(
+    benchmark=content["task"]["name"],
+    run={key: content[key] for key in keys if content.get(key) is not None},
+    parser=content["parser"],
+    metrics=[Metric(**m) for m in content["metrics"]],
+    counts=content["counts"],
+    items=[json.loads(line) for line in lines if line],
+    warnings=content["warnings"],
+    judge=content["judge"],
+    extra=content.get("extra", {}),
+  )
+
+
+def read_predictions(folder: Path | str) -> tuple[dict[str, Any], list[Prediction]]:
+  """run.json and the predictions of a run folder.
+
+  Raises:
+    InputError: no run, or one that is not complete.
+  """
+  folder = Path(folder)
+  if not (folder / "run.json").is_file():
+    parts = sorted(p.name for p in folder.glob("parts/*.jsonl"))
+    hint = f"; only parts are done ({', '.join(parts)}): run vr eval again" if parts else ""
+    raise InputError(f"{folder}: no finished run of vr eval{hint}")
+  run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+  lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+  return run, [Prediction.from_dict(json.loads(line)) for line in lines if line]
+
+
+def write(path: Path, text: str) -> None:
+  """Writes a file in one step, its folder too if need be."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f"{path.name}.{os.getpid()}.part")
+  part.write_text(text, encoding="utf-8")
+  part.replace(path)
