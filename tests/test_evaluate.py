@@ -49,25 +49,29 @@ def write_items(data, items, name="bench_q"):
   (data / f"{name}.json").write_text(json.dumps(items))
 
 
-def test_published_files_equal_those_of_the_published_scripts(model, golden, data, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "mode"),
+  [
+    ("bench-q", "single"),
+    pytest.param("bench-q", "multi", marks=pytest.mark.slow),  # answers as in test_parity
+    pytest.param("bench-d", "single", marks=pytest.mark.slow),
+  ],
+)
+def test_published_files_equal_those_of_the_published_scripts(
+  name, mode, model, golden, data, tmp_path
+):
   recorded = json.loads((golden / "json" / "bench_inference.json").read_text())
-  for name, kind, mode in (("bench-q", "Q", "multi"), ("bench-d", "D", "single")):
-    out = tmp_path / name
-    told = run(model, golden, name, data, out, mode)
-    assert lines(out / "published.jsonl") == [r["output_record"] for r in recorded[kind][mode]]
-    held, predictions = read_predictions(out)
-    assert held == told
-    assert [p.id for p in predictions] == [r["id"] for r in recorded[kind][mode]]
-    assert told["counts"] == {
-      "total": 4,
-      "answered": 4,
-      "missing_media": 0,
-      "unusable": 0,
-      "empty": 0,
-    }
-    assert told["inference"]["frames"] == 8
-    assert len(predictions[0].scene_frames) == 8
-    assert len(told["model"]["checkpoint_sha256"]) == 64
+  kind, out = name[-1].upper(), tmp_path / name
+  told = run(model, golden, name, data, out, mode)
+  assert lines(out / "published.jsonl") == [r["output_record"] for r in recorded[kind][mode]]
+  held, predictions = read_predictions(out)
+  assert held == told
+  assert [p.id for p in predictions] == [r["id"] for r in recorded[kind][mode]]
+  counts = {"total": 4, "answered": 4, "missing_media": 0, "unusable": 0, "empty": 0}
+  assert told["counts"] == counts
+  assert told["inference"]["frames"] == 8
+  assert len(predictions[0].scene_frames) == 8
+  assert len(told["model"]["checkpoint_sha256"]) == 64
 
 
 def test_shards_and_a_kill_give_the_same_file(model, golden, data, tmp_path):
@@ -111,7 +115,7 @@ def test_what_cannot_be_asked_is_counted_and_asked_again_later(model, golden, da
   assert "broken.mp4" in by_id[items[2]["id"]].error
   assert len([line for line in said if "unusable" in line or "missing" in line]) == 3
   assert len(lines(out / "published.jsonl")) == 1
-  (data / "absent.mp4").symlink_to(data / "clip_mp4.mp4")
+  (data / "absent.mp4").symlink_to(golden / "media" / "clip_dir")
   told = run(model, golden, "bench-q", data, out)
   assert told["counts"]["answered"] == 2
 
@@ -158,10 +162,11 @@ def test_bad_files_and_options(model, golden, data, tmp_path):
     evaluate(model, "bench-q", data, tmp_path / "out", Settings(scene_frames=1))
 
 
-def test_the_command(golden, data, tmp_path, capsys):
+def test_the_command(model, golden, data, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr("vr_jax.inference.model.load", lambda path: model)  # compiled already
   command = ["eval", "bench-q", "--checkpoint", str(golden / "tiny_videorefer_qwen2")]
   command += ["--data", str(data), "--out", str(tmp_path / "out"), "--mode", "single"]
-  command += ["--max-new-tokens", "4", "--limit", "2", "--scene-frames", "8"]
+  command += ["--max-new-tokens", str(TOKENS), "--limit", "2", "--published", "--batch-size", "1"]
   assert cli.main([*command, "--json"]) == 0
   printed = capsys.readouterr()
   assert json.loads(printed.out)["task"]["n"] == 2

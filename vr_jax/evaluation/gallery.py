@@ -1,7 +1,8 @@
 """Examples of a result with their frames and masks, for the pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.video import open_video
 from vr_jax.evaluation.items import Item
-from vr_jax.evaluation.report import Example, Frame
+from vr_jax.evaluation.report import Example, Frame, TextExample
 from vr_jax.evaluation.results import Result
 
 SHOWN_FRAMES = 6
@@ -31,7 +32,7 @@ def choice_examples(
       type=record["type"],
       mode=mode,
       video=record["video"],
-      frames=shown_frames(by_id.get(record["id"]), media),
+      frames=shown_frames(by_id.get(record["id"]), media, mode_of(result)),
       question=by_id[record["id"]].asked if record["id"] in by_id else record["prompt"],
       options=record["options"],
       answer=record["raw"],
@@ -42,13 +43,55 @@ def choice_examples(
   ]
 
 
-def shown_frames(item: Item | None, media: Path) -> list[Frame]:
-  """Some frames of the item with its objects; none where the media is not at hand."""
+def text_examples(
+  result: Result, items: Sequence[Item], media: Path, count: int
+) -> list[TextExample]:
+  """Descriptions from the worst to the best in equal steps, those without scores first."""
+  by_id = {item.id: item for item in items}
+  failed = [r for r in result.items if r["error"] is None and r["score"] is None]
+  scored = sorted(
+    (r for r in result.items if r["score"] is not None), key=lambda record: record["score"]
+  )
+  failed = failed[: count // 4]
+  steps = np.linspace(0, len(scored) - 1, min(count - len(failed), len(scored))).round()
+  return [
+    _text_example(result, r, by_id, media) for r in (*failed, *(scored[int(i)] for i in steps))
+  ]
+
+
+def _text_example(
+  result: Result, record: Mapping[str, Any], by_id: Mapping[Any, Item], media: Path
+) -> TextExample:
+  judged = isinstance(record["parsed"], dict)
+  scores = (record["parsed"] if judged else record["scores"]) or {}
+  replies = [reply for reply in record.get("replies", ()) if reply]
+  return TextExample(
+    video=record["video"],
+    frames=shown_frames(by_id.get(record["id"]), media, mode_of(result)),
+    question=record["prompt"],
+    reference=record["gt"] or "",
+    answer=record["raw"] or "",
+    score=record["score"],
+    scores=[(n, f"{v:g}" if judged else f"{100 * v:.1f}") for n, v in dict(scores).items()],
+    explanation="\n\n".join(replies),
+    problem=record["problem"] or "",
+  )
+
+
+def mode_of(result: Result) -> str:
+  return (result.run.get("inference") or {}).get("mode") or ""
+
+
+def shown_frames(item: Item | None, media: Path, mode: str) -> list[Frame]:
+  """Frames of the item with its objects as the model was told of them.
+
+  The frame of single-frame mode, or some of multi-frame mode; none where the media is not at hand.
+  """
   if item is None or not (media / item.video).exists():
     return []
   try:
     if item.objects:
-      return frames_of(item, media, spread(item))
+      return frames_of(item, media, [item.frame] if mode == "single" else spread(item))
     video = open_video(media / item.video)
     numbers = np.linspace(0, len(video) - 1, SCENE_FRAMES + 2).round().astype(int)[1:-1]
     numbers = list(dict.fromkeys(int(n) for n in numbers))

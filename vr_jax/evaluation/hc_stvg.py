@@ -18,7 +18,7 @@ from vr_jax.evaluation.items import Item, Prediction
 
 PROMPT = (
   f"Please describe the important aspects of the marked object {REGION} in the video. "
-  "Output in one sentence."
+  "Output in one sentense."
 )
 
 

@@ -1,6 +1,7 @@
 """Scores of VideoRefer-Bench-D: a judge's four numbers for each description, and their means."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -100,6 +101,16 @@ def published_text(means: BenchD) -> str:
   text = f"####error num:  {means.failed}\n" if means.failed else ""
   text += "".join(f"{d.name} :  {d.mean}\n{d.n}\n" for d in means.dimensions if d.mean is not None)
   return text + (f"all....\n{means.average}\n" if means.average is not None else "")
+
+
+def published_file(result: Result) -> str:
+  """What 1.eval_gpt.py leaves for 2.extract_re.py: the predictions with the judge's first reply."""
+  records = [
+    {"video": i["video"], "caption": i["gt"], "pred": i["raw"], "gpt": i["replies"][0]}
+    for i in result.items
+    if i["replies"] and i["replies"][0] is not None
+  ]
+  return json.dumps(records, ensure_ascii=False, indent=1)
 
 
 def _mean(verdict: Verdict) -> Scores:

@@ -5,7 +5,6 @@ right and wrong, the similarity of an object's frames (Fig. 7 of the paper), one
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from markupsafe import Markup, escape
 from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.answers import labelled
 from vr_jax.evaluation.overlay import colour_of, data_uri, draw_objects, luminance
+from vr_jax.evaluation.results import write
 from vr_jax.evaluation.statistics import Accuracy, Summary
 
 # Dark to bright in equal steps of lightness, also for colour-blind readers (cividis).
@@ -76,6 +76,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class TextExample:
+  """One description or caption: the reference, what the model wrote, what it was given for it.
+
+  `scores` are (name, value as text); `explanation` the judge's reply; `problem` why there are none.
+  """
+
+  video: str
+  frames: Sequence[Frame]
+  question: str
+  reference: str
+  answer: str
+  score: float | None
+  scores: Sequence[tuple[str, str]] = ()
+  explanation: str = ""
+  problem: str = ""
+
+
+@dataclass(frozen=True)
 class ObjectSimilarity:
   """How alike an object looks in its F frames, and which token each frame went to.
 
@@ -122,8 +140,24 @@ class Report:
   notes: Sequence[str] = ()
 
 
-def write_report(path: str | os.PathLike, report: Report) -> Path:
+def write_report(path: Path | str, report: Report) -> Path:
   """Writes the page and returns its path; an older page is replaced in one step."""
+  return render(
+    Path(path),
+    "report.html.j2",
+    report=report,
+    tiles=[_tile(scored) for scored in report.scored],
+    bars=_bars(report.scored),
+    curves=[_curve(curve) for curve in report.curves],
+    examples=[example_cells(example) for example in report.examples],
+    right=sum(example.correct for example in report.examples),
+    strips=[_strip(similarity) for similarity in report.similarities],
+    free=report.free and _free(report.free),
+  )
+
+
+def render(path: Path, template: str, **content: Any) -> Path:
+  """Writes a page from a template; an older page is replaced in one step."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("vr_jax.evaluation"),
     autoescape=True,
@@ -131,23 +165,10 @@ def write_report(path: str | os.PathLike, report: Report) -> Path:
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  page = environment.get_template("report.html.j2").render(
-    report=report,
-    tiles=[_tile(scored) for scored in report.scored],
-    bars=_bars(report.scored),
-    curves=[_curve(curve) for curve in report.curves],
-    examples=[_example(example) for example in report.examples],
-    right=sum(example.correct for example in report.examples),
-    strips=[_strip(similarity) for similarity in report.similarities],
-    free=report.free and _free(report.free),
-    scale=", ".join(_heat(i / 8) for i in range(9)),
-    percent=_percent,
-  )
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f"{path.name}.part")
-  unfinished.write_text(page, encoding="utf-8")
-  return unfinished.replace(path)
+  scale = ", ".join(_heat(i / 8) for i in range(9))
+  page = environment.get_template(template).render(percent=_percent, scale=scale, **content)
+  write(path, page)
+  return path
 
 
 def _percent(share: float, digits: int = 0) -> str:
@@ -231,7 +252,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 # --- Questions.
 
 
-def _example(example: Example) -> dict[str, Any]:
+def example_cells(example: Example) -> dict[str, Any]:
   names = _object_names(example.question)
   options = []
   for letter, text in zip(*labelled(example.options), strict=True):
@@ -244,6 +265,15 @@ def _example(example: Example) -> dict[str, Any]:
     "frames": _pictures(example.frames, wide),
     "question": _chips(example.question, names),
     "options": options,
+  }
+
+
+def text_cells(example: TextExample) -> dict[str, Any]:
+  names = _object_names(example.question)
+  return {
+    "it": example,
+    "frames": _pictures(example.frames, 480 if len(example.frames) == 1 else 360),
+    "question": _chips(example.question, names),
   }
 
 

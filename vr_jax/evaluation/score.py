@@ -28,6 +28,7 @@ from vr_jax.evaluation.results import (
   read_predictions,
   save,
   to_dict,
+  write,
 )
 from vr_jax.evaluation.statistics import (
   Confusion,
@@ -105,6 +106,8 @@ def score(
   folder = Path(out) if out else folder
   save(result, folder)
   if of.kind == "judged":
+    write(folder / "published_judged.json", judged.published_file(result))
+  if of.kind == "judged":
     _check_failures(result, (judge or JudgeSettings()).max_failed, folder)
   return result, folder
 
@@ -160,12 +163,7 @@ def _published(of: Benchmark, path: Path) -> Iterator[Prediction]:
 
 
 def _published_videomme(record: Mapping[str, Any], where: str) -> Iterator[Prediction]:
-  names = {
-    "duration": ("duration_category", "duration"),
-    "domain": ("video_category", "domain"),
-    "sub_category": ("video_subcategory", "sub_category"),
-  }
-  slices = {k: next((record[n] for n in of if n in record), "") for k, of in names.items()}
+  slices = {k: str(record.get(k, "")) for k in ("duration", "domain", "sub_category")}
   video = str(record.get("video_id") or record.get("youtube_id"))
   for question in record["questions"]:
     yield Prediction(
@@ -252,9 +250,19 @@ class Comparison:
 
   @property
   def certain(self) -> bool:
-    """The interval excludes 0."""
+    """The interval excludes 0 and, of accuracies, the adjusted p value is below 0.05."""
     low, high = self.difference.interval.low, self.difference.interval.high
-    return low > 0 or high < 0
+    p = self.p if self.p_holm is None else self.p_holm
+    return (low > 0 or high < 0) and (p is None or p < 0.05)
+
+  @property
+  def verdict(self) -> str:
+    if self.certain:
+      return "differs"
+    if self.needed is None:
+      return "no difference"
+    needs = f"; needs >= {self.needed:,} items for this gap" if self.needed > self.n else ""
+    return f"within the noise{needs}"
 
 
 def compare(a: Result, b: Result, common: bool = False) -> list[Comparison]:
@@ -455,11 +463,10 @@ def comparison_table(found: Sequence[Comparison], unit: str) -> Iterator[str]:
     low, high = c.difference.interval.low, c.difference.interval.high
     p = "" if c.p is None else f"  p {c.p:.3g}"
     p += "" if c.p_holm is None else f" (Holm {c.p_holm:.3g})"
-    verdict = "" if c.certain or c.needed is None else f"  needs >= {c.needed} items for this gap"
     yield (
       f"  {c.slice:32}{shown(c.a, unit):>10}{shown(c.b, unit):>10}"
       f"{shown(c.difference.value, unit):>12}  {shown(low, unit)} to {shown(high, unit)}, n={c.n}"
-      f"{p}{verdict}"
+      f"{p}  {c.verdict}"
     )
 
 

@@ -131,9 +131,10 @@ def published_json(predictions: Sequence[Prediction]) -> str:
       p.video,
       {
         "video_id": p.slices["video_id"],
-        "duration_category": p.slices["duration"],
-        "video_category": p.slices["domain"],
-        "video_subcategory": p.slices["sub_category"],
+        "youtube_id": Path(p.video).stem,
+        "duration": p.slices["duration"],
+        "domain": p.slices["domain"],
+        "sub_category": p.slices["sub_category"],
         "missing": False,
         "questions": [],
       },

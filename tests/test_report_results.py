@@ -1,0 +1,134 @@
+"""`vr report`: the page and the table of scored runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import Page
+from test_score import RUN, prediction, result_of
+
+from data_pipes.errors import InputError
+from data_pipes.masks import encode_mask
+from vr_jax import cli
+from vr_jax.evaluation.report_results import write_reports
+from vr_jax.evaluation.results import save
+from vr_jax.evaluation.score import JudgeSettings, score
+
+TYPES = ("Basic Questions", "Sequential Questions")
+
+
+@pytest.fixture
+def bench(tmp_path):
+  """A Bench-Q file of two videos (folders of frames) and where it lies."""
+  mask = np.zeros((48, 64), np.uint8)
+  mask[10:30, 20:40] = 1
+  items = []
+  for i in range(8):
+    video = tmp_path / "data" / f"v{i // 2}"
+    video.mkdir(parents=True, exist_ok=True)
+    for f in range(3):
+      Image.new("RGB", (64, 48), (40 * i, 90, 30 * f)).save(video / f"{f:03}.png")
+    annotation = {str(f): {"segmentation": encode_mask(mask)} for f in range(3)}
+    items.append(
+      {
+        "id": i,
+        "video": video.name,
+        "Question": "What colour has <object2><region> & why?",
+        "type": TYPES[i % 2],
+        "options": ["(A) red", "(B) blue", "(C) green", "(D) none"],
+        "Answer": "(A) red",
+        "frame_idx": "1",
+        "annotation": [annotation],
+      }
+    )
+  path = tmp_path / "data" / "bench_q.json"
+  path.write_text(json.dumps(items))
+  return path
+
+
+def save_result(folder, letters, data=None, mode="multi"):
+  result = result_of([prediction(i, f"({x})", kind=TYPES[i % 2]) for i, x in enumerate(letters)])
+  result.run["task"]["data"] = [str(data)] if data else []
+  result.run["inference"]["mode"] = mode
+  result = type(result)(**{**vars(result), "run": json.loads(json.dumps(result.run))})
+  save(result, folder)
+  return result
+
+
+def page_of(folder):
+  text = (folder / "report.html").read_text(encoding="utf-8")
+  return text, Page(text)
+
+
+def test_the_page_holds_the_numbers_and_the_papers(tmp_path, bench):
+  save_result(tmp_path / "a" / "strict", "AAAAABBB", bench)
+  save_result(tmp_path / "b" / "strict", "BAAABBBB", bench, "single")
+  assert cli.main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)]) == 0
+  text, page = page_of(tmp_path)
+  outside = re.sub(r"data:image/[a-z]+;base64,[\w+/=]+", "", text)
+  assert not re.search(r"//\s*\w|url\(|@import|<link", outside)
+  assert "62.5 30.6 – 86.3" in page.text  # 5 of 8, Wilson
+  assert len(page.all("tr", "paper")) == 2
+  assert page.text.count(" paper") >= 2
+  assert "71.9" in page.text
+  widths = [float(a["width"].rstrip("%")) for a in page.all("rect", "value")]
+  assert widths == [75.0, 25.0, 50.0, 50.0, 62.5, 37.5]
+  assert len(page.all("line", "chance")) == 3  # VideoRefer-7B, single-frame: the second run's
+  assert "Run against run" in page.text
+  assert "+25.0" in page.text
+  assert len(page.all("article", "wrong")) == 3
+  assert len(page.all("img")) == 8 * 6
+  assert "<object2>" in page.text
+  assert "sha256 0000000000000000" in page.text
+  table = (tmp_path / "report.md").read_text()
+  assert "| **multi-frame, 4 scene frames" not in table
+  assert "| **multi-frame, 16 scene frames, strict parser** | 62.5 (30.6 – 86.3)" in table
+  assert "(from the VideoRefer paper) | 71.9 |" in table
+  assert "not measured here" in table
+
+
+def test_single_frame_mode_shows_its_frame(tmp_path, bench):
+  save_result(tmp_path / "a", "AAAAAAAA", bench, "single")
+  write_reports([tmp_path / "a"], tmp_path)
+  _, page = page_of(tmp_path)
+  assert [a["alt"] for a in page.all("img")] == ["frame 1, object 0 marked"] * 8
+
+
+def test_without_the_data_there_are_no_pictures_and_the_page_says_so(tmp_path):
+  save_result(tmp_path / "a", "AABB", tmp_path / "gone.json")
+  write_reports([tmp_path / "a"], tmp_path)
+  _, page = page_of(tmp_path)
+  assert not page.all("img")
+  assert "no pictures" in page.text
+  assert "gone.json" in page.text
+
+
+def test_judged_descriptions(tmp_path):
+  path = tmp_path / "d.jsonl"
+  records = [
+    {"video": f"v{i}", "caption": "A red dog runs.", "pred": said}
+    for i, said in enumerate(("A red dog runs.", "<script>alert(1)</script>", ""))
+  ]
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+  _, folder = score("bench-d", path, judge=JudgeSettings(spec="rule"))
+  write_reports([folder], tmp_path)
+  text, page = page_of(tmp_path)
+  assert "<script>alert" not in text
+  assert "not comparable" in page.text
+  assert "empty prediction" in page.text
+  assert "words in common" in page.text  # the judge's own words
+  assert len(page.all("article", "text")) == 3
+  assert len(page.all("svg")) == 5 + 4  # bars, and a histogram for each dimension
+  assert "4.440" in page.text
+
+
+def test_reports_of_other_things(tmp_path):
+  with pytest.raises(InputError, match="no results"):
+    write_reports([tmp_path], tmp_path)
+  a = save_result(tmp_path / "a", "AB")
+  save(type(a)(**{**vars(a), "benchmark": "mvbench", "run": {}}), tmp_path / "b")
+  with pytest.raises(InputError, match="of one benchmark a report"):
+    write_reports([tmp_path / "a", tmp_path / "b"], tmp_path)
+  assert RUN["task"]["n"] == 4

@@ -1,0 +1,452 @@
+"""`vr report`: results as one self-contained page and a Markdown table.
+
+O/report.html   headline beside the paper's rows, bars with intervals, gallery, differences
+O/report.md     the tables of the page
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipes.errors import InputError
+from vr_jax.evaluation import benchmarks
+from vr_jax.evaluation.benchmarks import Benchmark, Dataset, benchmark
+from vr_jax.evaluation.gallery import choice_examples, text_examples
+from vr_jax.evaluation.paper import rows_of
+from vr_jax.evaluation.report import example_cells, render, text_cells
+from vr_jax.evaluation.results import BY_VIDEO, Metric, Result, load, write
+from vr_jax.evaluation.score import (
+  Comparison,
+  by_slice,
+  compare,
+  headline,
+  interval_text,
+  shown,
+)
+from vr_jax.evaluation.scores import DIMENSIONS
+
+MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
+MODES = {"single": "Single-frame", "multi": "Multi-frame"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  text: str
+  note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A row of the headline table; `paper` is its source, "" for our own."""
+
+  name: str
+  cells: Sequence[Cell]
+  paper: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+  """One bar, in shares of the whole width; `reference` is the paper's, None if there is none."""
+
+  name: str
+  value: float
+  text: str
+  n: int
+  low: float | None
+  high: float | None
+  reference: float | None = None
+
+
+def write_reports(
+  folders: Sequence[Path | str],
+  out: Path | str,
+  data: Path | str | None = None,
+  media: Path | str | None = None,
+  examples: int = 24,
+  common: bool = False,
+) -> list[Path]:
+  """Writes both files; returns their paths.
+
+  Args:
+    folders: result folders, or run folders with results in them, all of one benchmark; the gallery
+      is of the first.
+    data, media: where the benchmark lies now; by default where `vr eval` read it. Without it the
+      gallery has no pictures.
+    common: compare items that both results have, where they differ.
+  """
+  results = [load(f) for f in _result_folders(folders)]
+  names = {r.benchmark for r in results}
+  if len(names) > 1:
+    raise InputError(f"results of {', '.join(sorted(names))}; accepted: of one benchmark a report")
+  of, first = benchmark(results[0].benchmark), results[0]
+  labels = _labels(results)
+  pairs = list(itertools.combinations(range(len(results)), 2))
+  compared = [(i, j) for i, j in pairs if _comparable(results[i], results[j])]
+  differences = [
+    {
+      "title": f"{labels[i]} minus {labels[j]}",
+      "rows": [
+        _difference(c, headline(first).unit) for c in compare(results[i], results[j], common)
+      ],
+    }
+    for i, j in compared
+  ]
+  dataset, problem = _dataset(of, first, data, media)
+  gallery, texts = _gallery(of, first, dataset, examples)
+  table = headline_table(of, results, labels)
+  content = {
+    "title": of.title,
+    "results": list(zip(labels, results, strict=True)),
+    "benchmark": of,
+    "columns": table[0],
+    "lines": table[1],
+    "bars": bar_rows(of, results, labels),
+    "top": "5 points" if of.kind == "judged" else "100 %",
+    "groups": [_details(label, r) for label, r in zip(labels, results, strict=True)],
+    "examples": [example_cells(e) for e in gallery],
+    "texts": [text_cells(t) for t in texts],
+    "right": sum(e.correct for e in gallery),
+    "pictures_problem": problem,
+    "histograms": histograms(results, labels) if of.kind == "judged" else [],
+    "differences": differences,
+    "provenance": [(label, provenance(r)) for label, r in zip(labels, results, strict=True)],
+    "warnings": list(dict.fromkeys(w for r in results for w in r.warnings)),
+  }
+  out = Path(out)
+  render(out / "report.html", "results.html.j2", **content)
+  write(out / "report.md", "\n".join(markdown(content)) + "\n")
+  return [out / "report.html", out / "report.md"]
+
+
+def _result_folders(folders: Sequence[Path | str]) -> list[Path]:
+  found: list[Path] = []
+  for folder in map(Path, folders):
+    below = sorted(p.parent for p in folder.glob("*/result.json"))
+    below.sort(key=lambda p: not p.name.startswith("strict"))
+    here = [folder] if (folder / "result.json").is_file() else below
+    if not here:
+      raise InputError(f"{folder}: no results; accepted: a folder that vr score wrote, or its run")
+    found += here
+  return found
+
+
+def _comparable(a: Result, b: Result) -> bool:
+  """Two runs read in the same way; one run read in two ways says nothing about models."""
+  same_judge = (a.judge or {}).get("name") == (b.judge or {}).get("name")
+  return a.parser == b.parser and same_judge and a.run != b.run
+
+
+def _labels(results: Sequence[Result]) -> list[str]:
+  """What tells the results apart, in few words; the model's name only where there are several."""
+  names = [Path(str((r.run.get("model") or {}).get("name") or "")).name for r in results]
+  labels = []
+  for name, result in zip(names, results, strict=True):
+    label = result.label
+    labels.append(f"{name}: {label}" if len(set(names)) > 1 and name else label)
+  seen = Counter(labels)
+  return [f"{label} ({i})" if seen[label] > 1 else label for i, label in enumerate(labels, 1)]
+
+
+# --- Tables and bars.
+
+
+def headline_table(
+  of: Benchmark, results: Sequence[Result], labels: Sequence[str]
+) -> tuple[list[str], list[Line]]:
+  """Columns, and our rows above the paper's. Caption values are times 100, as printed."""
+  ours = [_main(of, r) for r in results]
+  columns = list(dict.fromkeys(name for values in ours for name in values))
+  columns.sort(key=lambda name: name not in ("All", "Average"))  # the one number first
+  if len(columns) > MOST_COLUMNS:
+    columns = columns[:1]
+  lines = []
+  for label, values in zip(labels, ours, strict=True):
+    cells = []
+    for name in columns:
+      metric = values.get(name)
+      if metric is None or metric.value is None:
+        cells.append(Cell("n/a" if metric else "", metric.note or "" if metric else ""))
+      else:
+        interval = interval_text(metric).replace(" %", "") if metric.ci_method else ""
+        cells.append(Cell(_number(metric.value, metric.unit), interval))
+    lines.append(Line(label, cells))
+  unit = headline(results[0]).unit
+  for row in rows_of(of.name):
+    cells = [Cell(_number(row.values[n], unit) if n in row.values else "") for n in columns]
+    if any(cell.text for cell in cells):
+      lines.append(Line(row.system, cells, row.source))
+  return columns, lines
+
+
+def _number(value: float, unit: str) -> str:
+  """Percent without the sign, which the caption says once."""
+  return shown(value, unit).removesuffix(" %")
+
+
+def _signed(value: float, unit: str) -> str:
+  return ("+" if value > 0 else "") + _number(value, unit)
+
+
+def _main(of: Benchmark, result: Result) -> dict[str, Metric]:
+  """The metrics of the headline by column: types and the whole, dimensions, or caption metrics."""
+  if of.kind == "caption":
+    return {m.name: m for m in result.metrics}
+  name = "mean" if of.kind == "judged" else "accuracy"
+  found: dict[str, Metric] = {}
+  for m in result.metrics:
+    if m.name == name and ": " not in m.slice:
+      found.setdefault(m.slice, m)
+  return found
+
+
+def bar_rows(
+  of: Benchmark, results: Sequence[Result], labels: Sequence[str]
+) -> list[tuple[str, list[Bar]]]:
+  """Per type (or dimension, or metric) a bar for each result, with the paper's value to compare.
+
+  The paper's value is that of VideoRefer-7B in the same mode, where there is one.
+  """
+  whole = 5.0 if of.kind == "judged" else 1.0
+  rows: dict[str, list[Bar]] = {}
+  for label, result in zip(labels, results, strict=True):
+    reference = _reference(of, result)
+    for name, m in _main(of, result).items():
+      if m.value is None:
+        continue
+      paper = reference.get(name)
+      rows.setdefault(name, []).append(
+        Bar(
+          label,
+          min(m.value / whole, 1.0),
+          shown(m.value, m.unit),
+          m.n,
+          None if m.ci_low is None else max(0.0, m.ci_low / whole),
+          None if m.ci_high is None else min(m.ci_high / whole, 1.0),
+          None if paper is None else paper / whole,
+        )
+      )
+  return list(rows.items())
+
+
+def _reference(of: Benchmark, result: Result) -> Mapping[str, float]:
+  inference = result.run.get("inference") or {}
+  wanted = inference.get("mode") or ""
+  if of.name == "videomme":
+    wanted = "with subtitles" if inference.get("subtitles") else "no subtitles"
+  of_system = [r for r in rows_of(of.name) if r.system.startswith("VideoRefer-7B")]
+  return next((r.values for r in of_system if wanted in r.system), {})
+
+
+def _details(label: str, result: Result) -> dict[str, Any]:
+  """Every number of one result, with both intervals."""
+  rows = []
+  for name, metrics in by_slice(result):
+    by_method = {m.ci_method: interval_text(m) for m in metrics if m.ci_method}
+    first = metrics[0]
+    rows.append(
+      {
+        "name": name,
+        "value": shown(first.value, first.unit),
+        "wilson": by_method.get("wilson", ""),
+        "by_video": by_method.get(BY_VIDEO, ""),
+        "n": first.n,
+        "left_out": first.n_failed,
+        "note": first.note or "",
+      }
+    )
+  counts = {k.replace("_", " "): v for k, v in result.counts.items()}
+  agreement = result.extra.get("agreement") or {}
+  return {"label": label, "rows": rows, "counts": counts, "agreement": agreement}
+
+
+def _difference(c: Comparison, unit: str) -> dict[str, Any]:
+  low, high = c.difference.interval.low, c.difference.interval.high
+  return {
+    "name": c.slice,
+    "n": c.n,
+    "a": shown(c.a, unit),
+    "b": shown(c.b, unit),
+    "difference": _signed(c.difference.value, unit),
+    "interval": f"{_signed(low, unit)} to {_signed(high, unit)}",
+    "p": "" if c.p is None else f"{c.p:.3g}",
+    "holm": "" if c.p_holm is None else f"{c.p_holm:.3g}",
+    "verdict": c.verdict.replace(">=", "≥"),
+  }
+
+
+def histograms(results: Sequence[Result], labels: Sequence[str]) -> list[dict[str, Any]]:
+  """How often each score was given, per dimension and result."""
+  out = []
+  for name in DIMENSIONS:
+    rows = []
+    for label, result in zip(labels, results, strict=True):
+      given = [i["parsed"][name] for i in result.items if i["parsed"] and name in i["parsed"]]
+      counts = Counter(min(max(round(v), 0), 5) for v in given)
+      most = max(counts.values(), default=1)
+      bars = [(score, counts[score], counts[score] / most) for score in range(6)]
+      rows.append({"label": label, "bars": bars})
+    out.append({"name": name, "rows": rows})
+  return out
+
+
+def provenance(result: Result) -> dict[str, str]:
+  """What a result rests on, in words."""
+  run = result.run
+  task, model = run.get("task") or {}, run.get("model") or {}
+  code, inference = run.get("code") or {}, run.get("inference") or {}
+  env, judge = run.get("env") or {}, result.judge
+  facts = {
+    "Benchmark": f"{task.get('title', result.benchmark)}, {task.get('n', '')} items"
+    + (f", split {task['split']}" if task.get("split") else ""),
+    "Data": _sha(task.get("data_sha256")),
+    "Checkpoint": f"{model.get('name', '')} {_sha(model.get('checkpoint_sha256'))}".strip(),
+    "Parameters": f"{model['params']:,}, {model['dtype']}" if model.get("params") else "",
+    "Code": " ".join(
+      filter(
+        None,
+        (
+          f"vr-jax {code['version']}" if code.get("version") else "",
+          f"commit {code['git'][:12]}" if code.get("git") else "",
+          "with changes" if code.get("dirty") else "",
+        ),
+      )
+    ),
+    "Scene frames": f"{inference['frames']}, {inference['sampler']} rule"
+    if inference.get("frames")
+    else "",
+    "Mask frames": MODES.get(inference.get("mode") or "", ""),
+    "Tokens per object (u)": str(inference.get("u") or ""),
+    "Decoding": f"{inference['decoding']}, up to {inference.get('max_new_tokens')} tokens"
+    if inference.get("decoding")
+    else "",
+    "Subtitles": {True: "with", False: "without"}.get(inference.get("subtitles"), ""),
+    "Parser": result.parser,
+    "Judge": _judge_text(judge) if judge else "",
+    "Environment": f"Python {env['python']}, JAX {env['jax']}, {env['device']}"
+    if env.get("jax")
+    else "",
+    "Run": str(run.get("run_id") or run.get("published_file") or ""),
+    **{
+      k.replace("_", " ").capitalize(): str(v)
+      for k, v in result.extra.items()
+      if isinstance(v, str)
+    },
+  }
+  return {name: fact for name, fact in facts.items() if fact}
+
+
+def _judge_text(judge: Mapping[str, Any]) -> str:
+  answered = ", ".join(m for m in judge["models"] if m != judge["name"])
+  kind = "" if judge["comparable"] else " — a rule-based stand-in, not comparable"
+  return (
+    f"{judge['name']}{f' (answered as {answered})' if answered else ''}{kind}; {judge['prompt']} "
+    f"prompt {judge['prompt_sha256'][:12]}; temperature {judge['temperature']:g}, "
+    f"{judge['repeats']} {'reply' if judge['repeats'] == 1 else 'replies'} an item"
+  )
+
+
+def _sha(value: str | None) -> str:
+  return f"sha256 {value[:16]}…" if value else ""
+
+
+# --- Gallery.
+
+
+def _dataset(
+  of: Benchmark, result: Result, data: Path | str | None, media: Path | str | None
+) -> tuple[Dataset | None, str]:
+  """The benchmark's items, or why there are no pictures."""
+  task = result.run.get("task") or {}
+  paths = [data] if data else task.get("data") or []
+  if not paths:
+    return None, "no pictures: give --data"
+  path = Path(paths[0])
+  if of.name == "mvbench" and path.is_file():
+    path = path.parent
+  try:
+    found = benchmarks.read(of, path, media or task.get("media"), task.get("split") or "any")
+  except InputError as error:
+    return None, f"no pictures: {error}"
+  return found, ""
+
+
+def _gallery(of: Benchmark, result: Result, dataset: Dataset | None, count: int):
+  items = list(dataset.items) if dataset else []
+  media = dataset.media if dataset else Path()
+  if of.kind == "choice":
+    mode = MODES.get((result.run.get("inference") or {}).get("mode") or "", "")
+    return choice_examples(result, items, media, count, mode), []
+  return [], text_examples(result, items, media, count)
+
+
+# --- Markdown.
+
+
+def markdown(content: Mapping[str, Any]) -> Iterator[str]:
+  """The page's tables."""
+  yield f"# {content['title']}"
+  yield ""
+  for warning in content["warnings"]:
+    yield f"> {warning}"
+    yield ""
+  yield from _rows(
+    ["", *content["columns"]],
+    [
+      [
+        f"{line.name} (from the {line.paper})" if line.paper else f"**{line.name}**",
+        *(f"{c.text} ({c.note})" if c.note else c.text for c in line.cells),
+      ]
+      for line in content["lines"]
+    ],
+  )
+  yield ""
+  unit = {"choice": "In percent", "judged": "Points from 0 to 5", "caption": "Times 100"}
+  yield (
+    f"{unit[content['benchmark'].kind]}; in brackets 95 % intervals. The paper's rows are copied "
+    "from it, not measured here."
+  )
+  for group in content["groups"]:
+    yield ""
+    yield f"## {group['label']}"
+    yield ""
+    yield ", ".join(f"{v} {k}" for k, v in group["counts"].items())
+    yield ""
+    yield from _rows(
+      ["", "value", "95 %, Wilson", "95 %, by video", "n", "left out"],
+      [
+        [r["name"], r["value"], r["wilson"], r["by_video"], str(r["n"]), str(r["left_out"] or "")]
+        for r in group["rows"]
+      ],
+    )
+  for difference in content["differences"]:
+    yield ""
+    yield f"## {difference['title']}"
+    yield ""
+    yield from _rows(
+      ["", "first", "second", "difference", "95 %, by video", "McNemar p", "Holm", "n", ""],
+      [[r[k] if k != "n" else str(r["n"]) for k in _DIFFERENCE_KEYS] for r in difference["rows"]],
+    )
+  yield ""
+  yield "## Provenance"
+  for label, facts in content["provenance"]:
+    yield ""
+    yield f"**{label}**"
+    yield ""
+    for name, fact in facts.items():
+      yield f"- {name}: {fact}"
+
+
+_DIFFERENCE_KEYS = ("name", "a", "b", "difference", "interval", "p", "holm", "n", "verdict")
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+  def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+  yield line(head)
+  yield "|---" + "|---:" * (len(head) - 1) + "|"
+  for row in rows:
+    yield line(row)
