@@ -167,14 +167,10 @@ def _meteor(references: Sequence[Sequence[str]], said: Sequence[str]) -> Scored 
   def clean(text: str) -> str:
     return " ".join(text.replace("|||", " ").split())
 
-  meteor = Meteor()
-  try:
-    corpus, items = meteor.compute_score(
-      {i: [clean(r) for r in of] for i, of in enumerate(references)},
-      {i: [clean(text)] for i, text in enumerate(said)},
-    )
-  finally:
-    meteor.close()
+  corpus, items = Meteor().compute_score(
+    {i: [clean(r) for r in of] for i, of in enumerate(references)},
+    {i: [clean(text)] for i, text in enumerate(said)},
+  )
   return Scored(float(corpus), tuple(float(v) for v in items))
 
 

@@ -34,30 +34,37 @@ _JOINED = {
 _ABBREVIATIONS = (
   "mr mrs ms dr drs prof gen col capt lt sgt cpl maj gov sen rep rev hon pres st ste jr sr messrs "
   "vs etc al inc ltd co corp bros dept est mt ft ave blvd rd jan feb mar apr jun jul aug sept sep "
-  "oct nov dec ph.d m.sc approx fig figs eq vol"
+  "oct nov dec ph.d"
 ).split()
 _LETTER = r"[^\W\d_]"
 _APOSTROPHE = "['’‘]"
+_NT = rf"n{_APOSTROPHE}t(?!\w)"
+_CHARACTERS = rf"(?:(?!{_NT})[^\W_])+"  # of a word, as far as an n't
 _TOKEN = re.compile(
   rf"""
-  (?P<url> (?:https?|ftp)://[^\s"<>|()]+[^\s"<>|.!?(){{}},;:'-] | www\.[^\s"<>|()]+[^\s"<>|.!?(){{}},;:'-] )
-| (?P<sgml> </?[a-z!?][^<>\r\n]*> )
-| (?P<tag> [@\#]{_LETTER}[\w]* )
-| (?P<short> {_APOSTROPHE}(?:em|til|cause|n{_APOSTROPHE})(?!\w) | {_APOSTROPHE}\d\ds? (?!\w) )
-| (?P<clitic> {_APOSTROPHE}(?:s|m|d|re|ve|ll)(?![\w'’]) | n{_APOSTROPHE}t(?!\w) )
+  (?P<url> (?:https?://|www\.)[^\s"<>|()]*[^\s"<>|.!?(){{}},;:'-] )
+| (?P<email> [\w.+-]+@[\w-]+(?:\.[\w-]+)+ )
+| (?P<sgml> </?[a-z!?][^<>]*> )
+| (?P<tag> [@\#]{_LETTER}\w* )
+| (?P<emoticon> (?<!\S)[:;]-?[()D](?!\w) )
+| (?P<clitic> {_APOSTROPHE}(?:s|m|d|re|ve|ll)(?!\w) | {_NT} )
 | (?P<tis> '(?:tis|twas)(?!\w) )
-| (?P<initials> (?:{_LETTER}\.)+(?:{_LETTER}(?!\w)\.?)? (?!\w) )
-| (?P<abbreviation> (?:{"|".join(re.escape(a) for a in _ABBREVIATIONS)})\.(?!\w) | no\.(?=\s\d) )
-| (?P<number> [-+]?\d+(?:[.,:/-]\d+)*(?=(?:am|pm|m|km|cm|mm|kg|g|lb|lbs|ft|in|mph|c|f|%)?(?![\w])) )
-| (?P<word> (?:[dolj]{_APOSTROPHE}(?={_LETTER}))?
-    {_LETTER}*[\w]+ (?:[-&/]?[\w]+|[-/](?=\w)|[.!?](?={_LETTER})|{_APOSTROPHE}(?=clock\b))* )
-| (?P<dots> \.\.+ | … ) | (?P<dashes> --+ | [–—―] )
-| (?P<marks> [!?]+ ) | (?P<stars> \*+ | \#+ | ~+ | _+ )
-| (?P<quotes> '' | `` | ["“”„«»] )
+| (?P<short> {_APOSTROPHE}(?:em|til|cause)(?!\w) | {_APOSTROPHE}n{_APOSTROPHE}?(?!\w)
+    | (?<!\w){_APOSTROPHE}\d\ds?(?![\w'’]) | y{_APOSTROPHE}(?={_LETTER})
+    | c(?:\+\+|\#)(?!\w) | (?:us|hk|nz|au|[ac])\$ )
+| (?P<initials> (?:{_LETTER}\.)+(?:{_LETTER}(?!\w)\.?)?(?!\w) )
+| (?P<abbreviation> (?:{"|".join(re.escape(a) for a in _ABBREVIATIONS)})\.(?!\w) | no\.(?=\s?\d) )
+| (?P<number> [-+]?\d++(?:[.,:/]\d++)++(?!-{_LETTER}) | (?:\+|(?<!\w)[-.])\d+(?![\w-]) )
+| (?P<acronym> (?-i:[A-Z]{{1,3}}&[A-Z]{{1,3}})(?!\w) )
+| (?P<word> (?:[dolj]{_APOSTROPHE}(?={_LETTER}{{2}}))?
+    (?:ma'am|{_CHARACTERS})(?:(?:[-/_]|[.!?](?={_LETTER})){_CHARACTERS})* )
+| (?P<dots> \.\.+ | … ) | (?P<dashes> --+ | [–—―] ) | (?P<marks> [!?]+ | \*+ | \#+ )
+| (?P<quotes> '' | `` | ["“”„«»‘’] )
 | (?P<other> \S )
   """,
   re.VERBOSE | re.IGNORECASE,
 )
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"}
 
 
 def one_line(text: str) -> str:
@@ -79,6 +86,8 @@ def without_punctuation(tokens: Sequence[str]) -> list[str]:
 
 
 def _tokens(text: str) -> Iterator[str]:
+  for entity, character in _ENTITIES.items():
+    text = text.replace(entity, character)
   for match in _TOKEN.finditer(text):
     kind, token = match.lastgroup, match[0].lower()
     if kind == "word":
@@ -91,8 +100,11 @@ def _tokens(text: str) -> Iterator[str]:
       yield "''"
     elif kind == "tis":
       yield from (token[:2], token[2:])
+    elif kind == "emoticon":
+      yield token.replace("(", "-lrb-").replace(")", "-rrb-")
     elif kind == "other":
-      yield _BRACKETS.get(token, _CURRENCY.get(token, token))
+      if token <= "\uffff":  # the program drops what it does not know, such as emoji
+        yield _BRACKETS.get(token, _CURRENCY.get(token, token))
     else:
       yield re.sub("[’‘]", "'", token)
 
