@@ -98,22 +98,24 @@ def test_what_cannot_be_asked_is_counted_and_asked_again_later(model, golden, da
   items[0]["video"] = "absent.mp4"
   items[1]["frame_idx"] = "77"  # not annotated
   items[2]["video"] = "broken.mp4"
+  items.append({**items[3], "id": 9, "video": "../data/clip_mp4.mp4"})
   (data / "broken.mp4").write_bytes(b"no video")
   write_items(data, items)
   out, said = tmp_path / "out", []
   told = run(model, golden, "bench-q", data, out, progress=said.append)
   assert told["counts"] == {
-    "total": 4,
+    "total": 5,
     "answered": 1,
     "missing_media": 1,
-    "unusable": 2,
+    "unusable": 3,
     "empty": 0,
   }
   by_id = {p.id: p for p in read_predictions(out)[1]}
   assert "absent.mp4" in by_id[items[0]["id"]].error
   assert "no annotation on frame_idx 77" in by_id[items[1]["id"]].error
   assert "broken.mp4" in by_id[items[2]["id"]].error
-  assert len([line for line in said if "unusable" in line or "missing" in line]) == 3
+  assert len([line for line in said if "unusable" in line or "missing" in line]) == 4
+  assert "leads out of the media folder" in by_id[9].error
   assert len(lines(out / "published.jsonl")) == 1
   (data / "absent.mp4").symlink_to(golden / "media" / "clip_dir")
   told = run(model, golden, "bench-q", data, out)

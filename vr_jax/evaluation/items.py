@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipes.clips import choose_mask_frames
+from data_pipes.clips import choose_mask_frames, media_path
 from data_pipes.errors import InputError
 from data_pipes.video import open_video, sample_scene
 
@@ -71,10 +71,13 @@ class Item:
 
     `media` is the folder its video path starts from. Where only a part of the video is asked about,
     its frames are read here, by the uniform rule.
+
+    Raises:
+      InputError: the video's path leads out of the folder, or see `masks`.
     """
     from vr_jax.inference.model import Request
 
-    path = Path(media) / self.video
+    path = media_path(media, self.video)
     video: Any = path
     if self.seconds is not None:
       video = sample_scene(open_video(path), scene_frames, *self.seconds)

@@ -172,6 +172,7 @@ def _answers(
   """Predictions of the items; one without media or with a defect has the reason instead."""
   there = []
   for item in items:
+    # A path that leads out of the folder is refused when the item is asked.
     if (media / item.video).exists():
       there.append(item)
     else:
