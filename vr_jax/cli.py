@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
   ):
     ask = command(name, _ask, summary)
     ask.add_argument("--checkpoint", help="a checkpoint folder (default: the packaged vr-mini)")
-    ask.add_argument("--video", required=True, help="a video, GIF, image or folder of frames")
+    ask.add_argument("--video", help="a video, GIF, image or folder of frames")
     ask.add_argument(
       "--region",
       action="append",
@@ -78,7 +78,16 @@ def _parser() -> argparse.ArgumentParser:
       "number or a time such as 1.5s. SPECs with the same ID= in front are one object",
     )
     if name == "ask":
-      ask.add_argument("--question", required=True, help="holds one <region> for each object")
+      ask.add_argument("--question", help="holds one <region> for each object")
+      ask.add_argument(
+        "--jsonl",
+        metavar="REQUESTS",
+        help='instead, a question a line: {"video": …, "question": …, "regions": [SPEC, …]}',
+      )
+      ask.add_argument("--out", metavar="ANSWERS", help="of --jsonl: a line an answer; resumable")
+    ask.add_argument(
+      "--save-video", metavar="F.mp4", help="the clip with objects and answer drawn in"
+    )
     ask.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     ask.add_argument("--top-k", type=int, default=0, metavar="K")
@@ -86,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--seed", type=int, default=0, help="of the sampling")
     ask.add_argument(
       "--scene-frames", type=int, metavar="N", help="default: as many as in training"
+    )
+    ask.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at once")
+    ask.add_argument(
+      "--weights", choices=["float32", "bfloat16", "int8"], help="default: as stored"
     )
     ask.add_argument("--json", action="store_true", help="print the answer and what it rests on")
 
@@ -309,27 +322,35 @@ def _train(args: argparse.Namespace) -> None:
   train(load_config(args.config, args.overrides), args.workdir)
 
 
-def _ask(args: argparse.Namespace) -> None:
-  from vr_jax.inference.model import load
+def _ask(args: argparse.Namespace) -> int | None:
+  from vr_jax.inference import annotated_video, bulk
+  from vr_jax.inference.model import DESCRIBE, Request, load
+  from vr_jax.inference.programs import keep_on_disk
   from vr_jax.inference.regions import parse_regions
 
-  model = load(args.checkpoint)
+  jsonl, question = getattr(args, "jsonl", None), getattr(args, "question", DESCRIBE)
+  given = args.video or args.region or args.save_video or (question and args.command == "ask")
+  if jsonl and (given or not args.out):
+    raise InputError("--jsonl goes with --out, and without --video, --region, --question and video")
+  if not jsonl and not (args.video and question):
+    raise InputError("accepted: --video and --question, or --jsonl and --out")
+  names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "scene_frames", "batch_size")
+  options = {name: getattr(args, name) for name in names}
   regions = parse_regions(args.region)
-  options = {
-    "max_new_tokens": args.max_new_tokens,
-    "temperature": args.temperature,
-    "top_k": args.top_k,
-    "top_p": args.top_p,
-    "seed": args.seed,
-    "scene_frames": args.scene_frames,
-  }
-  if args.command == "ask":
-    answer = model.ask(args.video, args.question, regions, **options)
-  else:
-    answer = model.describe(args.video, regions, **options)
+  keep_on_disk()
+  model = load(args.checkpoint, weights=args.weights)
+  if jsonl:
+    summary = bulk.run(model, jsonl, args.out, **options)
+    print(json.dumps(dataclasses.asdict(summary)) if args.json else f"{summary}: {args.out}")
+    return 2 if summary.refused else 0
+  show = None if args.json else lambda piece: print(piece, end="", flush=True)
+  answer = model.ask(args.video, question, regions, on_text=show, **options)
+  print(json.dumps(answer.to_dict(), indent=2) if args.json else "")
   for warning in answer.warnings:
     print(f"vr {args.command}: warning: {warning}", file=sys.stderr)
-  print(json.dumps(answer.to_dict(), indent=2) if args.json else answer.text)
+  if args.save_video:
+    annotated_video.write(args.save_video, Request(args.video, question, regions), answer)
+  return 0
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -1,5 +1,8 @@
 """Compiled generation: prefill, then one `lax.while_loop` on the device with a donated cache.
 
+`generate` and `stream` answer one batch of rows; the engine (engine.py) refills rows of the same
+state as they end.
+
 Letters: B row, M new token, W vocabulary. A model is a Linen module with the methods
 `prefill(batch, cache) -> (logits [B,W], cache)` and
 `extend(tokens [B,K], positions [B,K], cache) -> (logits [B,K,W], cache)`: VideoRefer, or a Decoder.
@@ -24,19 +27,17 @@ GREEDY = Sampling()
 
 @flax.struct.dataclass
 class Decoding:
-  """A batch between two steps.
+  """Rows between two steps; but for a cache with one `end`, every leaf has the axis B in front.
 
-  tokens i32 [B,M], pad beyond each row's `lengths` [B]; `done` rows write nothing more; `step`
-  counts the columns written; `start` [B] is the position of a row's first new token, `limits` [B]
-  the most tokens it may get; `keys` [B] random keys; `seen` [B,W] generated tokens (None where no
-  penalty is asked).
+  tokens i32 [B,M], pad beyond each row's `lengths` [B]; `done` rows write nothing more; `start` [B]
+  is the position of a row's first new token, `limits` [B] the most tokens it may get; `keys` [B]
+  random keys; `seen` [B,W] generated tokens (None where no penalty is asked).
   """
 
   cache: KVCache
   tokens: Int[Array, "B M"]
   lengths: Int[Array, "B"]
   done: Bool[Array, "B"]
-  step: Int[Array, ""]
   start: Int[Array, "B"]
   limits: Int[Array, "B"]
   keys: Array
@@ -88,7 +89,7 @@ def generate(
   """
   state = _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys)
   most = int(np.max(max_new_tokens))
-  state = _steps(model, params, state, most, tuple(eos_ids), pad_id, sampling)
+  state = decode(model, params, state, most, False, tuple(eos_ids), pad_id, sampling)
   return np.asarray(state.tokens)[:, :most], np.asarray(state.lengths)
 
 
@@ -112,8 +113,7 @@ def stream(
     yield np.array(state.tokens)[:, :most], np.array(state.lengths)
     if bool(state.done.all()):
       return
-    until = int(state.step) + every
-    state = _steps(model, params, state, until, tuple(eos_ids), pad_id, sampling)
+    state = decode(model, params, state, every, False, tuple(eos_ids), pad_id, sampling)
 
 
 class Generator:
@@ -169,19 +169,18 @@ def _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys) -> De
   if keys is None:
     keys = jax.random.split(jax.random.key(0), B)
   columns = bucket(int(limits.max()), smallest=16)  # a static size that many limits share
-  return _first(logits, cache, limits, keys, columns, tuple(eos_ids), pad_id, sampling)
+  return first(logits, cache, limits, keys, columns, tuple(eos_ids), pad_id, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), donate_argnums=1)
-def _first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> Decoding:
-  """The state that holds the first new token."""
+def first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> Decoding:
+  """The state that holds the first new token of each row, with room for `columns` tokens."""
   B, W = logits.shape
   state = Decoding(
     cache=cache,
     tokens=jnp.full((B, columns), pad_id, jnp.int32),
     lengths=jnp.zeros(B, jnp.int32),
     done=jnp.zeros(B, bool),
-    step=jnp.zeros((), jnp.int32),
     start=cache.positions.max(axis=1) + 1,
     limits=limits,
     keys=keys,
@@ -190,36 +189,43 @@ def _first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> D
   return _choose(logits, state, eos_ids, pad_id, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), donate_argnums=2)
-def _steps(model, params, state: Decoding, until, eos_ids, pad_id, sampling) -> Decoding:
-  """Decodes until `until` columns are written or every row has ended."""
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
+def decode(
+  model, params, state: Decoding, steps, stop_at_end, eos_ids, pad_id, sampling
+) -> Decoding:
+  """Up to `steps` more tokens a row, until all rows, or with `stop_at_end` one, have ended."""
+  before = state.done
 
-  def step(state: Decoding) -> Decoding:
-    last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1)
+  def go_on(carry):
+    i, state = carry
+    ended = state.done.all() | (stop_at_end & (state.done & ~before).any())
+    return (i < steps) & ~ended
+
+  def step(carry):
+    i, state = carry
+    last = jnp.take_along_axis(state.tokens, jnp.maximum(state.lengths - 1, 0)[:, None], axis=1)
     position = jnp.where(state.done, -1, state.start + state.lengths - 1)
     logits, cache = model.apply(
       {"params": params}, last, position[:, None], state.cache, method="extend"
     )
-    return _choose(logits[:, 0], state.replace(cache=cache), eos_ids, pad_id, sampling)
+    return i + 1, _choose(logits[:, 0], state.replace(cache=cache), eos_ids, pad_id, sampling)
 
-  return jax.lax.while_loop(lambda s: (s.step < until) & ~s.done.all(), step, state)
+  return jax.lax.while_loop(go_on, step, (0, state))[1]
 
 
 def _choose(logits, state: Decoding, eos_ids, pad_id, sampling) -> Decoding:
   """Writes the next token of every row that is not done."""
   if state.seen is not None:
     logits = penalize(logits, state.seen, sampling.repetition_penalty)
-  keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+  keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
   token = jnp.where(state.done, pad_id, pick(logits, keys, sampling))
+  rows = jnp.arange(token.shape[0])
+  column = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
   lengths = state.lengths + ~state.done
   ended = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32)) | (lengths >= state.limits)
-  seen = state.seen
-  if seen is not None:
-    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
   return state.replace(
-    tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+    tokens=state.tokens.at[rows, column].set(token, mode="drop"),
     lengths=lengths,
     done=state.done | ended,
-    step=state.step + 1,
-    seen=seen,
+    seen=None if state.seen is None else state.seen.at[rows, token].set(True),
   )

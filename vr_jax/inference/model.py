@@ -1,30 +1,42 @@
-"""Asking a model about objects in a video: `load`, then `Model.ask`, `ask_many`, `describe`."""
+"""Asking a model about objects in a video: `load`, then `ask`, `ask_many`, `describe`, `stream`."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from data_pipes import batch as batches
-from data_pipes.batch import Clip, Needs, Row, RowShape
+from data_pipes.batch import Clip, RowShape
 from data_pipes.bench_prompts import DESCRIBE
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
-from data_pipes.prompts import Text, question_prompt
+from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
-from vr_jax.inference import generate
+from vr_jax.assets import ASSETS, VR_MINI, packaged
+from vr_jax.inference.engine import CHUNK, Engine, Prompt, Sizes
+from vr_jax.inference.placement import Placement
+from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
+from vr_jax.inference.programs import Programs
 from vr_jax.inference.regions import Region, objects_of, warnings_of
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.decoder import KVCache
+from vr_jax.models.decoder import fuse, quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
+from vr_jax.sharding import path_names
 
-ASSETS = Path(__file__).parent.parent / "assets"  # packaged models, one folder each
+WEIGHTS = ("float32", "bfloat16", "int8")
+TOGETHER = 32  # questions about one video that are read and encoded together
+READERS = min(8, os.cpu_count() or 1)  # threads that decode videos ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +81,72 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
-  """A request, read: what its row is built from."""
+class Options:
+  """How to answer; the keywords of `ask`, `ask_many`, `answer_each`, `stream` and `warm_up`.
 
+  Attributes:
+    max_new_tokens: the most tokens of an answer.
+    temperature, top_k, top_p: of `Sampling`; temperature 0 is greedy.
+    seed: sampled answers are a function of it and of the request's place in the list.
+    scene_frames: frames of the scene; None is as many as in training.
+    batch_size: answers under way at once. Greedy answers do not depend on what else is asked, nor
+      on how many requests there are; with 1 a single answer comes soonest.
+    share: questions about one video share what is computed of it. Off, each is computed by itself;
+      the answers are the same.
+  """
+
+  max_new_tokens: int = 256
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  scene_frames: int | None = None
+  batch_size: int = 8
+  share: bool = True
+
+  def __post_init__(self):
+    for name in ("max_new_tokens", "batch_size"):
+      if getattr(self, name) < 1:
+        raise InputError(f"{name}={getattr(self, name)}; accepted: 1 or more")
+
+  def sampling(self, default: Sampling) -> Sampling:
+    try:
+      return dataclasses.replace(
+        default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+      )
+    except ValueError as error:
+      raise InputError(str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """A request as read on the host; the frames are in the Clip that its group shares."""
+
+  index: int
   text: Text
-  clip: Clip
   names: tuple[str, ...]
+  objects: Sequence[Mapping[int, np.ndarray]]
   warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """Requests about one video, read; and those that could not be."""
+
+  video: Hashable
+  clip: Clip | None
+  read: Sequence[_Read]
+  refused: Sequence[tuple[int, InputError]]
 
 
 class Model:
   """A model that is ready to answer.
 
   Attributes:
-    cfg, params, tokenizer: the model.
+    cfg, params, tokenizer: the model; its decoder is in the fused layout.
     eos_ids, pad_id, sampling: how it decodes unless asked otherwise.
     notice: a warning that goes with every answer ("" for none).
+    visual: what is computed of videos; `visual.counts` says how much of it.
   """
 
   def __init__(
@@ -94,26 +156,43 @@ class Model:
     tokenizer: Tokenizer,
     generation: Mapping[str, Any] | None = None,
     notice: str = "",
+    *,
+    weights: str | None = None,
+    mesh: Mesh | None = None,
+    memory_limit: int | None = None,
   ):
-    """`generation` may hold eos_ids, pad_id and repetition_penalty, as checkpoints do."""
+    """`generation` may hold eos_ids, pad_id and repetition_penalty, as checkpoints do.
+
+    Args:
+      weights: "float32" or "bfloat16" compute in that dtype; "int8" keeps the dtype and holds the
+        decoder's matmul weights in 8 bits. None: as `cfg` says.
+      mesh: with the axes `data` and `model`, either or both; see placement.py.
+      memory_limit: bytes a device may be asked for, by default what it has.
+    """
     settings = dict(generation or {})
-    self.cfg, self.tokenizer, self.notice = cfg, tokenizer, notice
-    self.params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    self.tokenizer, self.notice, self._memory_limit = tokenizer, notice, memory_limit
+    self._placement = Placement(mesh)
+    self._placement.check(cfg.llm)
+    self.cfg, self.params = _for_inference(cfg, params, weights, self._placement)
     self.eos_ids = tuple(settings.get("eos_ids") or ())
     if not self.eos_ids and tokenizer.eos_id is not None:
       self.eos_ids = (tokenizer.eos_id,)
     pad = settings.get("pad_id")
     self.pad_id = int(tokenizer.pad_id or 0) if pad is None else int(pad)
     self.sampling = Sampling(repetition_penalty=settings.get("repetition_penalty") or 1.0)
-    self._module = VideoRefer(cfg)
-    self._segments = jax.jit(
-      lambda params, rows: self._module.apply({"params": params}, rows, method="object_similarity")[
-        1
-      ]
-    )
+    self._module = VideoRefer(self.cfg)
+    self._programs = Programs()
+    self._engines: dict[tuple[Sizes, Sampling], Engine] = {}
+    self.visual = Visual(self._module, self.params, self._programs, self._placement)
 
   def ask(
-    self, video: Any, question: str, regions: Sequence[Region] = (), **options: Any
+    self,
+    video: Any,
+    question: str,
+    regions: Sequence[Region] = (),
+    *,
+    on_text: Callable[[str], Any] | None = None,
+    **options: Any,
   ) -> Answer:
     """Answers one question.
 
@@ -121,59 +200,84 @@ class Model:
       video: path of a video, GIF, image or folder of frames, or a list or array of RGB frames.
       question: holds one `<region>` for each object; the i-th takes the i-th object.
       regions: what marks the objects; regions with one name are one object on several frames.
-      **options: of `ask_many`.
+      on_text: is given the answer piece by piece, as it comes.
+      **options: of `Options`.
 
     Raises:
       InputError: the video, a region or the question is not usable; one line says why.
     """
-    return self.ask_many([Request(video, question, regions)], **options)[0]
+    pieces = self.stream(video, question, regions, **options)
+    while True:
+      try:
+        piece = next(pieces)
+      except StopIteration as end:
+        return end.value
+      if on_text is not None:
+        on_text(piece)
+
+  def stream(
+    self,
+    video: Any,
+    question: str,
+    regions: Sequence[Region] = (),
+    *,
+    every: int = 4,
+    **options: Any,
+  ) -> Iterator[str]:
+    """As `ask`, yielding the text as it comes, every few tokens; the Answer is what it returns."""
+    ids: list[int] = []
+    sent = ""
+    request = Request(video, question, regions)
+    for _, tokens, result in self._run([request], Options(**options), every):
+      if isinstance(result, InputError):
+        raise result
+      ids += tokens
+      text = result.text if result else self._text(ids)
+      if (result or not text.endswith("\ufffd")) and text != sent:  # half a character waits
+        yield text[len(sent) :]
+        sent = text
+      if result:
+        return result
 
   def describe(self, video: Any, regions: Sequence[Region], **options: Any) -> Answer:
     """Describes one object in detail, with the prompt of VideoRefer-Bench-D."""
     return self.ask(video, DESCRIBE, regions, **options)
 
-  def ask_many(
-    self,
-    requests: Sequence[Request],
-    *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    scene_frames: int | None = None,
-    batch_size: int = 8,
-  ) -> list[Answer]:
-    """Answers many questions, `batch_size` at a time.
+  def ask_many(self, requests: Sequence[Request], **options: Any) -> list[Answer]:
+    """Answers many questions, in their order; `options` are those of `Options`.
 
-    Greedy answers (temperature 0) are those that `ask` would give each alone; sampled ones are a
-    function of `seed` and the request's place in the list. `scene_frames` is the number of scene
-    frames, by default that of the training.
+    Greedy answers (temperature 0) are those that `ask` would give each alone.
+
+    Raises:
+      InputError: a request is not usable; `answer_each` goes on with the others instead.
     """
-    if max_new_tokens < 1:
-      raise InputError(f"max_new_tokens={max_new_tokens}; accepted: 1 or more")
-    try:
-      sampling = dataclasses.replace(
-        self.sampling, temperature=temperature, top_k=top_k, top_p=top_p
-      )
-    except ValueError as error:
-      raise InputError(str(error)) from None
-    scene = self.cfg.num_frames if scene_frames is None else scene_frames
-    if self._scene_tokens(scene) < 1:
-      raise InputError(f"scene_frames={scene} gives no scene token; accepted: 2 or more")
-    keys = jax.random.split(jax.random.key(seed), max(len(requests), 1))
-    answers: list[Answer] = []
-    for first in range(0, len(requests), batch_size):
-      chunk = [self._prepare(request, scene) for request in requests[first : first + batch_size]]
-      rows = self._rows(chunk, scene)
-      tokens, lengths = self._generate(
-        rows, max_new_tokens, sampling, keys[first : first + len(chunk)]
-      )
-      segments = np.asarray(self._segments(self.params, rows))
-      for i, prepared in enumerate(chunk):
-        ids = tuple(int(t) for t in tokens[i, : lengths[i]])
-        answers.append(self._finish(prepared, ids, segments[i]))
-    return answers
+    answers: dict[int, Answer] = {}
+    for index, answer in self.answer_each(requests, **options):
+      if isinstance(answer, InputError):
+        raise answer
+      answers[index] = answer
+    return [answers[i] for i in range(len(requests))]
+
+  def answer_each(
+    self, requests: Sequence[Request], **options: Any
+  ) -> Iterator[tuple[int, Answer | InputError]]:
+    """(place in the list, answer) of each request as it is done; an InputError where it cannot be.
+
+    Videos are read by threads ahead of the device. `options` are those of `Options`.
+    """
+    for index, _, result in self._run(requests, Options(**options), None):
+      if result is not None:
+        yield index, result
+
+  def warm_up(self, *, question_slots: int = CHUNK, **options: Any) -> None:
+    """Compiles everything that questions of up to so many tokens need, with these options."""
+    asked = Options(**options)
+    scene = self._scene(asked)
+    for media in ("video", "image"):
+      head, _ = _around_media(question_prompt("", self.tokenizer, media)[1])
+      self.visual.compile(scene, len(head))
+      for slots in _classes(question_slots):
+        self._engine(self._sizes(asked, len(head), slots), asked.sampling(self.sampling))
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
     """How the tokens of each object came about (Fig. 7 of the paper).
@@ -181,101 +285,303 @@ class Model:
     Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
     that each frame was merged into, int32 [F].
     """
-    scene = self.cfg.num_frames
-    prepared = self._prepare(request, scene)
-    found = self._module.apply(
-      {"params": self.params}, self._rows([prepared], scene), method="object_similarity"
+    (group,) = self._read([(0, request)], None, self.cfg.num_frames)
+    for _, error in group.refused:
+      raise error
+    _, objects = self._see(group)
+    found = []
+    for one in objects:
+      unit = one.pooled / np.maximum(np.linalg.norm(one.pooled, axis=-1, keepdims=True), 1e-12)
+      found.append((unit @ unit.T, one.segments))
+    return found
+
+  # --- From requests to answers ---------------------------------------------------------------
+
+  def _run(
+    self, requests: Sequence[Request], options: Options, every: int | None
+  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None]]:
+    """(place, new tokens, the result once it is there); new tokens only every so many steps."""
+    options.sampling(self.sampling)
+    self._scene(options)
+    lanes: dict[int, list[int]] = collections.defaultdict(list)  # by the slots of the question
+    for i, request in enumerate(requests):
+      try:
+        lanes[_classes(self._question_slots(request))[-1]].append(i)
+      except InputError as error:
+        yield i, (), error
+    for slots, members in sorted(lanes.items()):
+      yield from self._run_lane([(i, requests[i]) for i in members], slots, options, every)
+
+  def _run_lane(self, asked, slots: int, options: Options, every: int | None):
+    """As `_run`, of requests that fit rows of one size."""
+    scene = self._scene(options)
+    refused: list[tuple[int, InputError]] = []
+    under_way: dict[int, tuple[_Read, Clip, list[ObjectTokens], list[int]]] = {}
+
+    def prompts() -> Iterator[Prompt]:
+      for group in self._read_ahead(asked, options, scene):
+        refused.extend(group.refused)
+        if not group.read:
+          continue
+        prefix, objects = self._see(group)
+        remaining = iter(objects)
+        for read in group.read:
+          own = list(itertools.islice(remaining, len(read.objects)))
+          under_way[read.index] = (read, group.clip, own, [])
+          yield self._prompt(read, prefix, own)
+
+    def refusals():
+      while refused:
+        index, error = refused.pop(0)
+        yield index, (), error
+
+    head, _ = _around_media(question_prompt("", self.tokenizer, "video")[1])
+    try:
+      engine = self._engine(self._sizes(options, len(head), slots), options.sampling(self.sampling))
+    except InputError as error:
+      refused.extend((i, error) for i, _ in asked)
+      yield from refusals()
+      return
+    limit, seed = options.max_new_tokens, options.seed
+    for progress in engine.run(prompts(), limit=limit, seed=seed, every=every):
+      yield from refusals()
+      index = progress.prompt.index
+      under_way[index][-1].extend(progress.tokens)
+      done = self._finish(*under_way.pop(index)) if progress.done else None
+      yield index, progress.tokens, done
+    yield from refusals()
+
+  def _read_ahead(self, asked, options: Options, scene: int) -> Iterator[_Group]:
+    """The requests in groups of one video, read by threads ahead of their use."""
+    call = object()  # frames in memory, and folders, are only known to stay the same in one call
+    groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
+    for i, request in asked:
+      video = _identity(request.video, call)
+      groups[video if options.share else (video, i)].append((i, request))
+    parts = (
+      (members[at : at + TOGETHER], video if options.share else None)
+      for video, members in groups.items()
+      for at in range(0, len(members), TOGETHER)
     )
-    matrices, segments = (np.asarray(x[0]) for x in found)
-    counts = [len(masks) for masks in prepared.clip.objects]
-    return [(m[:n, :n], s[:n]) for n, m, s in zip(counts, matrices, segments, strict=False)]
+    with ThreadPoolExecutor(READERS) as threads:
+      reading = collections.deque(
+        threads.submit(self._read, *part, scene) for part in itertools.islice(parts, READERS + 1)
+      )
+      while reading:
+        groups_of_part = reading.popleft().result()
+        for part in itertools.islice(parts, 1):
+          reading.append(threads.submit(self._read, *part, scene))
+        yield from groups_of_part
+
+  def _read(
+    self, asked: Sequence[tuple[int, Request]], video: Hashable, scene: int
+  ) -> list[_Group]:
+    """Reads requests about one video, each frame once: one group, if no request spoils the others.
+
+    Runs in a thread, without jax.
+    """
+    try:
+      source = open_video(asked[0][1].video)
+    except InputError as error:
+      return [_Group(video, None, (), [(i, error) for i, _ in asked])]
+    image = source.kind == "image"
+    shape = self._row_shape(scene)
+    prepared, refused = [], []
+    for i, request in asked:
+      try:
+        marked = objects_of(request.regions, source)
+        objects = [m.masks for m in marked] + list(request.annotation)
+        text = self._text_of(request, len(objects), "image" if image else "video")
+        warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio)
+        names = [m.name for m in marked]
+        names += [f"object {n}" for n in range(len(names), len(objects))]
+        prepared.append((i, text, objects, names, filter(None, [self.notice, *warnings])))
+      except InputError as error:
+        refused.append((i, error))
+    try:
+      clip = read_clip(
+        asked[0][1].video if image else source,
+        shape,
+        [masks for _, _, objects, _, _ in prepared for masks in objects],
+        image=image,
+        aspect_ratio=self.cfg.image_aspect_ratio,
+      )
+      if len(clip.scene) != scene:
+        raise InputError(
+          f"{source.name}: {len(clip.scene)} frames, which are all taken as the scene; accepted: "
+          f"up to {scene}, or scene_frames={len(clip.scene)}"
+        )
+    except InputError as error:
+      if len(asked) == 1:
+        return [_Group(video, None, (), [(asked[0][0], error)])]
+      return [group for one in asked for group in self._read([one], video, scene)]
+    cells = iter(clip.objects)
+    read = [
+      _Read(i, text, tuple(names), list(itertools.islice(cells, len(objects))), tuple(warnings))
+      for i, text, objects, names, warnings in prepared
+    ]
+    return [_Group(video, clip, read, refused)]
+
+  def _see(self, group: _Group) -> tuple[Prefix, list[ObjectTokens]]:
+    head, _ = _around_media(group.read[0].text)
+    objects = [masks for read in group.read for masks in read.objects]
+    return self.visual.see(group.clip.frames, group.clip.scene, objects, head, group.video)
+
+  def _prompt(self, read: _Read, prefix: Prefix, objects: Sequence[ObjectTokens]) -> Prompt:
+    """What follows the scene: text, and each object's tokens in the place of its `<region>`."""
+    _, tail = _around_media(read.text)
+    is_region = tail == self.tokenizer.region_id
+    slots = np.ones(len(tail), np.int64)
+    slots[is_region] = [len(o.tokens) for o in objects]
+    source = np.repeat(np.arange(len(tail)), slots)
+    is_visual = is_region[source]
+    visual = np.zeros((len(source), self.cfg.llm.width), self.cfg.region.dtype)
+    if objects:
+      visual[is_visual] = np.concatenate([o.tokens for o in objects])
+    tokens = np.where(is_visual, 0, tail[source]).astype(np.int32)
+    return Prompt(read.index, prefix, tokens, visual, is_visual)
+
+  def _finish(
+    self, read: _Read, clip: Clip, objects: Sequence[ObjectTokens], ids: Sequence[int]
+  ) -> Answer:
+    told = []
+    for name, masks, seen in zip(read.names, read.objects, objects, strict=True):
+      tokens: dict[int, list[int]] = {}
+      for number, segment in zip(masks, seen.segments, strict=True):
+        tokens.setdefault(int(segment), []).append(int(number))
+      told.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
+    return Answer(
+      text=self._text(ids),
+      token_ids=tuple(ids),
+      scene_frames=tuple(int(n) for n in clip.scene),
+      objects=tuple(told),
+      warnings=read.warnings,
+    )
+
+  # --- Sizes ----------------------------------------------------------------------------------
+
+  def _engine(self, sizes: Sizes, sampling: Sampling) -> Engine:
+    if (sizes, sampling) not in self._engines:
+      self._engines[sizes, sampling] = Engine(
+        self._module,
+        self.params,
+        self._programs,
+        self._placement,
+        sizes,
+        eos_ids=self.eos_ids,
+        pad_id=self.pad_id,
+        sampling=sampling,
+        memory_limit=self._memory_limit,
+      )
+    return self._engines[sizes, sampling]
+
+  def _sizes(self, options: Options, head: int, question: int) -> Sizes:
+    return Sizes(
+      rows=self._placement.whole_rows(options.batch_size),
+      prefix=head_slots(head) + self._scene_tokens(self._scene(options)),
+      question=question,
+      new_tokens=max(16, 1 << (options.max_new_tokens - 1).bit_length()),
+    )
+
+  def _scene(self, options: Options) -> int:
+    scene = self.cfg.num_frames if options.scene_frames is None else options.scene_frames
+    if self._scene_tokens(scene) < 1:
+      raise InputError(f"scene_frames={scene} gives no scene token; accepted: 2 or more")
+    return scene
 
   def _scene_tokens(self, scene: int) -> int:
     return scene_token_count(self.cfg.connector, scene, self.cfg.img.grid)
 
-  def _shape(self, needs: Sequence[Needs], scene: int) -> RowShape:
-    """A shape that holds the rows, rounded up so that few programs are compiled."""
-    shape = batches.fit_shape(
-      needs,
+  def _row_shape(self, scene: int) -> RowShape:
+    return batches.fit_shape(
+      [],
       image_size=self.cfg.img.image_size,
       grid=self.cfg.img.grid,
       tokens_per_object=self.cfg.region.tokens,
       scene_tokens=self._scene_tokens(scene),
       scene=scene,
-      frames_multiple=8,
-      object_frames_multiple=8,
     )
-    return dataclasses.replace(shape, length=generate.bucket(shape.length))
 
-  def _prepare(self, request: Request, scene: int) -> _Prepared:
-    video = open_video(request.video)
-    marked = objects_of(request.regions, video)
-    objects = [m.masks for m in marked] + list(request.annotation)
-    names = [m.name for m in marked]
-    names += [f"object {i}" for i in range(len(names), len(objects))]
+  def _question_slots(self, request: Request) -> int:
+    """The most slots that the question and its objects can take."""
+    regions = request.question.count(REGION)
+    _, tail = _around_media(question_prompt(request.question, self.tokenizer, "video")[1])
+    return len(tail) + regions * (self.cfg.region.tokens - 1)
+
+  def _text_of(self, request: Request, objects: int, media: str) -> Text:
     found = request.question.count(REGION)
-    if found != len(objects):
+    if found != objects:
       raise InputError(
-        f"question {request.question!r}: found {found} {REGION} but {len(objects)} objects; "
+        f"question {request.question!r}: found {found} {REGION} but {objects} objects; "
         f"accepted: one {REGION} for each object"
       )
-    image = video.kind == "image"
-    _, text = question_prompt(request.question, self.tokenizer, "image" if image else "video")
-    clip = read_clip(
-      request.video,
-      self._shape([], scene),
-      objects,
-      image=image,
-      aspect_ratio=self.cfg.image_aspect_ratio,
+    return question_prompt(request.question, self.tokenizer, media)[1]
+
+  def _text(self, ids: Sequence[int]) -> str:
+    return self.tokenizer.decode(ids, skip_special=True).strip()
+
+
+def _classes(question_slots: int) -> list[int]:
+  """Sizes for the question's slots, up to the one that holds so many."""
+  sizes = [2 * CHUNK]
+  while sizes[-1] < question_slots:
+    sizes.append(4 * sizes[-1])
+  return sizes
+
+
+def _around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
+  """Ids before and after the one media tag."""
+  tags = np.flatnonzero(np.isin(text.ids, list(MEDIA_IDS.values())))
+  if len(tags) != 1:
+    raise InputError(
+      f"found {len(tags)} media tags in the text; accepted: exactly one, which is put before the "
+      "question"
     )
-    warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio)
-    return _Prepared(text, clip, tuple(names), tuple(filter(None, [self.notice, *warnings])))
-
-  def _rows(self, chunk: Sequence[_Prepared], scene: int) -> Row:
-    region_id = self.tokenizer.region_id
-    shape = self._shape([batches.needs(p.text, p.clip, region_id) for p in chunk], scene)
-    return batches.collate([batches.build_row(p.text, p.clip, shape, region_id) for p in chunk])
-
-  def _generate(
-    self, rows: Row, max_new_tokens: int, sampling: Sampling, keys: jax.Array
-  ) -> tuple[np.ndarray, np.ndarray]:
-    B, L = rows["tokens"].shape
-    cache = KVCache.empty(self.cfg.llm, B, generate.bucket(L + max_new_tokens))
-    logits, cache = generate.prefill(self._module, self.params, rows, cache)
-    return generate.generate(
-      self._module,
-      self.params,
-      logits,
-      cache,
-      max_new_tokens=max_new_tokens,
-      eos_ids=self.eos_ids,
-      pad_id=self.pad_id,
-      sampling=sampling,
-      keys=keys,
-    )
-
-  def _finish(self, prepared: _Prepared, ids: tuple[int, ...], segments: np.ndarray) -> Answer:
-    objects = []
-    for name, masks, of_frame in zip(prepared.names, prepared.clip.objects, segments, strict=False):
-      tokens: dict[int, list[int]] = {}
-      for number, segment in zip(masks, of_frame, strict=False):
-        tokens.setdefault(int(segment), []).append(int(number))
-      objects.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
-    return Answer(
-      text=self.tokenizer.decode(ids, skip_special=True).strip(),
-      token_ids=ids,
-      scene_frames=tuple(int(n) for n in prepared.clip.scene),
-      objects=tuple(objects),
-      warnings=prepared.warnings,
-    )
+  return text.ids[: tags[0]], text.ids[tags[0] + 1 :]
 
 
-def load(source: str | Path | None = None) -> Model:
+def _identity(video: Any, call: object) -> Hashable:
+  """What tells a video from all others, also in later calls if it is a file."""
+  if not isinstance(video, str | os.PathLike):
+    return id(video), call
+  path = Path(video)
+  if not path.is_file():
+    return str(path), call
+  stat = path.stat()
+  return str(path.resolve()), stat.st_mtime_ns, stat.st_size
+
+
+def _for_inference(
+  cfg: VideoReferConfig, params: Mapping[str, Any], weights: str | None, placement: Placement
+) -> tuple[VideoReferConfig, Any]:
+  """Config and parameters as they are run: fused, in the dtype of the matmuls, on their devices."""
+  if weights is not None and weights not in WEIGHTS:
+    raise InputError(f"weights={weights!r}; accepted: {', '.join(WEIGHTS)}")
+  parts = {name: getattr(cfg, name) for name in ("img", "connector", "region", "llm")}
+  if weights in ("float32", "bfloat16"):
+    parts = {name: dataclasses.replace(part, dtype=weights) for name, part in parts.items()}
+  params = jax.device_get(params)
+  parts["llm"], llm = fuse(parts["llm"], params["llm"], placement.size("model"))
+  if weights == "int8":
+    llm = quantize(llm)
+
+  def cast(path: str, x):
+    """Kernels of matmuls in their dtype; what else there is computes in float32."""
+    matmul = path.endswith("/kernel") and not path.endswith("conv2/kernel")
+    return np.asarray(x, jnp.dtype(parts[path.split("/")[0]].dtype if matmul else "float32"))
+
+  others = {name: tree for name, tree in params.items() if name != "llm"}
+  ready = jax.tree.map(cast, path_names(others), others)
+  return dataclasses.replace(cfg, **parts), placement.put(ready | {"llm": llm})
+
+
+def load(source: str | Path | None = None, **options: Any) -> Model:
   """Loads a model.
 
   Args:
     source: a work directory of `vr train` or one of its checkpoints, a folder of the published
       VideoRefer, or the name of a packaged model. None is the packaged `vr-mini`.
+    **options: weights, mesh and memory_limit of `Model`.
 
   Raises:
     InputError: nothing there that is a model.
@@ -283,12 +589,11 @@ def load(source: str | Path | None = None) -> Model:
   from vr_jax.interop import videorefer
   from vr_jax.training import checkpoint
 
-  name = "vr-mini" if source is None else str(source)
+  name = VR_MINI.name if source is None else str(source)
   path = Path(name)
-  packaged = ASSETS / name
   notice = ""
-  if not path.exists() and packaged.is_dir():
-    path = packaged
+  if not path.exists() and name in packaged():
+    path = ASSETS / name
     notice = (
       f"{name} is a demonstration model, trained on small synthetic videos of moving shapes; "
       "its answers about other videos mean nothing"
@@ -300,14 +605,14 @@ def load(source: str | Path | None = None) -> Model:
       published.params,
       Tokenizer.from_folder(path),
       dataclasses.asdict(published.generation),
+      **options,
     )
   if not path.exists():
-    known = ", ".join(sorted(p.name for p in ASSETS.glob("*") if p.is_dir()))
     raise InputError(
       f"checkpoint {name!r}: no such folder; accepted: a work directory or checkpoint of vr train, "
-      f"a folder of the published VideoRefer, or a packaged model ({known})"
+      f"a folder of the published VideoRefer, or a packaged model ({', '.join(packaged())})"
     )
   read = checkpoint.load_for_inference(path)
   cfg = VideoReferConfig.from_dict(read.model)
   tokenizer = checkpoint.make_tokenizer(read.tokenizer_files)
-  return Model(cfg, read.params, tokenizer, read.generation, notice)
+  return Model(cfg, read.params, tokenizer, read.generation, notice, **options)

@@ -29,6 +29,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vr_jax.attention import attention
@@ -46,7 +47,7 @@ class DecoderConfig:
   norms multiply by 1 + scale. `query_scale` None means head_dim ** -0.5. `dtype` is that of the
   matmuls and the KV cache. `remat` is none, dots or full. `prefix_lm`: slots of a prefix see the
   whole prefix (PaliGemma); otherwise causal. `layout` is that of the parameters: "scanned"
-  (training, checkpoints) or "fused" (what `fuse` makes).
+  (training, checkpoints) or "fused" (what `fuse` makes, for `shards` devices of a tensor axis).
   """
 
   width: int
@@ -76,6 +77,7 @@ class DecoderConfig:
   dtype: str = "float32"
   remat: str = "none"
   layout: str = "scanned"
+  shards: int = 1
 
   def layer_kinds(self) -> tuple[str, ...]:
     """ "local" or "global" for each layer."""
@@ -87,15 +89,15 @@ class KVCache:
   """Keys and values of the slots seen so far; passed in, returned, never mutated.
 
   k, v [X,B,K,S,H], in the fused layout a tuple of X arrays [B,K,S,H]; positions i32 [B,S], -1 =
-  empty slot; end i32, the next slot to write (the same for every row: a row that pads or has ended
-  writes slots of position -1, which no query sees). `fresh` is static: nothing is cached yet, so a
-  prefill need not look at the cache.
+  empty slot; end i32, the next slot to write: [] where the rows are written together (a row that
+  pads or has ended writes slots of position -1, which no query sees), in the fused layout also [B],
+  each row's own. `fresh` is static: nothing is cached yet, so a prefill need not look at the cache.
   """
 
   k: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
   v: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
   positions: Int[Array, "B S"]
-  end: Int[Array, ""]
+  end: Int[Array, ""] | Int[Array, "B"]
   fresh: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod
@@ -133,7 +135,7 @@ class Tables:
   mask: Bool[Array, "Z B L S"]
   cos: Float[Array, "Z B L H/2"]
   sin: Float[Array, "Z B L H/2"]
-  end: Int[Array, ""] | None
+  end: Int[Array, ""] | Int[Array, "B"] | None
   fresh: bool = flax.struct.field(pytree_node=False)
 
 
@@ -186,6 +188,13 @@ def _scaled_by(*in_axes: int):
   return init
 
 
+def _matmul(x: Float[Array, "... D"], w: Any) -> Float[Array, "... F"]:
+  """x @ w in the dtype of x; the last axis of w stays. w may be int8, a scale for each column."""
+  values = getattr(w, "qvalue", w)  # qwix.QArray, see `quantize`
+  y = x @ values.reshape(x.shape[-1], -1).astype(x.dtype)
+  return y if values is w else y * w.scale.reshape(-1).astype(x.dtype)
+
+
 class Einsum(nn.Module):
   """A projection with big_vision's parameter names: `w`, and `b` of shape `bias` if given."""
 
@@ -203,19 +212,20 @@ class Einsum(nn.Module):
 
 
 class FusedProjection(nn.Module):
-  """q, k and v in one matmul: heads of q, then of k, then of v."""
+  """q, k and v in one matmul: each shard's heads of q, then of k, then of v."""
 
-  heads: int
-  head_dim: int
-  bias: bool
+  cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L N H"]:
-    width = self.heads * self.head_dim
-    y = x @ self.param("w", _scaled_by(0), (x.shape[-1], width)).astype(x.dtype)
-    if self.bias:
-      y = y + self.param("b", nn.initializers.zeros, (width,)).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], self.heads, self.head_dim)
+  def __call__(self, x: Float[Array, "B L D"]) -> list[Float[Array, "B L N H"]]:
+    c = self.cfg
+    N, K, H = c.heads, c.kv_heads, c.head_dim
+    y = _matmul(x, self.param("w", _scaled_by(0), (c.width, (N + 2 * K) * H)))
+    if c.qkv_bias:
+      y = y + self.param("b", nn.initializers.zeros, ((N + 2 * K) * H,)).astype(x.dtype)
+    y = y.reshape(*x.shape[:-1], c.shards, -1, H)
+    parts = jnp.split(y, (N // c.shards, (N + K) // c.shards), axis=-2)
+    return [part.reshape(*x.shape[:-1], -1, H) for part in parts]
 
 
 class OutputProjection(nn.Module):
@@ -226,8 +236,8 @@ class OutputProjection(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B L N H"]) -> Float[Array, "B L D"]:
     N, H = x.shape[-2:]
-    w = self.param("w", _scaled_by(0, 1), (N, H, self.cfg.width)).astype(x.dtype)
-    return x.reshape(*x.shape[:-2], N * H) @ w.reshape(N * H, -1)
+    w = self.param("w", _scaled_by(0, 1), (N, H, self.cfg.width))
+    return _matmul(x.reshape(*x.shape[:-2], N * H), w)
 
 
 class Attention(nn.Module):
@@ -245,8 +255,7 @@ class Attention(nn.Module):
       return Einsum(shape, bias, name=name)(equation, x)
 
     if c.layout == "fused":
-      qkv = FusedProjection(N + 2 * K, H, c.qkv_bias, name="qkv")(x)
-      q, k, v = jnp.split(qkv, (N, N + K), axis=2)
+      q, k, v = FusedProjection(c, name="qkv")(x)
     elif N == K:
       q, k, v = project("qkv_einsum", "BLD,TNDH->TBLNH", 3, N, D, H)
     else:
@@ -258,13 +267,12 @@ class Attention(nn.Module):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
     if kv is not None:
-      start = (0, 0, tables.end, 0)
       new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
       if layer is None:
-        kv = seen = tuple(map(functools.partial(_write, start=start), kv, new))
+        kv = seen = tuple(map(functools.partial(_write, end=tables.end, axis=2), kv, new))
       else:
-        new = (new[0][None], new[1][None])
-        kv = tuple(map(functools.partial(_write, start=(layer, *start)), kv, new))
+        start, new = (layer, 0, 0, tables.end, 0), (new[0][None], new[1][None])
+        kv = tuple(jax.lax.dynamic_update_slice(a, b, start) for a, b in zip(kv, new, strict=True))
         seen = (kv[0][layer], kv[1][layer])
       if not tables.fresh:
         k, v = seen[0].swapaxes(1, 2), seen[1].swapaxes(1, 2)
@@ -273,8 +281,12 @@ class Attention(nn.Module):
     return OutputProjection(c, name="attn_vec_einsum")(y), kv
 
 
-def _write(old: Array, new: Array, start: tuple) -> Array:
-  return jax.lax.dynamic_update_slice(old, new, start)
+def _write(old: Array, new: Array, end: Array, axis: int) -> Array:
+  """`new` in the slots from `end` on; the slots are that axis of [B,...], `end` is [] or [B]."""
+  if end.ndim == 0:
+    return jax.lax.dynamic_update_slice_in_dim(old, new, end, axis)
+  write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+  return jax.vmap(write)(old, new, end)
 
 
 class FeedForward(nn.Module):
@@ -287,13 +299,14 @@ class FeedForward(nn.Module):
     c = self.cfg
     D, F = c.width, c.mlp_dim
     if c.layout == "fused":
-      both = x @ self.param("gate_up", _scaled_by(0), (D, 2 * F)).astype(x.dtype)
-      gate, up = jnp.split(both, 2, axis=-1)
+      both = _matmul(x, self.param("gate_up", _scaled_by(0), (D, 2 * F)))
+      both = both.reshape(*x.shape[:-1], c.shards, 2, -1)
+      gate, up = (both[..., i, :].reshape(*x.shape[:-1], F) for i in range(2))
     else:
       gating = self.param("gating_einsum", _scaled_by(1), (2, D, F)).astype(x.dtype)
       gate, up = x @ gating[0], x @ gating[1]
-    linear = self.param("linear", _scaled_by(0), (F, D)).astype(x.dtype)
-    return (ACTIVATIONS[c.activation](gate) * up) @ linear
+    linear = self.param("linear", _scaled_by(0), (F, D))
+    return _matmul(ACTIVATIONS[c.activation](gate) * up, linear)
 
 
 class Block(nn.Module):
@@ -390,7 +403,7 @@ class Decoder(nn.Module):
       raise ValueError("segments are for packed training rows and do not go with a KV cache")
     key_positions = positions
     if cache is not None:
-      stored = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.end))
+      stored = _write(cache.positions, positions, cache.end, axis=1)
       key_positions = positions if cache.fresh else stored
     kinds = sorted(set(c.layer_kinds()))
     tables = [self._tables(k, positions, key_positions, prefix, segments) for k in kinds]
@@ -453,29 +466,62 @@ class Decoder(nn.Module):
     return mask, jnp.cos(angles), jnp.sin(angles)
 
 
-def fuse(cfg: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
+def fuse(
+  cfg: DecoderConfig, params: Mapping[str, Any], shards: int = 1
+) -> tuple[DecoderConfig, dict[str, Any]]:
   """A scanned decoder in the fused layout, for inference: (config, parameters).
 
   A step then reads every weight once, in few large matmuls, and no layer is sliced out of a stack.
+  Heads and MLP columns come in `shards` equal parts, so that each device of a tensor axis holds all
+  of what its part of a fused matmul belongs to. Works on the host: the result is of numpy arrays.
   """
   if cfg.layout != "scanned":
     raise ValueError(f"layout={cfg.layout!r}: only a scanned decoder can be fused")
+  heads = _interleaved((cfg.heads, cfg.kv_heads, cfg.kv_heads), shards)
+  columns = _interleaved((cfg.mlp_dim, cfg.mlp_dim), shards)
+
+  def cast(tree):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, w: np.asarray(w, "float32" if path[-1].key == "scale" else jnp.dtype(cfg.dtype)),
+      tree,
+    )
 
   def layer(i: int) -> dict[str, Any]:
-    of_layer = jax.tree.map(lambda w: w[i], params["layers"])
+    of_layer = cast(jax.tree.map(lambda w: w[i], params["layers"]))
     attn, mlp = dict(of_layer["attn"]), of_layer["mlp"]
     names = [name for name in ("q_einsum", "kv_einsum", "qkv_einsum") if name in attn]
     projections = [attn.pop(name) for name in names]
-    w = jnp.concatenate([p["w"].reshape(-1, cfg.width, cfg.head_dim) for p in projections])
-    attn["qkv"] = {"w": w.swapaxes(0, 1).reshape(cfg.width, -1)}
+    w = np.concatenate([p["w"].reshape(-1, cfg.width, cfg.head_dim) for p in projections])
+    attn["qkv"] = {"w": w[heads].swapaxes(0, 1).reshape(cfg.width, -1)}
     if cfg.qkv_bias:
-      attn["qkv"]["b"] = jnp.concatenate([p["b"].reshape(-1) for p in projections])
-    gate_up = jnp.concatenate(list(mlp["gating_einsum"]), axis=-1)
+      b = np.concatenate([p["b"].reshape(-1, cfg.head_dim) for p in projections])
+      attn["qkv"]["b"] = b[heads].reshape(-1)
+    gate_up = np.concatenate(list(mlp["gating_einsum"]), axis=-1)[:, columns]
     return {**of_layer, "attn": attn, "mlp": {"gate_up": gate_up, "linear": mlp["linear"]}}
 
-  fused = {k: v for k, v in params.items() if k != "layers"}
+  fused = cast({k: v for k, v in params.items() if k != "layers"})
   fused |= {f"layers_{i}": layer(i) for i in range(cfg.depth)}
-  fused = jax.tree_util.tree_map_with_path(
-    lambda path, w: w if path[-1].key == "scale" else w.astype(cfg.dtype), fused
-  )
-  return dataclasses.replace(cfg, layout="fused"), fused
+  return dataclasses.replace(cfg, layout="fused", shards=shards), fused
+
+
+def _interleaved(sizes: tuple[int, ...], shards: int) -> np.ndarray:
+  """Indices that bring concatenated parts of these sizes into the order of the shards."""
+  parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+  blocks = [np.split(part, shards) for part in parts]
+  return np.concatenate([block[i] for i in range(shards) for block in blocks])
+
+
+def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+  """A fused decoder whose layers' matmul weights are int8, scaled by column (extra [int8]).
+
+  Norms, biases and the token tables stay as they are.
+  """
+  import qwix
+
+  def of(path, w):
+    name = path[-2].key if path[-1].key == "w" else path[-1].key
+    if name not in ("qkv", "attn_vec_einsum", "gate_up", "linear"):
+      return w
+    return qwix.quantize(jnp.asarray(w), jnp.int8, channelwise_axes=(w.ndim - 1,))
+
+  return jax.tree_util.tree_map_with_path(of, dict(params))

@@ -101,7 +101,6 @@ class RegionEncoder(nn.Module):
 
   cfg: RegionConfig
 
-  @nn.compact
   def __call__(
     self,
     features: Float[Array, "B P N D"],
@@ -109,23 +108,14 @@ class RegionEncoder(nn.Module):
     region_frames: Int[Array, "B R F"],
   ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
     """(object tokens in `cfg.dtype`, which of them count); the merge comes before the MLP."""
-    x, valid = object_features(features, region_masks, region_frames)
+    return self.tokens(*object_features(features, region_masks, region_frames))
+
+  @nn.compact
+  def tokens(
+    self, x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"]
+  ) -> tuple[Float[Array, "*b U E"], Bool[Array, "*b U"]]:
+    """As `__call__`, of the features that `pool_regions` gave for each frame of an object."""
     tokens, kept = merge_tokens(x, valid, self.cfg.tokens)
     mlp = Mlp(self.cfg.width, 2, self.cfg.dtype)
     nn.share_scope(self, mlp)
     return mlp(tokens.astype(self.cfg.dtype)), kept
-
-  def similarity(
-    self,
-    features: Float[Array, "B P N D"],
-    region_masks: Float[Array, "B R P N"],
-    region_frames: Int[Array, "B R F"],
-  ) -> tuple[Float[Array, "B R F F"], Int[Array, "B R F"]]:
-    """Cosine similarity of every two frames of an object, and each frame's merged token (Fig. 7).
-
-    An empty mask has similarity 0 to everything; the segment of a frame that is none is -1.
-    """
-    x, valid = object_features(features, region_masks, region_frames)
-    segment, _ = merge_segments(x, valid, self.cfg.tokens)
-    unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return jnp.einsum("BRFD,BRGD->BRFG", unit, unit, precision="highest"), segment

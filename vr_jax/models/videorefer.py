@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vr_jax.models.connector import Connector, ConnectorConfig
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
-from vr_jax.models.region import RegionConfig, RegionEncoder
+from vr_jax.models.region import RegionConfig, RegionEncoder, merge_segments
 from vr_jax.models.siglip import Siglip, SiglipConfig
 
 Batch = dict[str, Array]
@@ -186,11 +186,50 @@ class VideoRefer(nn.Module):
     hidden, cache = self.llm(self.llm.embed(tokens), positions, cache)
     return self.llm.logits(hidden), cache
 
-  def object_similarity(self, batch: Batch) -> tuple[Float[Array, "B R F F"], Int[Array, "B R F"]]:
-    """Cosine similarity of an object's frames and the merged token each frame went to (Fig. 7)."""
-    return self.region.similarity(
-      self.encode_frames(batch["frames"]), batch["region_masks"], batch["region_frames"]
-    )
+  def scene_tokens(self, features: Float[Array, "B T N D"]) -> Float[Array, "B V E"]:
+    """The connector alone, on the tower features of the scene frames in their order."""
+    return self.connector(features)
+
+  def object_tokens(
+    self, pooled: Float[Array, "R F D"], valid: Bool[Array, "R F"]
+  ) -> tuple[Float[Array, "R U E"], Bool[Array, "R U"], Int[Array, "R F"]]:
+    """Of features pooled under each mask: (tokens, which count, the token each frame went to)."""
+    tokens, kept = self.region.tokens(pooled, valid)
+    return tokens, kept, merge_segments(pooled, valid, self.cfg.region.tokens)[0]
+
+  def prefill_scene(
+    self, head: Int[Array, "B K"], valid: Bool[Array, "B K"], scene: Float[Array, "B V E"], cache
+  ) -> KVCache:
+    """Fills an empty cache with what all questions about a video begin with.
+
+    `head` is the text before the media, its padding at the end and no slot that counts; the scene
+    tokens follow.
+    """
+    text = self.llm.embed(head)
+    count = valid.sum(axis=1, keepdims=True)
+    slots = jnp.arange(head.shape[1])
+    after = count + jnp.arange(scene.shape[1])
+    positions = jnp.concatenate([jnp.where(valid, slots, -1), after], axis=1).astype(jnp.int32)
+    embeds = jnp.concatenate([text, scene.astype(text.dtype)], axis=1)
+    return self.llm(embeds, positions, cache)[1]
+
+  def extend_visual(
+    self,
+    tokens: Int[Array, "B K"],
+    visual: Float[Array, "B K E"],
+    is_visual: Bool[Array, "B K"],
+    positions: Int[Array, "B K"],
+    cache: KVCache,
+  ) -> tuple[Float[Array, "B W"], KVCache]:
+    """Feeds K more slots per row, text or visual tokens; logits after the row's last slot here.
+
+    Positions are -1 for padding, which comes last. The logits of a row of padding mean nothing.
+    """
+    text = self.llm.embed(tokens)
+    embeds = jnp.where(is_visual[..., None], visual.astype(text.dtype), text)
+    hidden, cache = self.llm(embeds, positions, cache)
+    last = jnp.argmax(positions, axis=1)
+    return self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
 
 
 def empty_batch(

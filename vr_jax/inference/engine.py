@@ -1,0 +1,334 @@
+"""Many answers at once: rows of fixed shape, refilled as answers end.
+
+Letters: B row (an answer under way), S cache slot, M new token, Q row of one extend, K slot of one
+extend, E decoder width, W vocabulary.
+
+    prefix of the video ─ open ─► Q rows ─ extend by K slots, as often as the question needs ─┐
+    state of B rows ◄────────────────────────── admit into rows that are free ◄───────────────┘
+    state ─ decode until a row ends or some steps are done ─► new tokens ─► free rows
+
+All programs are compiled before the first request and none later. Their shapes do not depend on
+the requests, and each row is computed by itself, so an answer is the same whatever else is asked
+with it.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.inference import generate
+from vr_jax.inference.generate import Decoding
+from vr_jax.inference.placement import Placement
+from vr_jax.inference.prefix import KEPT, Prefix
+from vr_jax.inference.programs import Programs, bytes_of
+from vr_jax.inference.sampling import Sampling
+from vr_jax.models.decoder import KVCache
+from vr_jax.models.videorefer import VideoRefer
+
+CHUNK = 64  # K
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Static sizes: B rows, and the slots that prefix, question and answer have in each."""
+
+  rows: int
+  prefix: int
+  question: int
+  new_tokens: int
+
+  @property
+  def slots(self) -> int:
+    return self.prefix + self.question + self.new_tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+  """One question, ready for the decoder.
+
+  Attributes:
+    index: what the caller calls it; with the seed it decides what is sampled.
+    prefix: of its video.
+    tokens: i32 [n], what follows the scene; 0 where an object token stands.
+    visual: [n,E], the object tokens; anything elsewhere.
+    is_visual: bool [n].
+  """
+
+  index: int
+  prefix: Prefix
+  tokens: np.ndarray
+  visual: np.ndarray
+  is_visual: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """New token ids of one prompt, and whether its answer is complete."""
+
+  prompt: Prompt
+  tokens: tuple[int, ...]
+  done: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Bytes on a device, and how many it has."""
+
+  weights: int
+  rows: int
+  prefixes: int
+  scratch: int
+  limit: int
+
+  @property
+  def total(self) -> int:
+    return self.weights + self.rows + self.prefixes + self.scratch
+
+  def __str__(self) -> str:
+    parts = ("weights", "rows", "prefixes") + ("scratch",) * (self.scratch > 0)
+    listed = " + ".join(f"{part} {_size(getattr(self, part))}" for part in parts)
+    return f"{listed} = {_size(self.total)} of {_size(self.limit)}"
+
+
+class Engine:
+  """Answers prompts on B rows. Compiles on construction; `run` only runs."""
+
+  def __init__(
+    self,
+    module: VideoRefer,
+    params: Any,
+    programs: Programs,
+    placement: Placement,
+    sizes: Sizes,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    sampling: Sampling,
+    memory_limit: int | None = None,
+  ):
+    """`module` has its decoder in the fused layout; `memory_limit` bytes, default the device's.
+
+    Raises:
+      InputError: the sizes do not fit the memory; the message holds the numbers.
+    """
+    self.sizes, self._params = sizes, params
+    # An accelerator reads every weight for each extend, so several questions share it; a CPU gains
+    # nothing from the padding rows of a short batch.
+    self._together = placement.whole_rows(1 if jax.default_backend() == "cpu" else 4)
+    self._llm = module.cfg.llm
+    limit = device_memory() if memory_limit is None else memory_limit
+    self.plan = self._planned(programs, placement, sampling, limit, scratch=False)
+    if self.plan.total <= limit:
+      self._compile(module, programs, placement, eos_ids, pad_id, sampling)
+      self.plan = self._planned(programs, placement, sampling, limit, scratch=True)
+    if self.plan.total > limit:
+      raise InputError(
+        f"{sizes.rows} rows of {sizes.slots} slots (prefix {sizes.prefix}, question "
+        f"{sizes.question}, answer {sizes.new_tokens}) do not fit the memory: {self.plan}; "
+        "accepted: a smaller batch_size, max_new_tokens or question, or weights='int8'"
+      )
+
+  def run(
+    self, prompts: Iterable[Prompt], *, limit: int, seed: int = 0, every: int | None = None
+  ) -> Iterator[Progress]:
+    """Answers the prompts, taking the next one whenever a row is free.
+
+    Args:
+      prompts: drawn one by one, so they may be made as they are needed.
+      limit: the most new tokens of each.
+      seed: of the sampling.
+      every: report after so many steps; by default when answers are complete.
+    """
+    waiting = _Waiting(prompts)
+    state = self._empty()
+    rows: list[Prompt | None] = [None] * self.sizes.rows
+    told = [0] * len(rows)
+    while True:
+      while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
+        free = [i for i, prompt in enumerate(rows) if prompt is None][: len(batch)]
+        state = self._fill(state, batch, free, limit, seed)
+        for i, prompt in zip(free, batch, strict=True):
+          rows[i], told[i] = prompt, 0
+      if not any(rows):
+        return
+      steps = np.int32(limit if every is None else every)
+      state = self._decode(self._params, state, steps, np.bool_(not waiting.empty))
+      tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+      for i, prompt in enumerate(rows):
+        if prompt is None or (every is None and not done[i]):
+          continue
+        new = tuple(int(t) for t in tokens[i, told[i] : lengths[i]])
+        told[i] = int(lengths[i])
+        rows[i] = None if done[i] else prompt
+        yield Progress(prompt, new, bool(done[i]))
+
+  def _fill(
+    self, state: Decoding, batch: list[Prompt], free: list[int], limit: int, seed: int
+  ) -> Decoding:
+    """Prefills the questions of the batch and puts them into free rows."""
+    Q, E = self._together, self._llm.width
+    filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
+    counts = np.array([len(p.tokens) for p in filled], np.int32)
+    padded = -(-counts.max() // CHUNK) * CHUNK
+    tokens, is_visual = np.zeros((Q, padded), np.int32), np.zeros((Q, padded), bool)
+    visual = np.zeros((Q, padded, E), self._llm.dtype)
+    positions = np.full((Q, padded), -1, np.int32)
+    for i, p in enumerate(filled):
+      n = len(p.tokens)
+      tokens[i, :n], visual[i, :n], is_visual[i, :n] = p.tokens, p.visual, p.is_visual
+      positions[i, :n] = p.prefix.length + np.arange(n)
+    rows = self._open(tuple(p.prefix.cache for p in filled))
+    logits = np.zeros((Q, self._llm.vocab_size), np.float32)
+    for at in range(0, padded, CHUNK):
+      part = [x[:, at : at + CHUNK] for x in (tokens, visual, is_visual, positions)]
+      rows, logits = self._extend(self._params, rows, logits, *part)
+    where = np.array(free + [self.sizes.rows] * (Q - len(batch)), np.int32)
+    ends = self.sizes.prefix + counts
+    indices = np.array([p.index for p in filled], np.int32)
+    limits = np.full(Q, limit, np.int32)
+    return self._admit(state, rows, logits, ends, where, limits, np.uint32(seed), indices)
+
+  # --- Programs -------------------------------------------------------------------------------
+
+  def _state(self, sampling: Sampling, pad_id: int) -> Decoding:
+    """B rows without an answer."""
+    B, M, W = self.sizes.rows, self.sizes.new_tokens, self._llm.vocab_size
+    cache = KVCache.empty(self._llm, B, self.sizes.slots)
+    return Decoding(
+      cache=dataclasses.replace(cache, end=jnp.zeros(B, jnp.int32), fresh=False),
+      tokens=jnp.full((B, M), pad_id, jnp.int32),
+      lengths=jnp.zeros(B, jnp.int32),
+      done=jnp.ones(B, bool),
+      start=jnp.zeros(B, jnp.int32),
+      limits=jnp.zeros(B, jnp.int32),
+      keys=jax.random.split(jax.random.key(0), B),
+      seen=None if sampling.repetition_penalty == 1 else jnp.zeros((B, W), bool),
+    )
+
+  def _opened(self, prefixes: tuple[KVCache, ...]) -> KVCache:
+    """The prefixes as rows with room for question and answer."""
+    room = self.sizes.slots - self.sizes.prefix
+
+    def rows(xs, axis, value=0):
+      widths = [(0, room if i == axis else 0) for i in range(xs[0].ndim)]
+      return jnp.pad(jnp.concatenate(xs), widths, constant_values=value)
+
+    return KVCache(
+      k=tuple(rows(layer, 2) for layer in zip(*(p.k for p in prefixes), strict=True)),
+      v=tuple(rows(layer, 2) for layer in zip(*(p.v for p in prefixes), strict=True)),
+      positions=rows([p.positions for p in prefixes], 1, -1),
+      end=jnp.full(len(prefixes), self.sizes.prefix, jnp.int32),
+    )
+
+  def _shapes(self, placement: Placement, sampling: Sampling):
+    """Shapes of the state, of Q rows and of a prefix, with their shardings."""
+
+    def placed(shapes, shardings):
+      if shardings is None:
+        return shapes
+      return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+      )
+
+    def prefix():
+      cache = KVCache.empty(self._llm, 1, self.sizes.prefix)
+      return dataclasses.replace(cache, fresh=False)
+
+    Q, B = self._together, self.sizes.rows
+    of_prefix = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
+    of_rows = jax.eval_shape(self._opened, (of_prefix,) * Q)
+    state = jax.eval_shape(lambda: self._state(sampling, 0))
+    return (
+      placed(state, placement.state(self._llm, B, sampling)),
+      placed(of_rows, placement.cache(self._llm, Q)),
+      of_prefix,
+    )
+
+  def _planned(self, programs, placement, sampling, limit: int, scratch: bool) -> Plan:
+    state, rows, prefix = self._shapes(placement, sampling)
+    return Plan(
+      weights=bytes_of(self._params),
+      rows=bytes_of(state) + bytes_of(rows),
+      prefixes=(KEPT + 1) * bytes_of(prefix),
+      scratch=programs.scratch() if scratch else 0,
+      limit=limit,
+    )
+
+  def _compile(self, module, programs, placement, eos_ids, pad_id, sampling) -> None:
+    llm, array, name = self._llm, placement.array, (self.sizes, eos_ids, pad_id, sampling)
+    state, rows, prefix = self._shapes(placement, sampling)
+    state_placed = placement.state(llm, self.sizes.rows, sampling)
+    rows_placed = placement.cache(llm, self._together)
+    Q, W = self._together, llm.vocab_size
+    of_rows = placement.rows(Q)
+
+    def per_row(dtype, *shape):
+      return array((Q, *shape), dtype, of_rows)
+
+    def extend(params, rows, logits, *slots):
+      new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")
+      return rows, jnp.where((slots[-1] >= 0).any(1)[:, None], new, logits)
+
+    def admit(state, rows, logits, ends, where, limits, seed, indices):
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+      rows = dataclasses.replace(rows, end=ends)
+      M = self.sizes.new_tokens
+      new = generate.first(logits, rows, limits, keys, M, eos_ids, pad_id, sampling)
+      return jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), state, new)
+
+    def decode(params, state, steps, stop_at_end):
+      return generate.decode(module, params, state, steps, stop_at_end, eos_ids, pad_id, sampling)
+
+    logits, whole = per_row("float32", W), placement.whole
+    out = None if whole is None else (rows_placed, logits.sharding)
+    slots = (
+      per_row("int32", CHUNK),
+      per_row(llm.dtype, CHUNK, llm.width),
+      per_row(bool, CHUNK),
+      per_row("int32", CHUNK),
+    )
+    integers, one = per_row("int32"), array((), "int32")
+    self._empty = programs(("empty", name), lambda: self._state(sampling, pad_id), out=state_placed)
+    self._open = programs(("open", self.sizes), self._opened, (prefix,) * Q, out=rows_placed)
+    self._extend = programs(
+      ("extend", self.sizes), extend, self._params, rows, logits, *slots, donate=(1,), out=out
+    )
+    seed = array((), "uint32")
+    arguments = (state, rows, logits, integers, integers, integers, seed, integers)
+    self._admit = programs(("admit", name), admit, *arguments, donate=(0,), out=state_placed)
+    arguments = (self._params, state, one, array((), bool))
+    self._decode = programs(("decode", name), decode, *arguments, donate=(1,), out=state_placed)
+
+
+class _Waiting:
+  """Prompts not yet begun; `empty` looks one ahead."""
+
+  def __init__(self, prompts: Iterable[Prompt]):
+    self._prompts = iter(prompts)
+    self._next: list[Prompt] = []
+
+  def take(self, count: int) -> list[Prompt]:
+    taken = self._next + list(itertools.islice(self._prompts, count - len(self._next)))
+    self._next = list(itertools.islice(self._prompts, 1))
+    return taken
+
+  @property
+  def empty(self) -> bool:
+    return not self._next
+
+
+def device_memory() -> int:
+  """Bytes that one device offers; of a CPU, the machine's memory."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(count: int) -> str:
+  return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,120 @@
+"""Where weights, caches and rows live: on one device, or on a mesh of the axes `data` and `model`.
+
+Rows (answers under way, frames) are split over `data`; attention heads, MLP columns and the
+vocabulary over `model`. Everything else is whole on every device.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data_pipes.errors import InputError
+from vr_jax.inference.generate import Decoding
+from vr_jax.inference.sampling import Sampling
+from vr_jax.models.decoder import DecoderConfig, KVCache
+from vr_jax.sharding import path_names
+
+AXES = ("data", "model")
+# The dim of a fused decoder's weights that is split over `model`. Where it does not divide it the
+# next match is tried, and the array stays whole if none does.
+TENSOR_DIMS = (
+  (r"llm/layers_\d+/attn/qkv/.*", -1),
+  (r"llm/layers_\d+/attn/attn_vec_einsum/.*", 0),
+  (r"llm/layers_\d+/mlp/gate_up.*", -1),
+  (r"llm/layers_\d+/mlp/linear.*", 0),
+  (r"llm/embedder/.*", 0),
+  (r"llm/embedder/.*", 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """A mesh, or None for one device, where all shardings are None: the compiler's choice."""
+
+  mesh: Mesh | None = None
+
+  def __post_init__(self):
+    if self.mesh is not None and not set(self.mesh.axis_names) <= set(AXES):
+      raise InputError(
+        f"mesh axes {', '.join(self.mesh.axis_names)}; accepted for inference: {', '.join(AXES)}"
+      )
+
+  def size(self, axis: str) -> int:
+    return 1 if self.mesh is None else self.mesh.shape.get(axis, 1)
+
+  def check(self, cfg: DecoderConfig) -> None:
+    """Raises InputError where `model` does not divide the decoder's heads and MLP."""
+    n = self.size("model")
+    if math.gcd(cfg.heads, cfg.kv_heads, cfg.mlp_dim) % n:
+      raise InputError(
+        f"mesh axis model={n}: the decoder has {cfg.heads} heads, {cfg.kv_heads} key heads and "
+        f"{cfg.mlp_dim} MLP columns; accepted: a number that divides all of them"
+      )
+
+  def whole_rows(self, count: int) -> int:
+    """`count` rounded up to rows that the data axis divides."""
+    n = self.size("data")
+    return -(-count // n) * n
+
+  @property
+  def whole(self) -> NamedSharding | None:
+    """Sharding of an array that every device has whole."""
+    return self.split()
+
+  def split(self, *axes: str | None) -> NamedSharding | None:
+    """Sharding of an array whose first dims are split over these axes."""
+    if self.mesh is None:
+      return None
+    present = [axis if axis in self.mesh.axis_names else None for axis in axes]
+    return NamedSharding(self.mesh, PartitionSpec(*present))
+
+  def array(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an argument."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.split(*axes))
+
+  def rows(self, count: int) -> str | None:
+    """The axis that so many rows are split over: a few rows stay whole."""
+    return None if count % self.size("data") else "data"
+
+  def prefix(self, cfg: DecoderConfig) -> KVCache | None:
+    """Shardings of a fused decoder's cache of one row, whose `end` is []."""
+    if self.mesh is None:
+      return None
+    heads = (self.split(None, "model"),) * cfg.depth
+    return KVCache(k=heads, v=heads, positions=self.whole, end=self.whole)
+
+  def cache(self, cfg: DecoderConfig, rows: int) -> KVCache | None:
+    """Shardings of a cache whose rows have each their own `end`."""
+    if self.mesh is None:
+      return None
+    heads = (self.split(self.rows(rows), "model"),) * cfg.depth
+    row = self.split(self.rows(rows))
+    return KVCache(k=heads, v=heads, positions=row, end=row)
+
+  def state(self, cfg: DecoderConfig, rows: int, sampling: Sampling) -> Decoding | None:
+    """Shardings of rows that are being answered."""
+    if self.mesh is None:
+      return None
+    row = self.split(self.rows(rows))
+    seen = None if sampling.repetition_penalty == 1 else row
+    return Decoding(self.cache(cfg, rows), row, row, row, row, row, row, seen)
+
+  def put(self, params: Any) -> Any:
+    """Parameters, the decoder's in the fused layout, on their devices."""
+    if self.mesh is None:
+      return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(
+      lambda path, x: jax.device_put(x, self._weight(path, x.shape)), path_names(params), params
+    )
+
+  def _weight(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    for pattern, dim in TENSOR_DIMS:
+      fits = -len(shape) <= dim < len(shape) and shape[dim] % self.size("model") == 0
+      if fits and re.fullmatch(pattern, path):
+        return self.split(*(None,) * (dim % len(shape)), "model")
+    return self.whole

@@ -1,0 +1,217 @@
+"""What a video and its objects become on the device, each computed once for all questions.
+
+Letters: C frame of a call, S pixel, N patch, D tower width, T scene frame, V scene token, O object
+of a call, F frame of an object, U token of an object, K text slot, E decoder width.
+
+The text before the media and the scene tokens are the causal prefix that all questions about a
+video have in common: their keys and values are computed once. Object tokens come behind it, so
+of an object only the features under its masks are needed. Every call has a fixed shape, so that
+what comes out for one frame or object does not depend on what else was computed with it.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vr_jax.inference.placement import Placement
+from vr_jax.inference.programs import Programs
+from vr_jax.models.decoder import KVCache
+from vr_jax.models.region import pool_regions
+from vr_jax.models.videorefer import VideoRefer
+
+FRAMES = 4  # C
+OBJECTS = 8  # O
+OBJECT_FRAMES = 32  # smallest F; larger ones are four times as large each
+KEPT = 4  # prefixes that are kept for the next questions
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectTokens:
+  """Tokens [k,E] of an object, k <= U; its frames pooled [F,D], and the token of each, i32 [F]."""
+
+  tokens: np.ndarray
+  pooled: np.ndarray
+  segments: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix:
+  """Keys and values of one video's prefix: a cache of one row, `length` of its slots in use."""
+
+  cache: KVCache
+  length: int
+
+
+class Visual:
+  """Encodes frames, objects and prefixes; `counts` says how many of each."""
+
+  def __init__(self, module: VideoRefer, params: Any, programs: Programs, placement: Placement):
+    self._module, self._params, self._programs = module, params, programs
+    self._placement = placement
+    self._frames = placement.whole_rows(FRAMES)
+    self._kept: collections.OrderedDict[Hashable, Prefix] = collections.OrderedDict()
+    self.counts: collections.Counter[str] = collections.Counter()
+
+  def see(
+    self,
+    frames: Mapping[int, np.ndarray],
+    scene: Sequence[int],
+    objects: Sequence[Mapping[int, np.ndarray]],
+    head: np.ndarray,
+    video: Hashable = None,
+  ) -> tuple[Prefix, list[ObjectTokens]]:
+    """The prefix of a video and the tokens of objects in it; each frame is encoded once.
+
+    Args:
+      frames: uint8 [S,S,3] by frame number.
+      scene: the T frame numbers of the scene.
+      objects: per object its mask uint8 [N] by frame number, in merge order.
+      head: ids of the text before the media.
+      video: what tells this video from all others; its prefix is then kept for later calls.
+    """
+    key = (video, tuple(scene), tuple(head))
+    prefix = None if video is None else self._kept.get(key)
+    numbers = dict.fromkeys(() if prefix is not None else scene)
+    numbers |= dict.fromkeys(number for masks in objects for number in masks)
+    chunks, pooled = self._encode(frames, list(numbers), objects, 0 if prefix else len(set(scene)))
+    if prefix is None:
+      place = {number: i for i, number in enumerate(numbers)}
+      prefix = self._prefill(head, chunks, [place[number] for number in scene])
+    if video is not None:
+      self._kept[key] = prefix
+      self._kept.move_to_end(key)
+      while len(self._kept) > KEPT:
+        self._kept.popitem(last=False)
+    return prefix, self._merge(objects, pooled)
+
+  def compile(self, scene: int, head: int) -> None:
+    """Compiles what a video with `scene` scene frames and `head` ids before it needs."""
+    self._programs_of_objects(OBJECT_FRAMES)
+    self._program_of_prefix(scene, head_slots(head))
+
+  def _encode(self, frames, numbers, objects, keep):
+    """Features of the first `keep` frames, by chunks of C, and {(object, frame): pooled [D]}."""
+    encode, pool, _ = self._programs_of_objects(OBJECT_FRAMES)
+    N, C = self._module.cfg.img.grid**2, self._frames
+    size = self._module.cfg.img.image_size
+    marks: dict[int, list[tuple[int, np.ndarray]]] = collections.defaultdict(list)
+    for i, masks in enumerate(objects):
+      for number, mask in masks.items():
+        marks[number].append((i, mask))
+    chunks, found = [], []
+    for first in range(0, len(numbers), C):
+      part = numbers[first : first + C]
+      pixels = np.zeros((C, size, size, 3), np.uint8)
+      for place, number in enumerate(part):
+        pixels[place] = frames[number]
+      features = encode(self._params, pixels)
+      self.counts["frames"] += len(part)
+      if first < keep:
+        chunks.append(features)
+      for turn in range(0, max(len(marks[number]) for number in part), OBJECTS):
+        masks = np.zeros((C, OBJECTS, N), np.uint8)
+        names = {}
+        for place, number in enumerate(part):
+          for j, (i, mask) in enumerate(marks[number][turn : turn + OBJECTS]):
+            masks[place, j], names[i, number] = mask, (place, j)
+        found.append((names, pool(features, masks)))
+    pooled = {}
+    for names, values in found:  # fetched last, so that the device need not wait for the host
+      values = np.asarray(values)
+      pooled |= {name: values[at] for name, at in names.items()}
+    return chunks, pooled
+
+  def _prefill(self, head: np.ndarray, chunks: list, places: list[int]) -> Prefix:
+    slots = head_slots(len(head))
+    run = self._program_of_prefix(len(places), slots)
+    chunks += chunks[:1] * (-(-len(places) // self._frames) - len(chunks))
+    padded = np.zeros((1, slots), np.int32)
+    padded[0, : len(head)] = head
+    valid = np.arange(slots)[None] < len(head)
+    cache = run(self._params, tuple(chunks), np.asarray(places, np.int32), padded, valid)
+    self.counts["prefixes"] += 1
+    return Prefix(cache, len(head) + cache.positions.shape[1] - slots)
+
+  def _merge(self, objects, pooled) -> list[ObjectTokens]:
+    done: list[ObjectTokens] = []
+    for first in range(0, len(objects), OBJECTS):
+      part = objects[first : first + OBJECTS]
+      F = OBJECT_FRAMES
+      while any(len(masks) > F for masks in part):
+        F *= 4
+      merge = self._programs_of_objects(F)[2]
+      x = np.zeros((OBJECTS, F, self._module.cfg.img.width), np.float32)
+      valid = np.zeros((OBJECTS, F), bool)
+      for i, masks in enumerate(part):
+        for j, number in enumerate(masks):
+          x[i, j], valid[i, j] = pooled[first + i, number], True
+      tokens, kept, segments = map(np.asarray, merge(self._params, x, valid))
+      self.counts["objects"] += len(part)
+      for i, masks in enumerate(part):
+        n = len(masks)
+        done.append(ObjectTokens(tokens[i][kept[i]], x[i, :n], segments[i, :n]))
+    return done
+
+  # --- Programs -------------------------------------------------------------------------------
+
+  def _programs_of_objects(self, object_frames: int):
+    cfg, array, C = self._module.cfg, self._placement.array, self._frames
+    N, D, S = cfg.img.grid**2, cfg.img.width, cfg.img.image_size
+    features = array((C, N, D), cfg.img.dtype, "data")
+
+    def encode(params, pixels):
+      return self._apply(params, pixels[None], method="encode_frames")[0]
+
+    def pool(features, masks):
+      return pool_regions(features[:, None], masks[:, :, None])[:, :, 0]
+
+    def merge(params, pooled, valid):
+      return self._apply(params, pooled, valid, method="object_tokens")
+
+    pixels, masks = array((C, S, S, 3), "uint8", "data"), array((C, OBJECTS, N), "uint8", "data")
+    pooled = array((OBJECTS, object_frames, D), "float32")
+    valid = array((OBJECTS, object_frames), bool)
+    programs, params, out = self._programs, self._params, self._placement.whole
+    return (
+      programs("encode", encode, params, pixels, out=features.sharding),
+      programs("pool", pool, features, masks, out=out),
+      programs(("merge", object_frames), merge, params, pooled, valid, out=out),
+    )
+
+  def _program_of_prefix(self, scene: int, slots: int):
+    llm, array = self._module.cfg.llm, self._placement.array
+
+    def prefill(params, chunks, places, head, valid):
+      tokens = self._scene_tokens(params, chunks, places)
+      cache = KVCache.empty(llm, 1, slots + tokens.shape[1])
+      return self._apply(params, head, valid, tokens, cache, method="prefill_scene")
+
+    arguments = (
+      self._params,
+      *self._scene_arguments(scene),
+      array((1, slots), "int32"),
+      array((1, slots), bool),
+    )
+    out = self._placement.prefix(llm)
+    return self._programs(("prefill", scene, slots), prefill, *arguments, out=out)
+
+  def _scene_tokens(self, params, chunks, places):
+    features = jnp.concatenate(chunks)[places]
+    return self._apply(params, features[None], method="scene_tokens")
+
+  def _scene_arguments(self, scene: int):
+    cfg, C = self._module.cfg.img, self._frames
+    chunk = self._placement.array((C, cfg.grid**2, cfg.width), cfg.dtype, "data")
+    return (chunk,) * -(-scene // C), self._placement.array((scene,), "int32")
+
+  def _apply(self, params, *args, method):
+    return self._module.apply({"params": params}, *args, method=method)
+
+
+def head_slots(count: int) -> int:
+  """Slots of the text before the media: its length, rounded up so that few programs are needed."""
+  return -(-max(count, 1) // 16) * 16

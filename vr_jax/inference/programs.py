@@ -1,0 +1,85 @@
+"""Programs compiled ahead of time: counted, measured, and kept on disk from one run to the next."""
+
+import os
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+_compiled = 0
+
+
+def compilations() -> int:
+  """Programs that XLA was asked for in this process since this module was imported."""
+  return _compiled
+
+
+def _count(event: str, duration: float, **_) -> None:
+  global _compiled
+  _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def keep_on_disk(folder: str | os.PathLike | None = None) -> Path:
+  """Keeps compiled programs in `folder`, so that the next process need not compile them.
+
+  By default that of JAX_COMPILATION_CACHE_DIR, or else `vr_jax/programs` in the user's cache.
+  """
+  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache / "vr_jax" / "programs"
+  jax.config.update("jax_compilation_cache_dir", str(chosen))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  compilation_cache.reset_cache()  # a folder given after the first program is heeded too
+  return Path(chosen)
+
+
+class Programs:
+  """Compiled functions by name. One is compiled when it is first asked for, and never again."""
+
+  def __init__(self):
+    self._compiled: dict[Hashable, Any] = {}
+
+  def __call__(
+    self, name: Hashable, function: Callable, *arguments: Any, donate: tuple = (), out: Any = None
+  ) -> Callable:
+    """`function` compiled for arguments of these shapes (arrays or ShapeDtypeStructs).
+
+    Args:
+      name: stands for the function and the shapes.
+      donate: places of the arguments that the call consumes.
+      out: shardings of the result; None leaves them to the compiler.
+    """
+    if name not in self._compiled:
+      shardings = {} if out is None else {"out_shardings": out}
+      jitted = jax.jit(function, donate_argnums=donate, **shardings)
+      self._compiled[name] = jitted.lower(*jax.tree.map(shape_of, arguments)).compile()
+    return self._compiled[name]
+
+  def scratch(self) -> int:
+    """Bytes on a device that the greediest program needs beside its arguments and results."""
+    analyses = [program.memory_analysis() for program in self._compiled.values()]
+    return max((a.temp_size_in_bytes for a in analyses if a is not None), default=0)
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+  """Shape, dtype and, where it is placed on purpose, sharding of an array."""
+  placed = x.sharding if getattr(x, "committed", True) and hasattr(x, "sharding") else None
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+
+def bytes_of(tree: Any) -> int:
+  """Bytes of a tree of arrays or shapes on the device that holds most of them."""
+
+  def of(x) -> int:
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    count = 1
+    for size in shape:
+      count *= size
+    return count * x.dtype.itemsize
+
+  return sum(of(x) for x in jax.tree.leaves(tree))
