@@ -78,8 +78,7 @@ def ids(answers):
 
 
 def test_sharing_changes_the_work_and_not_the_answers(model, requests, answers):
-  model.visual.counts.clear()
-  model.visual._kept.clear()
+  model.visual.forget()
   assert model.ask_many(requests, **OPTIONS) == answers
   shared = dict(model.visual.counts)
   model.visual.counts.clear()
@@ -92,8 +91,7 @@ def test_sharing_changes_the_work_and_not_the_answers(model, requests, answers):
 
 
 def test_a_prefix_is_kept_for_the_next_call(model, requests, answers):
-  model.visual.counts.clear()
-  model.visual._kept.clear()
+  model.visual.forget()
   first = model.ask_many([requests[0]], **OPTIONS)
   second = model.ask_many([requests[6]], **OPTIONS)
   assert ids(first + second) == [answers[0].token_ids, answers[6].token_ids]

@@ -88,6 +88,11 @@ class Visual:
         self._kept.popitem(last=False)
     return prefix, self._merge(objects, pooled)
 
+  def forget(self) -> None:
+    """Drops the kept prefixes, and begins to count anew."""
+    self._kept.clear()
+    self.counts.clear()
+
   def compile(self, scene: int, head: int) -> None:
     """Compiles what a video with `scene` scene frames and `head` ids before it needs."""
     self._programs_of_objects(OBJECT_FRAMES)
