@@ -88,9 +88,12 @@ def read_clip(
     cells.append(of_object)
   clip = Clip({}, scene, cells, tuple(vanishing))
   numbers = clip.numbers()
-  frames = [pixels] if image else read_scene(video, numbers)
-  at_model = (to_model(frame, shape.image_size, aspect_ratio) for frame in frames)
-  return replace(clip, frames=dict(zip(numbers, at_model, strict=True)))
+
+  def at_model(frame: np.ndarray) -> np.ndarray:
+    return to_model(frame, shape.image_size, aspect_ratio)
+
+  frames = [at_model(pixels)] if image else read_scene(video, numbers, at_model)
+  return replace(clip, frames=dict(zip(numbers, frames, strict=True)))
 
 
 def _whole_mask(

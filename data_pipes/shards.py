@@ -121,7 +121,7 @@ class StoredClip(Video):
     self.kind, self.fps = clip["kind"], clip.get("fps")
     self.size = tuple(clip["size"])
     self.claimed, self.rotation = clip.get("claimed"), clip.get("rotation", 0)
-    self.source = clip["source"]
+    self.source, self.aspect_ratio = clip["source"], clip["rule"]["aspect_ratio"]
     self._count = clip.get("count", 1)
     self._rows = {number: clip["first"] + k for k, number in enumerate(clip["frames"])}
     self._frames = frames

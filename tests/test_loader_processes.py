@@ -60,7 +60,7 @@ def test_any_number_of_processes_gives_the_same_global_batches(shards, golden, m
   rest = start(shards, golden, mode, 2, position=2, threads=1)
   one, two, rest = map(global_batches, (one, two, rest))
   assert len(one) >= 3
-  assert len({row for batch in one for row in batch}) > 4
+  assert len({row for batch in one for row in batch}) >= 4
   assert one == two
   # Resumed on another number of processes, a run goes on with exactly what it had not seen.
   assert one[2:] == rest

@@ -244,9 +244,69 @@ def _data_commands(data: argparse.ArgumentParser) -> None:
   )
   prepare.add_argument("--json", action="store_true", help="print the manifest")
 
+  stats = verb("stats", "count by type, source, length, objects, mask area and frames")
+  stats.add_argument("files", nargs="+", metavar="FILE", help="a JSON array, or a folder of shards")
+  stats.add_argument("--html", metavar="PAGE", help="write a page with plots")
+  stats.add_argument("--json", action="store_true")
+
+  show = verb("show", "one item: frames with its objects drawn on them, and the dialogue")
+  show.add_argument("file", metavar="FILE", help="a JSON array, or a folder of shards")
+  show.add_argument("item", metavar="ITEM", help="its number, or id=ID")
+  show.add_argument("--media", metavar="DIR", default=".", help="the media are relative to DIR")
+  show.add_argument("--out", default="item.html", help="a .html page (default), or .png or .jpg")
+
+  bench = verb("bench", "time the input pipeline alone, stage by stage")
+  bench.add_argument("files", nargs="+", metavar="FILE", help="a JSON array, or a folder of shards")
+  bench.add_argument("--media", metavar="DIR", default=".", help="the media are relative to DIR")
+  bench.add_argument("--model", default="videorefer-7b", help="whose sizes (default: %(default)s)")
+  bench.add_argument("--tokenizer", metavar="DIR", help="default: that of the packaged vr-mini")
+  bench.add_argument("--masks", default="half", help="single, multi or half (default)")
+  bench.add_argument("--samples", type=int, default=64, metavar="N", help="default: %(default)s")
+  bench.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
+  bench.add_argument("--json", action="store_true")
+
 
 def _data(args: argparse.Namespace) -> int:
-  return {"check": _data_check, "prepare": _data_prepare}[args.verb](args)
+  verbs = {
+    "check": _data_check,
+    "prepare": _data_prepare,
+    "stats": _data_stats,
+    "show": _data_show,
+    "bench": _data_bench,
+  }
+  return verbs[args.verb](args)
+
+
+def _data_stats(args: argparse.Namespace) -> int:
+  from data_pipes import stats
+
+  result = stats.read_stats(args.files)
+  print(stats.dumps(result) if args.json else "\n".join(stats.table(result)))
+  if args.html:
+    stats.write_page(args.html, result)
+  return 0
+
+
+def _data_show(args: argparse.Namespace) -> int:
+  from vr_jax.evaluation.show_item import find_item, write_item
+
+  record, item = find_item(args.file, args.item)
+  print(write_item(args.out, record, item, args.media))
+  return 0
+
+
+def _data_bench(args: argparse.Namespace) -> int:
+  from data_pipes import pipeline_bench
+  from vr_jax.training.videorefer_task import bench_inputs
+
+  for file in args.files:
+    inputs = bench_inputs(file, args.model, args.tokenizer, args.masks)
+    result = pipeline_bench.bench(
+      *inputs, media=args.media, samples=args.samples, threads=args.threads
+    )
+    lines = [file, *pipeline_bench.table(result)]
+    print(json.dumps({"file": file, **result}, indent=2) if args.json else "\n".join(lines))
+  return 0
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

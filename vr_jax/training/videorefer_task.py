@@ -37,7 +37,9 @@ from data_pipes.records import Record, RecordFile
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
+from vr_jax.assets import VR_MINI
 from vr_jax.models.connector import scene_token_count
+from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.loss import model_loss
@@ -191,6 +193,18 @@ def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile
   shards = ShardSet(path)
   shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
   return shards
+
+
+def bench_inputs(
+  file: str, model: str, tokenizer: str | None, masks: str
+) -> tuple[RecordFile | ShardSet, Tokenizer, dict[str, int], RowRules]:
+  """What `vr data bench` times: a file or folder read as a named model needs it."""
+  cfg = get_variant(model)
+  records = ShardSet(file) if Path(file).is_dir() else RecordFile(file)
+  if isinstance(records, ShardSet):
+    records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  rules = RowRules(aspect_ratio=cfg.image_aspect_ratio, masks=masks, max_text_ids=cfg.max_text_ids)
+  return records, Tokenizer.from_folder(tokenizer or VR_MINI), row_sizes(cfg), rules
 
 
 def row_sizes(cfg: VideoReferConfig) -> dict[str, int]:

@@ -1,0 +1,231 @@
+"""`vr data stats`: what annotation files or prepared shards hold, as a table, JSON and a page.
+
+Counts of items that can be read; those that cannot are counted by class of defect (check.py).
+Frames and areas come from the annotation alone; no media are opened.
+"""
+
+import html
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.check import bench_kind, parse_item
+from data_pipes.errors import Defect
+from data_pipes.masks import check_segmentation, segmentation_to_mask
+from data_pipes.prompts import from_human
+from data_pipes.records import Record, scan_items
+from data_pipes.shards import ShardSet
+
+# Upper ends of the classes of each distribution; the last class is open.
+CLASSES: dict[str, tuple[float, ...]] = {
+  "objects": (0, 1, 2, 3, 4, 5),
+  "frames": (1, 2, 4, 8, 16, 31, 32),  # annotated frames of an object
+  "seen": (0, 1, 4, 8, 16, 24, 31),  # of which it is seen
+  "area": (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),  # of a mask, share of the frame
+  "question_words": (5, 10, 20, 40, 80, 160),
+  "answer_words": (5, 10, 20, 40, 80, 160, 320),
+  "rounds": (1, 2, 3, 4, 6, 8),
+}
+TITLES = {
+  "objects": "Objects of an item",
+  "frames": "Annotated frames of an object",
+  "seen": "Frames in which it is seen",
+  "area": "Area of a mask (share of the frame)",
+  "question_words": "Words of a question",
+  "answer_words": "Words of an answer",
+  "rounds": "Rounds of a dialogue",
+}
+
+
+def kind_of(record: Record, item: Mapping[str, Any]) -> str:
+  """The type of an item, as Fig. 8 of the paper counts them."""
+  bench = bench_kind(item)
+  if bench:
+    return f"bench {bench}"
+  if record.media is None:
+    return "text"
+  where = "region" if record.objects else "whole"
+  answers = [t.text for t in from_human(record.turns)[1::2]]
+  words = np.mean([len(a.split()) for a in answers])
+  if len(answers) > 1 and not record.objects:
+    form = "dialogue"
+  else:
+    form = "short" if words <= 10 else "long"
+  return f"{record.media} {where} {form}"
+
+
+class Stats:
+  """Counts, added up item by item in constant memory."""
+
+  def __init__(self):
+    self.items = 0
+    self.kinds: Counter[str] = Counter()
+    self.sources: Counter[str] = Counter()
+    self.types: Counter[str] = Counter()
+    self.defects: Counter[str] = Counter()
+    self.distributions = {name: np.zeros(len(c) + 1, np.int64) for name, c in CLASSES.items()}
+    self.sums: Counter[str] = Counter()
+
+  def add(self, item: Any, where: str) -> None:
+    """Counts one item, or its defect."""
+    self.items += 1
+    try:
+      record = parse_item(item, where)
+    except Defect as error:
+      self.defects[error.kind] += 1
+      return
+    self.kinds[kind_of(record, item)] += 1
+    self.sources[record.path.partition("/")[0] if "/" in record.path else "(top folder)"] += 1
+    if item.get("type"):
+      self.types[str(item["type"])] += 1
+    self._put("objects", len(record.objects))
+    turns = from_human(record.turns) if record.turns else []
+    if turns:
+      self._put("rounds", len(turns) // 2)
+    for i, turn in enumerate(turns):
+      self._put("answer_words" if i % 2 else "question_words", len(turn.text.split()))
+    for by_frame in record.objects:
+      areas = [self._area(s, record) for s in by_frame.values()]
+      self._put("frames", len(areas))
+      self._put("seen", sum(a != 0 for a in areas))
+      for area in filter(None, areas):
+        self._put("area", area)
+
+  def _put(self, name: str, value: float) -> None:
+    self.distributions[name][np.searchsorted(CLASSES[name], value)] += 1
+    self.sums[name] += value
+    self.sums[f"{name} count"] += 1
+
+  def _area(self, segmentation: Any, record: Record) -> float | None:
+    """Share of the frame; None where it cannot be told (polygons without a size, broken masks)."""
+    try:
+      size, area = check_segmentation(segmentation)
+      if size is None and area is None and record.size:
+        size, area = record.size, int(segmentation_to_mask(segmentation, *record.size).sum())
+    except ValueError:
+      return None
+    if area == 0:
+      return 0.0
+    return None if size is None or area is None else area / (size[0] * size[1])
+
+  def result(self) -> dict[str, Any]:
+    """The figures as `vr data stats --json` prints them."""
+    means = {
+      name: self.sums[name] / self.sums[f"{name} count"]
+      for name in CLASSES
+      if self.sums[f"{name} count"]
+    }
+    return {
+      "items": self.items,
+      "readable": sum(self.kinds.values()),
+      "kinds": dict(self.kinds.most_common()),
+      "sources": dict(self.sources.most_common(30)),
+      "types": dict(self.types.most_common()),
+      "defects": dict(self.defects.most_common()),
+      "distributions": {
+        name: dict(zip(labels(name), map(int, counts), strict=True))
+        for name, counts in self.distributions.items()
+      },
+      "means": means,
+    }
+
+
+def labels(name: str) -> list[str]:
+  """Names of the classes of a distribution."""
+  ends = CLASSES[name]
+  if name == "area":
+    return [f"≤ {e:.2%}" for e in ends] + [f"> {ends[-1]:.0%}"]
+  out, low = [], 0
+  for end in (int(e) for e in ends):
+    out.append(str(end) if end <= low else f"{low}–{end}")
+    low = end + 1
+  return [*out, f"> {int(ends[-1])}"]
+
+
+def read_stats(
+  files: Sequence[str | Path], progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+  """Counts what JSON files and folders of shards hold."""
+  stats = Stats()
+  for file in files:
+    for item, where in _items(Path(file)):
+      stats.add(item, where)
+      if stats.items % 20_000 == 0:
+        progress(f"{file}: {stats.items} items")
+  return {"files": [str(f) for f in files], **stats.result()}
+
+
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+  if path.is_dir():
+    shards = ShardSet(path)
+    yield from ((shards.sample(i)["record"], f"{path}: sample {i}") for i in range(len(shards)))
+    return
+  for i, span in enumerate(scan_items(path)):
+    yield span.item, f"{path}: item {i}"
+
+
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+  """The figures as lines for a terminal."""
+  yield f"{result['items']} items, {result['readable']} of them readable"
+  for name in ("kinds", "sources", "types", "defects"):
+    for key, count in result[name].items():
+      yield f"  {name[:-1]:<7} {key:<28} {count:>8}  {count / max(result['items'], 1):6.1%}"
+  for name, counts in result["distributions"].items():
+    if not sum(counts.values()):
+      continue
+    mean = result["means"][name]
+    yield f"{TITLES[name]} (mean {mean:.4g})"
+    most = max(counts.values())
+    for key, count in counts.items():
+      if count:
+        yield f"  {key:>9} {count:>9}  {'█' * round(30 * count / most)}"
+
+
+def write_page(path: Path | str, result: Mapping[str, Any]) -> Path:
+  """One self-contained page: the composition (as Fig. 8) and the distributions (as Fig. 9)."""
+  composition = _bars("Composition", result["kinds"])
+  others = [
+    _bars(title, result[name])
+    for name, title in (("sources", "Sources"), ("types", "Question types"), ("defects", "Defects"))
+    if result[name]
+  ]
+  figures = [
+    _bars(f"{TITLES[name]}, mean {result['means'][name]:.4g}", counts)
+    for name, counts in result["distributions"].items()
+    if sum(counts.values())
+  ]
+  names = html.escape(", ".join(result["files"]))
+  page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>vr data stats</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222; }}
+.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26em, 1fr)); gap: 2em; }}
+figure {{ margin: 0; }} figcaption {{ font-weight: 600; margin-bottom: .4em; }}
+table {{ border-collapse: collapse; width: 100%; }} td {{ padding: .1em .5em; }}
+td.n {{ text-align: right; white-space: nowrap; }} td.b {{ width: 55%; }}
+td.b div {{ background: #0072B2; height: .9em; min-width: 1px; }}
+</style>
+<h1>{result["items"]} items, {result["readable"]} readable</h1><p>{names}</p>
+<div class="figures">{composition}{"".join(others)}{"".join(figures)}</div></html>
+"""
+  path = Path(path)
+  path.write_text(page, encoding="utf-8")
+  return path
+
+
+def _bars(title: str, counts: Mapping[str, int]) -> str:
+  most, total = max(counts.values(), default=1), max(sum(counts.values()), 1)
+  rows = "".join(
+    f'<tr><td>{html.escape(str(key))}</td><td class="n">{count}</td>'
+    f'<td class="n">{count / total:.1%}</td>'
+    f'<td class="b"><div style="width:{100 * count / max(most, 1):.1f}%"></div></td></tr>'
+    for key, count in counts.items()
+  )
+  return f"<figure><figcaption>{html.escape(title)}</figcaption><table>{rows}</table></figure>"
+
+
+def dumps(result: Mapping[str, Any]) -> str:
+  return json.dumps(result, indent=2, ensure_ascii=False)

@@ -1,0 +1,139 @@
+"""`vr data show`: one item as a page or a picture, its frames with the objects drawn on them."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipes.check import parse_item
+from data_pipes.clips import media_path
+from data_pipes.errors import InputError
+from data_pipes.masks import segmentation_to_mask
+from data_pipes.records import Record, RecordFile
+from data_pipes.shards import ShardSet
+from data_pipes.video import Video, open_video
+from vr_jax.evaluation.overlay import colour_of, data_uri, draw_objects
+
+SHOWN = 12  # frames
+
+
+def find_item(file: str | Path, item: str) -> tuple[Record, dict[str, Any]]:
+  """An item of an annotation file or a folder of shards, by number or as `id=ID`.
+
+  Raises InputError if there is none.
+  """
+  shards = ShardSet(file) if Path(file).is_dir() else None
+  items = shards or RecordFile(file)
+
+  def raw(i: int) -> Any:
+    return shards.sample(i)["record"] if shards is not None else items.item(i)
+
+  if item.startswith("id="):
+    wanted = item.removeprefix("id=")
+    found = (i for i in range(len(items)) if _id(raw(i)) == wanted)
+    index = next(found, None)
+  else:
+    index = int(item) if item.isdecimal() and int(item) < len(items) else None
+  if index is None:
+    raise InputError(f"{file}: no item {item!r}; accepted: 0 to {len(items) - 1}, or id=ID")
+  if shards is not None:
+    return shards[index], raw(index)
+  return parse_item(raw(index), f"{file}: item {index}"), raw(index)
+
+
+def _id(item: Any) -> str | None:
+  return str(item.get("id")) if isinstance(item, dict) else None
+
+
+def overlays(record: Record, media: str | Path, width: int = 480) -> list[tuple[int, Image.Image]]:
+  """Up to 12 annotated frames (frame 0 where there is none) with the objects on them."""
+  video = open_video(record.stored or media_path(media, record.path))
+  numbers = sorted({n for by_frame in record.objects for n in by_frame if n < len(video)}) or [0]
+  at = np.unique(np.linspace(0, len(numbers) - 1, min(SHOWN, len(numbers))).round().astype(int))
+  numbers = [numbers[i] for i in at]
+  shown = []
+  for number, frame in zip(numbers, video.frames(numbers), strict=True):
+    masks = {}
+    if frame.shape[:2] != tuple(video.size):
+      frame = _at_source_size(frame, video)
+    for i, by_frame in enumerate(record.objects):
+      if by_frame.get(number) is not None:
+        mask = segmentation_to_mask(by_frame[number], *(record.size or video.size))
+        masks[i] = mask
+    shown.append((number, draw_objects(frame, masks, width)))
+  return shown
+
+
+def _at_source_size(frame: np.ndarray, video: Video) -> np.ndarray:
+  """A frame stored square, as wide and high as in the source."""
+  height, width = video.size
+  if getattr(video, "aspect_ratio", "square") == "square":
+    return np.asarray(Image.fromarray(frame).resize((width, height)))
+  side = max(height, width)
+  top, left = (side - height) // 2, (side - width) // 2
+  square = np.asarray(Image.fromarray(frame).resize((side, side)))
+  return square[top : top + height, left : left + width]
+
+
+def write_item(path: str | Path, record: Record, item: dict[str, Any], media: str | Path) -> Path:
+  """Writes the item to a `.html` page, or its frames to a `.png` or `.jpg` picture."""
+  path = Path(path)
+  shown = overlays(record, media) if record.media is not None else []
+  if path.suffix in (".png", ".jpg"):
+    if not shown:
+      raise InputError(f"{record.where}: has no media; give a .html file")
+    _sheet([image for _, image in shown]).save(path)
+    return path
+  if path.suffix != ".html":
+    raise InputError(f"--out {path}: accepted: a .html page, or a .png or .jpg picture")
+  figures = "".join(
+    f'<figure><img src="{data_uri(image)}" alt="frame {n}"><figcaption>frame {n}</figcaption>'
+    "</figure>"
+    for n, image in shown
+  )
+  talk = "".join(
+    f"<p><b>{html.escape(who)}</b> {_marked(text)}</p>" for who, text in _dialogue(record, item)
+  )
+  facts = f"{html.escape(record.where)} · {html.escape(record.path or 'no media')}"
+  title = html.escape(str(record.id))
+  path.write_text(
+    f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; color: #222; }}
+.frames {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); gap: .8em; }}
+figure {{ margin: 0; }} img {{ width: 100%; }} figcaption {{ color: #666; }}
+</style><h1>{title}</h1><p>{facts}</p>
+<div class="frames">{figures}</div>{talk}</html>
+""",
+    encoding="utf-8",
+  )
+  return path
+
+
+def _dialogue(record: Record, item: dict[str, Any]) -> list[tuple[str, str]]:
+  if record.turns:
+    return [(t.role, t.text) for t in record.turns]
+  options = " ".join(item.get("options", ()))
+  asked = [("question", f"{item['Question']} {options}")] if "Question" in item else []
+  return [*asked, ("answer", str(item.get("Answer", item.get("caption"))))]
+
+
+def _marked(text: str) -> str:
+  """The text with the i-th `<region>` in the colour of object i."""
+  first, *rest = html.escape(text).split("&lt;region&gt;")
+  out = [first]
+  for i, piece in enumerate(rest):
+    out.append(f'<b style="color:{colour_of(i)}">&lt;region {i}&gt;</b>{piece}')
+  return "".join(out).replace("\n", "<br>")
+
+
+def _sheet(images: list[Image.Image], columns: int = 3) -> Image.Image:
+  columns = min(columns, len(images))
+  width, height = images[0].size
+  rows = -(-len(images) // columns)
+  sheet = Image.new("RGB", (columns * width, rows * height), "white")
+  for i, image in enumerate(images):
+    sheet.paste(image, (i % columns * width, i // columns * height))
+  return sheet
