@@ -133,6 +133,10 @@ class StoredClip(Video):
     """The presented numbers of the frames that are here."""
     return list(self._rows)
 
+  def encoded(self) -> list[bytes]:
+    """The stored frames as they are, JPEG or PNG, in the order of `stored`."""
+    return list(self._frames.__getitems__(list(self._rows.values())))
+
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     missing = [n for n in numbers if n not in self._rows]
     if missing:
