@@ -1,0 +1,181 @@
+"""Row 8: samples a second a core from JPEG shards and from H.264; ratio to a PyTorch loader.
+
+    VR_MEDIA_DIR=DIR python benchmarks/data_speed.py [--pairs 9]
+
+Clips: dog.mp4, 2.mp4 and 4.mp4 in VR_MEDIA_DIR, or generated H.264 ones of 640x360. A sample is 16
+scene frames at 384 pixels and 8 masks of one object. Both sides read the same samples in this
+process, in turn (A B A B): CPU seconds of the process and its children, median of the ratios. The
+other side is decord, transformers' SiglipImageProcessor (Pillow form) and torch's DataLoader with
+two workers; without decord, torch and transformers its row says so.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from data_pipes.batch import RowShape
+from data_pipes.frame_rules import grid_frames, uniform_frames
+from data_pipes.loader import make_dataset, prefetched
+from data_pipes.masks import encode_mask, mask_from_box, segmentation_to_mask
+from data_pipes.pipeline_bench import bench
+from data_pipes.prepare import Prepare, Settings
+from data_pipes.records import RecordFile
+from data_pipes.samples import RowRules, Samples
+from data_pipes.shards import ShardSet
+from data_pipes.tasks import run_local
+from data_pipes.tokenizer import Tokenizer
+from data_pipes.video import open_video
+
+SIZES = {"image_size": 384, "grid": 27, "tokens_per_object": 4, "scene_tokens": 1352}
+SHAPE = RowShape(frames=24, scene=16, objects=1, object_frames=8, length=1600, **SIZES)
+TOKENIZER = Path(__file__).parent.parent / "tests/golden/tiny_videorefer_qwen2"
+GOALS = {"jpeg": 25.0, "h264": 1.5, "ratio": 2.0}
+
+
+def cpu_seconds() -> float:
+  """Of this process and of its children that have ended."""
+  kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+  return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
+
+
+def write_items(folder: Path, media: Path, copies: int) -> Path:
+  """An annotation file with `copies` samples of each clip."""
+  items = []
+  for clip in sorted(media.glob("*.mp4")):
+    video = open_video(clip)
+    height, width = video.size
+    box = mask_from_box((width * 0.3, height * 0.3, width * 0.6, height * 0.7), height, width)
+    numbers = list(dict.fromkeys(grid_frames(len(video)).tolist()))[::4]
+    annotation = {str(n): {"segmentation": encode_mask(box)} for n in numbers}
+    talk = [
+      {"from": "human", "value": "<video>\nWhat is <region>?"},
+      {"from": "gpt", "value": "It."},
+    ]
+    items += [
+      {
+        "id": f"{clip.stem}{i}",
+        "video": clip.name,
+        "conversations": talk,
+        "annotation": [annotation],
+      }
+      for i in range(copies)
+    ]
+  path = folder / "items.json"
+  path.write_text(json.dumps(items))
+  return path
+
+
+def make_clips(folder: Path, count: int = 3, frames: int = 150) -> Path:
+  """Generated clips of moving noise, 640x360 H.264."""
+  import av
+
+  rng = np.random.default_rng(0)
+  for k in range(count):
+    picture = np.kron(rng.integers(0, 255, (18, 32, 3)), np.ones((20, 20, 1))).astype(np.uint8)
+    with av.open(str(folder / f"clip{k}.mp4"), "w") as container:
+      stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
+      stream.height, stream.width, stream.pix_fmt = 360, 640, "yuv420p"
+      for i in range(frames):
+        frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, 1), format="rgb24")
+        container.mux(stream.encode(frame))
+      container.mux(stream.encode())
+  return folder
+
+
+def ours(samples: Samples, batch: int) -> float:
+  """CPU seconds a sample of our loader."""
+  start = cpu_seconds()
+  dataset = make_dataset([samples], batch_size=batch, seed=0, drop_remainder=True)
+  count = sum(batch for _ in prefetched(dataset, threads=2))
+  return (cpu_seconds() - start) / count
+
+
+def torch_loader(items: Path, media: Path, batch: int):
+  """The other side as a function that gives CPU seconds a sample; None where it cannot run."""
+  try:
+    import decord
+    import torch
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+  except ImportError as error:
+    print(f"io.x skipped: {error}")
+    return None
+  processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+  records = json.loads(items.read_text())
+
+  class Clips(torch.utils.data.Dataset):
+    def __len__(self):
+      return len(records)
+
+    def __getitem__(self, i):
+      reader = decord.VideoReader(str(media / records[i]["video"]), num_threads=1)
+      (annotation,) = records[i]["annotation"]
+      ids = [*uniform_frames(len(reader), 16).tolist(), *map(int, annotation)]
+      ids = [min(n, len(reader) - 1) for n in ids]
+      frames = reader.get_batch(ids).asnumpy()
+      pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
+      masks = [segmentation_to_mask(a["segmentation"]) for a in annotation.values()]
+      resized = torch.nn.functional.interpolate(
+        torch.from_numpy(np.stack(masks))[None].float(), size=(27, 27), mode="bilinear"
+      )
+      return pixels, resized[0] > 0
+
+  def run() -> float:
+    start = cpu_seconds()
+    loader = torch.utils.data.DataLoader(Clips(), batch_size=batch, num_workers=2)
+    count = sum(len(pixels) for pixels, _ in loader)
+    del loader
+    return (cpu_seconds() - start) / count
+
+  return run
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--pairs", type=int, default=9)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    given = os.environ.get("VR_MEDIA_DIR")
+    media = Path(given) if given else make_clips(folder)
+    items = write_items(folder, media, 4)
+    settings = Settings((str(items),), str(media), shards=2, size=384)
+    run_local(Prepare.start(folder / "shards", settings))
+    tokenizer = Tokenizer.from_folder(TOKENIZER)
+    shards, videos = ShardSet(folder / "shards"), RecordFile(items)
+    for name, records in (("jpeg", shards), ("h264", videos)):
+      result = bench(records, tokenizer, SIZES, RowRules(), media=media, samples=12, batch_size=4)
+      rate = result["samples_per_second_per_core"]
+      stages = ", ".join(f"{k} {v:.1f}" for k, v in result["cpu_ms_a_sample"].items())
+      print(f"io.samples_s_core.{name} {rate:.1f} (goal {GOALS[name]}); ms a sample: {stages}")
+      print(
+        f"  Grain and threads {result['loader_overhead']:.1%} of the CPU time (goal 5 %); encodes "
+        f"per unique frame {result['encodes_per_unique_frame']:.2f} (goal 1.00)"
+      )
+    theirs = torch_loader(items, media, 4)
+    if theirs is None:
+      return
+    sources = {
+      "jpeg": Samples(shards, tokenizer, SHAPE),
+      "h264": Samples(videos, tokenizer, SHAPE, media_root=media),
+    }
+    ratios: dict[str, list[float]] = {"jpeg": [], "h264": []}
+    theirs()  # warm
+    for _ in range(args.pairs):
+      for name, source in sources.items():
+        mine = ours(source, 4)
+        ratios[name].append(theirs() / mine)
+    for name, found in ratios.items():
+      low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
+      print(
+        f"io.x.{name} {middle:.2f} (p10 {low:.2f}, p90 {high:.2f}; goal {GOALS['ratio']}) "
+        "times the PyTorch loader's samples per CPU second"
+      )
+
+
+if __name__ == "__main__":
+  main()
