@@ -7,6 +7,7 @@ size in pixels, L sequence slots, U tokens kept per object, V scene tokens.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from data_pipes.errors import InputError
@@ -27,6 +28,9 @@ valid bool [L]: text or visual slot. supervised bool [L]: the slot's own token i
 A packed row holds several samples one behind the other: scene is int32 [C, T], a clip each (unused
 ones are frame 0), the visual table begins with C * V scene tokens, and there is
 segments int32 [L]: the number of the sample in the row, -1 in padding.
+
+Where object features are cached, object_tokens bfloat16 [R, U, D] and object_kept bool [R, U] stand
+for region_masks and region_frames.
 """
 
 
@@ -44,6 +48,7 @@ class RowShape:
   tokens_per_object: int  # U
   scene_tokens: int  # V
   clips: int = 0  # C, of packed rows; 0: a row is one sample
+  feature_width: int = 0  # D, of cached object features; 0: objects come as masks
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,15 @@ class Clip:
       with an empty mask counts as a frame of the object.
     vanished: (object, frame number) where the object is too small to be in any cell by the
       published rule; the default rule keeps the cells it covers most.
+    features: (tokens [objects, U, D], kept [objects, U]) where they are cached; objects then have
+      no masks here.
   """
 
   frames: Mapping[int, np.ndarray]
   scene: Sequence[int]
   objects: Sequence[Mapping[int, np.ndarray]]
   vanished: Sequence[tuple[int, int]] = ()
+  features: tuple[np.ndarray, np.ndarray] | None = None
 
   def numbers(self) -> list[int]:
     """The frame numbers the row stores, each once: scene frames, then those of masks alone."""
@@ -168,6 +176,11 @@ def _place(
     row["frames"][p] = clip.frames[number]
   scene = row["scene"][at.clips] if shape.clips else row["scene"]
   scene[:] = [slot[number] for number in clip.scene]
+  if shape.feature_width:
+    assert clip.features is not None, where
+    own = slice(at.objects, after.objects)
+    row["object_tokens"][own], row["object_kept"][own] = clip.features
+    return after
   for r, masks in enumerate(clip.objects, at.objects):
     row["region_frames"][r, : len(masks)] = [slot[number] for number in masks]
     for number, mask in masks.items():
@@ -178,11 +191,21 @@ def _place(
 def empty_row(shape: RowShape) -> Row:
   """A row with nothing in it: no valid slot, nothing supervised."""
   packed = {"segments": np.full(shape.length, -1, np.int32)} if shape.clips else {}
+  if shape.feature_width:
+    kept = (shape.objects, shape.tokens_per_object)
+    objects = {
+      "object_tokens": np.zeros((*kept, shape.feature_width), ml_dtypes.bfloat16),
+      "object_kept": np.zeros(kept, bool),
+    }
+  else:
+    objects = {
+      "region_masks": np.zeros((shape.objects, shape.frames, shape.grid**2), np.uint8),
+      "region_frames": np.full((shape.objects, shape.object_frames), -1, np.int32),
+    }
   return {
     "frames": np.zeros((shape.frames, shape.image_size, shape.image_size, 3), np.uint8),
     "scene": np.zeros((shape.clips, shape.scene) if shape.clips else shape.scene, np.int32),
-    "region_masks": np.zeros((shape.objects, shape.frames, shape.grid**2), np.uint8),
-    "region_frames": np.full((shape.objects, shape.object_frames), -1, np.int32),
+    **objects,
     "tokens": np.zeros(shape.length, np.int32),
     "visual": np.full(shape.length, -1, np.int32),
     "valid": np.zeros(shape.length, bool),

@@ -48,7 +48,7 @@ def read_clip(
   Args:
     source: what `open_video` takes; with `image`, the path of one image, an array [H, W, 3] or a
       Video of one frame.
-    shape: gives T, the image size and the grid.
+    shape: gives T (0: no scene frames), the image size and the grid.
     objects: per object {frame number of the source: mask}, in merge order. A mask is a COCO
       segmentation, a uint8 or bool array [H, W] of the frame's size, or None for an empty one.
     image: the source is one image, whose frame 0 is every scene frame.
@@ -72,7 +72,7 @@ def read_clip(
   else:
     video = open_video(source)
     name, count, frame_size = video.name, len(video), video.size
-    scene = scene_ids(video, shape.scene, start, end)
+    scene = scene_ids(video, shape.scene, start, end) if shape.scene else []
   cells, vanishing = [], []
   for i, by_frame in enumerate(objects):
     of_object = {}

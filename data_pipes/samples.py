@@ -3,12 +3,13 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipes.batch import Clip, Needs, Row, RowShape, build_row
 from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, read_clip
 from data_pipes.errors import InputError
+from data_pipes.feature_shards import FeatureShards, sample_key
 from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import Text, dialogue_text, plain_text
 from data_pipes.records import Record, RecordFile
@@ -35,6 +36,7 @@ class RowRules:
     single_frame: which one in single mode, "first" where the object is seen, or "random".
     max_mask_frames: most frames of an object in multi mode.
     seed: of the draws above. The same record always gets the same frames.
+    cached: object features come from a cache, so that no mask frames are read.
   """
 
   templated: bool = True
@@ -45,6 +47,7 @@ class RowRules:
   single_frame: str = "first"
   max_mask_frames: int = MAX_MASK_FRAMES
   seed: int = 0
+  cached: bool = False
 
   def __post_init__(self):
     accepted_values = {
@@ -90,6 +93,8 @@ def record_needs(
   if record.media is None:
     return Needs(0, 0, 0, 0, len(text.ids))
   objects = rules.objects(record, index)
+  if rules.cached:
+    objects = [{} for _ in objects]
   numbers = {number for by_frame in objects for number in by_frame}
   if record.stored is not None and record.media != "image":
     frames = len(numbers.union(scene_ids(record.stored, scene)))
@@ -120,8 +125,13 @@ class Samples:
     *,
     media_root: str | Path = "",
     rules: RowRules | None = None,
+    features: FeatureShards | None = None,
   ):
-    """`records` is a RecordFile or a list; `media_root` the folder its paths start from."""
+    """`records` is a RecordFile or a list; `media_root` the folder its paths start from.
+
+    `features` are cached object features, where `rules.cached`.
+    """
+    self.features = features
     self.records, self.tokenizer, self.shape = records, tokenizer, shape
     self.media_root = Path(media_root)
     self.rules = rules or RowRules()
@@ -144,15 +154,20 @@ class Samples:
       text = self.rules.text(record, self.tokenizer)
       clip = None
       if record.media is not None:
+        objects, cached = self.rules.objects(record, index), None
+        if self.features is not None:
+          cached = self.features.get(index, sample_key(record, objects))
+          objects = [{} for _ in objects]
         clip = read_clip(
           record.stored or media_path(self.media_root, record.path),
           self.shape,
-          self.rules.objects(record, index),
+          objects,
           image=record.media == "image",
           aspect_ratio=self.rules.aspect_ratio,
           mask_rule=self.rules.mask_rule,
           size=record.size,
         )
+        clip = replace(clip, features=cached)
     except (InputError, OSError) as error:
       raise InputError(f"{record.where}: {error}") from error
     if clip and clip.vanished:

@@ -106,16 +106,36 @@ class RegionEncoder(nn.Module):
     features: Float[Array, "B P N D"],
     region_masks: Float[Array, "B R P N"],
     region_frames: Int[Array, "B R F"],
+    merged: tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]] | None = None,
   ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
-    """(object tokens in `cfg.dtype`, which of them count); the merge comes before the MLP."""
-    return self.tokens(*object_features(features, region_masks, region_frames))
+    """(object tokens in `cfg.dtype`, which of them count); the merge comes before the MLP.
 
-  @nn.compact
+    `merged` are cached features of the objects, as `merged_features` gives them; masks are not
+    looked at then.
+    """
+    return self.lift(*(merged or self.merged_features(features, region_masks, region_frames)))
+
+  def merged_features(
+    self,
+    features: Float[Array, "B P N D"],
+    region_masks: Float[Array, "B R P N"],
+    region_frames: Int[Array, "B R F"],
+  ) -> tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]]:
+    """Pooled and merged features of the objects, float32, and which of them count."""
+    x, valid = object_features(features, region_masks, region_frames)
+    return merge_tokens(x, valid, self.cfg.tokens)
+
   def tokens(
     self, x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"]
   ) -> tuple[Float[Array, "*b U E"], Bool[Array, "*b U"]]:
     """As `__call__`, of the features that `pool_regions` gave for each frame of an object."""
-    tokens, kept = merge_tokens(x, valid, self.cfg.tokens)
+    return self.lift(*merge_tokens(x, valid, self.cfg.tokens))
+
+  @nn.compact
+  def lift(
+    self, merged: Float[Array, "*b U D"], kept: Bool[Array, "*b U"]
+  ) -> tuple[Float[Array, "*b U E"], Bool[Array, "*b U"]]:
+    """Merged features to the decoder's width."""
     mlp = Mlp(self.cfg.width, 2, self.cfg.dtype)
     nn.share_scope(self, mlp)
-    return mlp(tokens.astype(self.cfg.dtype)), kept
+    return mlp(merged.astype(self.cfg.dtype)), kept

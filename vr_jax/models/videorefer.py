@@ -11,7 +11,8 @@ W vocabulary.
 A batch is the dict that `data_pipes.batch` makes: `frames` u8 [B,P,S,S,3], `scene` i32 [B,T],
 `region_masks` u8 [B,R,P,N], `region_frames` i32 [B,R,F], `tokens`, `visual` i32 [B,L], `valid`,
 `supervised` bool [B,L]. In packed rows `scene` is [B,C,T] (C clips) and `segments` i32 [B,L]
-numbers the samples of a row, which do not see each other.
+numbers the samples of a row, which do not see each other. Cached object features, `object_tokens`
+[B,R,U,D] and `object_kept` [B,R,U], stand for `region_masks` and `region_frames`.
 
 Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_arch.py`.
 """
@@ -121,7 +122,13 @@ class VideoRefer(nn.Module):
     scene_features = jnp.take_along_axis(features, index, axis=1)
     scene = self.connector(scene_features.reshape(-1, T, N, D))
     scene = scene.reshape(B, -1, scene.shape[-1])
-    objects, kept = self.region(features, batch["region_masks"], batch["region_frames"])
+    cached = "object_tokens" in batch
+    objects, kept = self.region(
+      features,
+      None if cached else batch["region_masks"],
+      None if cached else batch["region_frames"],
+      (batch["object_tokens"], batch["object_kept"]) if cached else None,
+    )
     B, _, E = scene.shape
     rows = jnp.concatenate([scene, objects.reshape(B, -1, E).astype(scene.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept.reshape(B, -1)], axis=1)
@@ -170,6 +177,11 @@ class VideoRefer(nn.Module):
   def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... W"]:
     """Float32 logits over the vocabulary."""
     return self.llm.logits(hidden)
+
+  def region_tokens(self, batch: Batch) -> tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]]:
+    """Merged features of the objects before the region encoder's MLP, for a cache."""
+    features = self.encode_frames(batch["frames"])
+    return self.region.merged_features(features, batch["region_masks"], batch["region_frames"])
 
   def prefill(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "B W"], KVCache]:
     """Fills an empty cache with the rows and gives the logits after each row's last slot."""

@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from data_pipes.batch import Needs, RowShape, fit_shape
 from data_pipes.errors import InputError
+from data_pipes.feature_shards import FeatureShards
 from data_pipes.loader import (
   Failures,
   batches_of,
@@ -22,6 +24,7 @@ from data_pipes.loader import (
   prefetched,
 )
 from data_pipes.packing import (
+  Bucket,
   BucketSamples,
   PackedSamples,
   Plan,
@@ -42,7 +45,9 @@ from vr_jax.models.connector import scene_token_count
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
+from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import model_loss
+from vr_jax.training.schedule import Params
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.task import Rows, Task
 
@@ -65,16 +70,7 @@ def videorefer_task(config: ConfigDict) -> Task:
   if not config.input.files:
     raise InputError("config.input.files is empty; give at least one annotation file")
   records = [read_set(path, config, cfg) for path in config.input.files]
-  rules = RowRules(
-    templated=config.input.templated,
-    max_text_ids=cfg.max_text_ids,
-    aspect_ratio=cfg.image_aspect_ratio,
-    mask_rule=config.input.mask_rule,
-    masks=config.input.masks,
-    single_frame=config.input.single_frame,
-    max_mask_frames=config.input.max_mask_frames,
-    seed=config.seed,
-  )
+  rules = row_rules(config, cfg)
   failures = Failures(config.input.max_unreadable)
   size, dataset_of = _dataset(config, cfg, records, tokenizer, rules, failures, files)
 
@@ -92,13 +88,23 @@ def videorefer_task(config: ConfigDict) -> Task:
     )
     return prefetched(dataset[:total_steps], position, threads=config.input.threads)
 
+  caches = feature_caches(config, records)
+
+  def start(shapes: Params) -> Params:
+    params = starting_params(config, shapes)
+    if caches:
+      tower = tower_hash(cfg, params.get("img", {}), rules)
+      for cache, set_ in zip(caches, records, strict=True):
+        cache.check(tower, len(set_))
+    return params
+
   return Task(
     init=lambda key: init_params(cfg, key),
     loss=model_loss(VideoRefer(cfg), config.loss_budget, config.loss_chunk),
     data_size=size,
     batches=batches,
     model=cfg.to_dict(),
-    start=lambda shapes: starting_params(config, shapes),
+    start=start,
     tokenizer_files=files,
     generation=generation(config, tokenizer),
     counts=lambda: {"unreadable": len(failures)},
@@ -119,25 +125,33 @@ def _dataset(
   A row is a sample, or several where `input.pack` is set; with `input.buckets` an epoch has as many
   rows as its batches hold, the empty ones at the end of each bucket included.
   """
-  source = {"media_root": config.input.media, "rules": rules}
+  caches: Sequence[FeatureShards | None] = feature_caches(config, records) or [None] * len(records)
+  extra = {"feature_width": cfg.img.width} if rules.cached else {}
+
+  def samples_of(shape: RowShape) -> list[Samples]:
+    options = {"media_root": config.input.media, "rules": rules}
+    pairs = zip(records, caches, strict=True)
+    return [Samples(r, tokenizer, shape, features=c, **options) for r, c in pairs]
+
   packed, lengths, weights = config.input.pack, config.input.buckets, config.input.weights or None
   if bool(packed) + bool(lengths) + bool(config.input.row_length) > 1:
     raise InputError(
       "config.input: pack, buckets and row_length each say how long rows are; accepted: one of them"
     )
   if not packed and not lengths:
-    shape = row_shape(config, cfg, records, tokenizer, rules)
-    samples = [Samples(r, tokenizer, shape, **source) for r in records]
+    shape = dataclasses.replace(row_shape(config, cfg, records, tokenizer, rules), **extra)
+    samples = samples_of(shape)
     made = functools.partial(make_dataset, samples, drop_remainder=False, weights=weights)
     return sum(map(len, records)), made
   sizes, scene = row_sizes(cfg), cfg.num_frames
   whole = fit_shape([], scene=scene, **sizes)  # rows are laid out by the plan's shape
-  samples = [Samples(r, tokenizer, whole, **source) for r in records]
+  samples = samples_of(whole)
   wanted = [all_needs(r, cfg, tokenizer, rules, files) for r in records]
   if lengths:
     if weights:
       raise InputError("config.input: weights do not go with buckets; accepted: pack, or neither")
     found = make_buckets(list(itertools.chain(*wanted)), lengths, sizes=sizes, scene=scene)
+    found = [Bucket(b.numbers, dataclasses.replace(b.shape, **extra)) for b in found]
     buckets = [BucketSamples(samples, bucket) for bucket in found]
     rows = batches_of(buckets, config.input.batch_size) * config.input.batch_size
     return rows, functools.partial(make_bucketed_dataset, buckets)
@@ -157,11 +171,33 @@ def _dataset(
   if len(plans) > 1:  # one shape for all
     each = [budgets_of(plan.shape) for plan in plans]
     plans = planned({name: max(b[name] for b in each) for name in budgets})
+  plans = [dataclasses.replace(p, shape=dataclasses.replace(p.shape, **extra)) for p in plans]
   for plan, (needs, _) in zip(plans, groups, strict=True):
     log.info(fill_line(plan, len(needs)))
   rows = [PackedSamples(s, p, failures) for (_, s), p in zip(groups, plans, strict=True)]
   made = functools.partial(make_dataset, rows, drop_remainder=False, weights=weights)
   return sum(map(len, rows)), made
+
+
+def feature_caches(
+  config: ConfigDict, records: Sequence[RecordFile | ShardSet]
+) -> list[FeatureShards]:
+  """The caches of `input.features`, one for each set; [] where there are none.
+
+  Raises InputError: not one for each set, sets that are no shards, or a tower that trains.
+  """
+  paths = config.input.features
+  if not paths:
+    return []
+  if len(paths) != len(records) or not all(isinstance(r, ShardSet) for r in records):
+    raise InputError(
+      f"config.input.features names {len(paths)} caches for {len(records)} sets; accepted: one for "
+      "each of config.input.files, all of them folders of vr data prepare"
+    )
+  trained = next((o for pattern, o in config.schedule if re.fullmatch(pattern, "img/x")), None)
+  if trained is not None:
+    raise InputError("config.input.features needs a frozen tower: ('img/.*', None) in schedule")
+  return [FeatureShards(path) for path in paths]
 
 
 def all_needs(
@@ -193,6 +229,21 @@ def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile
   shards = ShardSet(path)
   shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
   return shards
+
+
+def row_rules(config: ConfigDict, cfg: VideoReferConfig) -> RowRules:
+  """How records become rows, by the config."""
+  return RowRules(
+    templated=config.input.templated,
+    max_text_ids=cfg.max_text_ids,
+    aspect_ratio=cfg.image_aspect_ratio,
+    mask_rule=config.input.mask_rule,
+    masks=config.input.masks,
+    single_frame=config.input.single_frame,
+    max_mask_frames=config.input.max_mask_frames,
+    seed=config.seed,
+    cached=bool(config.input.features),
+  )
 
 
 def bench_inputs(
