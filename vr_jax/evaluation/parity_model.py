@@ -17,7 +17,7 @@ from vr_jax.evaluation.parity import (
   Skipped,
   compare_cases,
 )
-from vr_jax.interop import videorefer
+from vr_jax.interop import hf_tower, videorefer
 from vr_jax.models.connector import Connector
 from vr_jax.models.region import (
   RegionConfig,
@@ -45,7 +45,7 @@ def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   scale = case.meta.get("scale_embeddings", 1.0)
 
   def run(select_layer, **kwargs):
-    cfg, params = videorefer.load_tower(folder, select_layer, pool=select_layer is None)
+    cfg, params = hf_tower.load_tower(folder, select_layer, pool=select_layer is None)
     embedding = {k: v * np.float32(scale) for k, v in params["embedding"].items()}
     pos_embedding = params["pos_embedding"] * np.float32(scale)
     params |= {"embedding": embedding, "pos_embedding": pos_embedding}

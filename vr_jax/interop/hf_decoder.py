@@ -1,7 +1,8 @@
 """Decoders of the Hugging Face Hub (Qwen2, Gemma, Gemma 2, Gemma 3): configuration and parameters.
 
-Source: `transformers` modules of model types qwen2, gemma, gemma2, gemma3_text; config.json as
-they write it today (`rope_parameters`) and as released checkpoints hold it (`rope_theta`, …).
+Both ways. Source: `transformers` modules of model types qwen2, gemma, gemma2, gemma3_text;
+config.json as they write it today (`rope_parameters`) and as released checkpoints hold it
+(`rope_theta`, …).
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,14 @@ from vr_jax.interop.table import (
   HEADS_FIRST,
   HEADS_IN,
   SAME,
+  Mapped,
   Row,
+  Safetensors,
+  Shapes,
+  Slot,
   Tensors,
+  arrays,
   collect,
-  fill,
   nested,
   read_json,
   shapes_of,
@@ -111,6 +116,20 @@ def rows(cfg: DecoderConfig) -> list[Row]:
   return ROWS + (POST_NORMS if cfg.post_norms else PRE_NORMS)
 
 
+def decoder_slots(
+  cfg: DecoderConfig, shapes: Shapes, ours: str = "", body: str = "model.", head: str = ""
+) -> list[Slot]:
+  """The slots of a decoder; multimodal folders put `body` and `head` before its names."""
+  return [
+    slot._replace(
+      theirs=body + slot.theirs.removeprefix("model.")
+      if slot.theirs.startswith("model.")
+      else head + slot.theirs
+    )
+    for slot in slots(shapes, rows(cfg), ours)
+  ]
+
+
 def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfig:
   """The decoder that the fields of a config.json describe.
 
@@ -118,6 +137,7 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
   """
   fields = fields.get("text_config", fields)
   family = str(fields.get("model_type")).removeprefix("videorefer_")
+  family = "qwen2" if family == "videorefer" else family
   if family not in FAMILIES:
     known = ", ".join(FAMILIES)
     raise InputError(f"{where}: model_type={fields.get('model_type')!r} is not one of {known}")
@@ -125,10 +145,11 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
   fields = {k: v for k, v in fields.items() if v is not None}
   given, fields = fields, defaults | fields
 
-  def need(key):
-    if key not in fields:
-      raise InputError(f"{where}: no {key}")
-    return fields[key]
+  def need(key, kind=int, *default):
+    value = fields.get(key, *default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise InputError(f"{where}: {key}={value!r}, expected {kind.__name__}")
+    return kind(value)
 
   def only(key, *accepted):
     if fields.get(key, accepted[0]) not in accepted:
@@ -163,10 +184,14 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
   rope = fields.get("rope_parameters", {})
   by_kind = rope if "full_attention" in rope else {"full_attention": rope}
   rope = by_kind["full_attention"] or {}
+  if "rope_theta" in rope:
+    fields["rope_theta"] = rope["rope_theta"]
   scaling = rope if rope else fields.get("rope_scaling", {})
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   if kind not in ("default", "linear"):
-    raise InputError(f"{where}: rope_type={kind!r} is not supported; accepted: default, linear")
+    raise InputError(
+      f"{where}: rope_scaling of type {kind!r} is not supported; accepted: default, linear"
+    )
   local_rope = by_kind.get("sliding_attention") or {}
   local_base = local_rope.get("rope_theta", fields.get("rope_local_base_freq"))
   scalar = fields.get("query_pre_attn_scalar")
@@ -174,22 +199,115 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
     width=width,
     depth=depth,
     heads=heads,
-    kv_heads=fields.get("num_key_value_heads", heads),
-    head_dim=fields.get("head_dim", width // heads),
+    kv_heads=need("num_key_value_heads", int, heads),
+    head_dim=need("head_dim", int, width // heads),
     mlp_dim=need("intermediate_size"),
     vocab_size=need("vocab_size"),
-    norm_eps=fields.get("rms_norm_eps", 1e-6),
-    tied_head=fields.get("tie_word_embeddings", True),
+    norm_eps=need("rms_norm_eps", float, 1e-6),
+    tied_head=need("tie_word_embeddings", bool, True),
     attn_soft_cap=fields.get("attn_logit_softcapping"),
     final_soft_cap=fields.get("final_logit_softcapping"),
     query_scale=None if scalar is None else scalar**-0.5,
     pattern=pattern,
     window=fields.get("sliding_window") if local else None,
-    rope_base=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
+    rope_base=need("rope_theta", float, 10_000.0),
     local_rope_base=None if not local or local_base is None else float(local_base),
     rope_scale=float(scaling["factor"]) if kind == "linear" else 1.0,
     **fixed,
   )
+
+
+def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
+  """The fields of config.json that describe a decoder; `decoder_config` reads them back.
+
+  Raises:
+    InputError: its switches are those of no family of `transformers`.
+  """
+  gemma = cfg.activation == "gelu_tanh"
+  family = "gemma" if gemma else "qwen2"
+  if cfg.post_norms:
+    family = "gemma3_text" if cfg.qk_norm else "gemma2"
+  fixed = FAMILIES[family][0]
+  switches = {
+    "activation": "gelu_tanh",
+    "norm_plus_one": True,
+    "scale_embedding": True,
+    "qkv_bias": False,
+    "post_norms": False,
+    "qk_norm": False,
+  }
+  wrong = [k for k, v in (switches | fixed).items() if getattr(cfg, k) != v]
+  wrong += [
+    k
+    for k in ("attn_soft_cap", "final_soft_cap", "query_scale", "window")
+    if getattr(cfg, k) is not None and family in ("gemma", "qwen2")
+  ]
+  if wrong:
+    found = ", ".join(f"{k}={getattr(cfg, k)!r}" for k in wrong)
+    raise InputError(f"{where}: no model of transformers has {found} in a decoder like {family}")
+  fields: dict[str, Any] = {
+    "model_type": family,
+    "architectures": [_ARCHITECTURES[family]],
+    "hidden_size": cfg.width,
+    "num_hidden_layers": cfg.depth,
+    "num_attention_heads": cfg.heads,
+    "num_key_value_heads": cfg.kv_heads,
+    "head_dim": cfg.head_dim,
+    "intermediate_size": cfg.mlp_dim,
+    "vocab_size": cfg.vocab_size,
+    "rms_norm_eps": cfg.norm_eps,
+    "tie_word_embeddings": cfg.tied_head,
+    "rope_theta": cfg.rope_base,
+  }
+  if not gemma:
+    return fields | {"hidden_act": "silu", "use_sliding_window": False}
+  fields["hidden_activation"] = fields["hidden_act"] = "gelu_pytorch_tanh"
+  if family == "gemma":
+    return fields
+  words = {"global": "full_attention", "local": "sliding_attention"}
+  scale = cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
+  fields |= {
+    "query_pre_attn_scalar": round(scale**-2, 6),
+    "attn_logit_softcapping": cfg.attn_soft_cap,
+    "final_logit_softcapping": cfg.final_soft_cap,
+    "sliding_window": cfg.window,
+    "layer_types": [words[kind] for kind in cfg.layer_kinds()],
+  }
+  if family == "gemma3_text":
+    fields["rope_local_base_freq"] = cfg.local_rope_base or cfg.rope_base
+    if cfg.rope_scale != 1:
+      fields["rope_scaling"] = {"rope_type": "linear", "factor": cfg.rope_scale}
+  return fields
+
+
+_ARCHITECTURES = {
+  "qwen2": "Qwen2ForCausalLM",
+  "gemma": "GemmaForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+def open_decoder(tensors: Tensors, cfg: DecoderConfig, *, alone: bool = True) -> Mapped:
+  """The decoder's parameters in the tensors of a folder.
+
+  Multimodal folders hold other parts beside it, under other names.
+  """
+  ends = {
+    end: [n[: -len(end)] for n in tensors if n.endswith(end)]
+    for end in ("embed_tokens.weight", "lm_head.weight")
+  }
+  body = min(ends["embed_tokens.weight"], default="model.")
+  head = min(ends["lm_head.weight"], default="")
+
+  def unused(name: str) -> bool:
+    tied_copy = name == f"{head}lm_head.weight" and cfg.tied_head
+    others = body not in ("", "model.") or not alone
+    return (others and not name.startswith(body)) or tied_copy or name.endswith("inv_freq")
+
+  shapes = decoder_shapes(cfg)
+  wanted = decoder_slots(cfg, shapes, body=body, head=head)
+  return Mapped(tensors, wanted, shapes, unused=unused)
 
 
 def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:
@@ -199,18 +317,7 @@ def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, 
   """
   folder = Path(folder)
   cfg = decoder_config(read_json(folder / "config.json"), folder / "config.json")
-  tensors = Tensors(folder)
-  prefix = "language_model." if any(n.startswith("language_model.") for n in tensors) else ""
-
-  def unused(name: str) -> bool:
-    own = name.removeprefix(prefix)
-    tied_copy = own == "lm_head.weight" and cfg.tied_head
-    return not name.startswith(prefix) or tied_copy or own.endswith("rotary_emb.inv_freq")
-
-  shapes = _shapes(cfg)
-  wanted = list(slots(shapes, rows(cfg), theirs=prefix))
-  arrays, _ = fill(tensors, wanted, shapes, unused=unused, dtype=dtype)
-  return cfg, nested(arrays)
+  return cfg, nested(arrays(open_decoder(Safetensors(folder), cfg), dtype))
 
 
 def to_hf(cfg: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -219,7 +326,9 @@ def to_hf(cfg: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray
   return collect(params, slots({path: w.shape for path, w in flat.items()}, rows(cfg)))
 
 
-def _shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def decoder_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of a decoder's parameters."""
+
   def init(key):
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Decoder(cfg).init(key, tokens, method=lambda m, t: m(m.embed(t), t))["params"]

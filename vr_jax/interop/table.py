@@ -1,18 +1,22 @@
-"""Mapping tables between our parameters and tensors in safetensors files, read both ways.
+"""Mapping tables between our parameters and the tensors of foreign formats, read both ways.
 
-A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model, `fill` reads
-files into them and `collect` gives the foreign tensors back.
+A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model; `Mapped`
+reads the parameters out of the foreign tensors, piece by piece, and `outputs` makes the foreign
+tensors of parameters.
 """
 
+import difflib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -98,19 +102,57 @@ def slots(shapes: Shapes, rows: list[Row], ours: str = "", theirs: str = "") -> 
       raise AssertionError(f"the table has no row for {path} {shape}")
 
 
-class Tensors:
-  """The tensors of a safetensors file, or of a folder of them (sharded or not)."""
+class Tensors(Protocol):
+  """Named tensors in files: shapes and dtypes at once, values when they are asked for."""
+
+  path: Path
+
+  def __iter__(self) -> Iterator[str]: ...
+
+  def __contains__(self, name: object) -> bool: ...
+
+  def shape(self, name: str) -> tuple[int, ...]: ...
+
+  def dtype(self, name: str) -> np.dtype: ...
+
+  def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    """The tensor at `index` of its leading axes, in the dtype of the file."""
+    ...
+
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(bool),
+}
+WEIGHTS = ("F32", "F16", "BF16")  # the dtypes that parameters may have
+
+
+class Safetensors:
+  """The tensors of a safetensors file, or of a folder of them (sharded or not).
+
+  A file is mapped only while a tensor is read from it, so that it does not count as memory.
+  """
 
   def __init__(self, path: Path | str):
     self.path = Path(path)
-    self._file = {}
+    self._header: dict[str, tuple[Path, tuple[int, ...], np.dtype]] = {}
     for file in self._files():
       try:
-        handle = safe_open(file, framework="np")
+        with safe_open(file, framework="np") as handle:
+          for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            tensor = handle.get_slice(name)
+            dtype = DTYPES.get(tensor.get_dtype(), np.dtype(object))
+            self._header[name] = (file, tuple(tensor.get_shape()), dtype)
       except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from None
-      for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-        self._file[name] = handle
 
   def _files(self) -> list[Path]:
     if self.path.is_file():
@@ -133,22 +175,22 @@ class Tensors:
     return files
 
   def __iter__(self) -> Iterator[str]:
-    return iter(sorted(self._file))
+    return iter(sorted(self._header))
 
-  def __contains__(self, name: str) -> bool:
-    return name in self._file
+  def __contains__(self, name: object) -> bool:
+    return name in self._header
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Shape of a tensor, from the file's header alone."""
-    return tuple(self._file[name].get_slice(name).get_shape())
+    return self._header[name][1]
 
-  def dtype(self, name: str) -> str:
-    """F32, BF16, ..., from the file's header alone."""
-    return self._file[name].get_slice(name).get_dtype()
+  def dtype(self, name: str) -> np.dtype:
+    return self._header[name][2]
 
-  def read(self, name: str) -> np.ndarray:
-    """The tensor, in the dtype of the file."""
-    return self._file[name].get_tensor(name)
+  def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    with safe_open(self._header[name][0], framework="np") as handle:
+      if not index:
+        return handle.get_tensor(name)
+      return np.asarray(handle.get_slice(name)[index[0]])[index[1:]]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -165,66 +207,223 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape their tensor must have to fill a slot of an array of ours."""
-  own = jax.ShapeDtypeStruct(shape[len(slot.index) :], jnp.float32)
-  theirs = jax.eval_shape(slot.transform.save, own).shape
+  theirs = _saved_shape(slot.transform, tuple(shape[len(slot.index) :]))
   return theirs if slot.part is None else (3 * theirs[0], *theirs[1:])
 
 
-def fill(
-  tensors: Tensors,
-  wanted: list[Slot],
-  shapes: Shapes,
-  *,
-  unused: Callable[[str], bool] = lambda name: False,
-  dtype: str = "float32",
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Reads `tensors` into arrays of the given shapes, keyed by our path.
+@functools.cache
+def _saved_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return jax.eval_shape(transform.save, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
-  Returns the arrays and the names of the tensors that were skipped because `unused` knows them.
-  Raises InputError with every missing, unexpected and mis-shaped tensor in one line.
+
+class Parameters(Protocol):
+  """Our parameters by path, wherever they lie; values are read when they are asked for."""
+
+  shapes: Mapping[str, tuple[int, ...]]
+
+  def dtype(self, path: str) -> np.dtype: ...
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    """The parameter at `index` of its leading axes."""
+    ...
+
+
+class Tree:
+  """Parameters in memory: a nested dict of arrays."""
+
+  def __init__(self, params: Mapping[str, Any]):
+    self._flat = flax.traverse_util.flatten_dict(params, sep="/")
+    self.shapes = {path: tuple(array.shape) for path, array in self._flat.items()}
+
+  def dtype(self, path: str) -> np.dtype:
+    return np.dtype(self._flat[path].dtype)
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    return np.asarray(self._flat[path])[index]
+
+
+class Mapped:
+  """Parameters as the tensors of a foreign format, through a table.
+
+  `skipped` are the tensors that were left out because `unused` knows them.
+
+  Raises:
+    InputError: missing, unexpected and mis-shaped tensors, all in one line, each missing one with
+      the nearest of the unexpected names.
   """
-  expected = {slot.theirs: _their_shape(slot, shapes[slot.ours]) for slot in wanted}
-  left = [name for name in tensors if name not in expected]
-  skipped = tuple(name for name in left if unused(name))
-  problems = {
-    "missing": [name for name in expected if name not in tensors],
-    "unexpected": [name for name in left if not unused(name)],
-    "mis-shaped": [
-      f"{name} {list(tensors.shape(name))} instead of {list(shape)}"
-      for name, shape in expected.items()
-      if name in tensors and tensors.shape(name) != shape
-    ],
-    "not of dtype F32, F16 or BF16": [
-      f"{name} {tensors.dtype(name)}"
-      for name in expected
-      if name in tensors and tensors.dtype(name) not in ("F32", "F16", "BF16")
-    ],
-  }
-  if any(problems.values()):
-    lists = (f"{len(v)} {k} ({', '.join(v)})" for k, v in problems.items() if v)
-    raise InputError(f"{tensors.path}: tensors do not fit the config: {'; '.join(lists)}")
 
-  arrays = {slot.ours: np.empty(shapes[slot.ours], jnp.dtype(dtype)) for slot in wanted}
-  for slot in wanted:
-    theirs = tensors.read(slot.theirs)
+  def __init__(
+    self,
+    tensors: Tensors,
+    wanted: Iterable[Slot],
+    shapes: Shapes,
+    *,
+    unused: Callable[[str], bool] = lambda name: False,
+  ):
+    self.tensors, self.shapes = tensors, dict(shapes)
+    self._slots: dict[str, dict[tuple[int, ...], Slot]] = {}
+    for slot in wanted:
+      self._slots.setdefault(slot.ours, {})[slot.index] = slot
+    self.shapes = {path: self.shapes[path] for path in self._slots}
+    self.skipped = self._check(unused)
+
+  def _check(self, unused: Callable[[str], bool]) -> tuple[str, ...]:
+    tensors = self.tensors
+    expected = {
+      slot.theirs: _their_shape(slot, self.shapes[path])
+      for path, own in self._slots.items()
+      for slot in own.values()
+    }
+    left = [name for name in tensors if name not in expected]
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in left if not unused(name)]
+    there = [name for name in expected if name in tensors]
+
+    def hint(name: str) -> str:
+      near = difflib.get_close_matches(name, unexpected, 1, 0.8)
+      return f"{name}, nearest {near[0]}" if near else name
+
+    problems = {
+      "missing": [hint(name) for name in missing],
+      "unexpected": unexpected,
+      "mis-shaped": [
+        f"{name} {list(tensors.shape(name))} instead of {list(expected[name])}"
+        for name in there
+        if tensors.shape(name) != expected[name]
+      ],
+      f"not of dtype {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}": [
+        f"{name} {dtype_name(tensors.dtype(name))}"
+        for name in there
+        if dtype_name(tensors.dtype(name)) not in WEIGHTS
+      ],
+    }
+    if any(problems.values()):
+      lists = (f"{len(v)} {k} ({', '.join(v)})" for k, v in problems.items() if v)
+      raise InputError(f"{tensors.path}: tensors do not fit the config: {'; '.join(lists)}")
+    return tuple(name for name in left if unused(name))
+
+  def dtype(self, path: str) -> np.dtype:
+    kinds = {self.tensors.dtype(slot.theirs) for slot in self._slots[path].values()}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    own = self._slots[path]
+    for length in range(len(index) + 1):  # a slot, or a piece of one
+      if index[:length] in own:
+        return self._slot(own[index[:length]], self.shapes[path][length:], index[length:])
+    rest = len(index)
+    into = np.empty(self.shapes[path][rest:], self.dtype(path))
+    for at, slot in own.items():
+      if at[:rest] == index:
+        into[at[rest:]] = self._slot(slot, self.shapes[path][len(at) :], ())
+    return into
+
+  def _slot(self, slot: Slot, shape: tuple[int, ...], index: tuple[int, ...]) -> np.ndarray:
+    if slot.transform is SAME and slot.part is None and self.tensors.shape(slot.theirs) == shape:
+      return self.tensors.read(slot.theirs, index)
+    theirs = self.tensors.read(slot.theirs)
     if slot.part is not None:
       theirs = np.split(theirs, 3)[slot.part]
-    into = arrays[slot.ours]
-    into[slot.index] = slot.transform.load(theirs, into.shape[len(slot.index) :])
-  return arrays, skipped
+    return slot.transform.load(theirs, shape)[index]
+
+  def sources(self, path: str) -> list[str]:
+    """The tensors that a parameter is made of."""
+    return sorted({slot.theirs for slot in self._slots[path].values()})
+
+
+class Joined:
+  """Parameters of several sources side by side."""
+
+  def __init__(self, *parts: Parameters):
+    self._of = {path: part for part in parts for path in part.shapes}
+    self.shapes = {path: part.shapes[path] for path, part in self._of.items()}
+
+  def dtype(self, path: str) -> np.dtype:
+    return self._of[path].dtype(path)
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    return self._of[path].read(path, index)
+
+
+class Part:
+  """The parameters under a prefix, with that prefix taken away, or another put in its place."""
+
+  def __init__(self, params: Parameters, prefix: str, new: str = ""):
+    self._params, self._prefix, self._new = params, prefix, new
+    self.shapes = {
+      new + path[len(prefix) :]: shape
+      for path, shape in params.shapes.items()
+      if path.startswith(prefix)
+    }
+
+  def dtype(self, path: str) -> np.dtype:
+    return self._params.dtype(self._prefix + path[len(self._new) :])
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    return self._params.read(self._prefix + path[len(self._new) :], index)
+
+
+def arrays(params: Parameters, dtype: str | None = None) -> dict[str, np.ndarray]:
+  """All of them, read; in their own dtype or the given one."""
+  out = {}
+  for path, shape in params.shapes.items():
+    into = np.empty(shape, jnp.dtype(dtype) if dtype else params.dtype(path))
+    for index in pieces(path, shape):  # a large stack is cast layer by layer
+      into[index] = params.read(path, index)
+    out[path] = into
+  return out
+
+
+_STACKED = re.compile(r"(^|/)(layers|encoderblock)/")
+
+
+def pieces(path: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+  """Leading indices that cut a parameter into its layers; [()] where it has none."""
+  return [(i,) for i in range(shape[0])] if _STACKED.search(path) else [()]
+
+
+def dtype_name(dtype: np.dtype) -> str:
+  """F32, BF16, …"""
+  return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
+class Output(NamedTuple):
+  """One tensor of a foreign format, as the slots of ours that it is made of."""
+
+  name: str
+  shape: tuple[int, ...]
+  slots: tuple[Slot, ...]
+
+  def make(self, params: Parameters) -> np.ndarray:
+    """Its value; contiguous, dtype unchanged."""
+    blocks = [
+      slot.transform.save(params.read(slot.ours, slot.index))
+      for slot in sorted(self.slots, key=lambda slot: slot.part or 0)
+    ]
+    # Contiguous, as safetensors writes a transposed view wrongly and says nothing.
+    return np.ascontiguousarray(np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
+
+  def dtype(self, params: Parameters) -> np.dtype:
+    """That of the parameters; float32 where they differ."""
+    kinds = {params.dtype(slot.ours) for slot in self.slots}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+
+def outputs(wanted: Iterable[Slot], shapes: Shapes) -> list[Output]:
+  """The foreign tensors that slots make."""
+  by_name: dict[str, list[Slot]] = {}
+  for slot in wanted:
+    by_name.setdefault(slot.theirs, []).append(slot)
+  return [
+    Output(name, _their_shape(own[0], shapes[own[0].ours]), tuple(own))
+    for name, own in by_name.items()
+  ]
 
 
 def collect(params: Mapping[str, Any], wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
   """The foreign tensors that the slots make of a parameter tree; contiguous, dtype unchanged."""
-  flat = flax.traverse_util.flatten_dict(params, sep="/")
-  blocks: dict[str, dict[int, np.ndarray]] = {}
-  for slot in wanted:
-    ours = np.asarray(flat[slot.ours])[slot.index]
-    blocks.setdefault(slot.theirs, {})[slot.part or 0] = slot.transform.save(ours)
-  return {  # contiguous, as safetensors writes a transposed view wrongly and says nothing
-    name: np.ascontiguousarray(np.concatenate([of[part] for part in sorted(of)]))
-    for name, of in blocks.items()
-  }
+  tree = Tree(params)
+  return {output.name: output.make(tree) for output in outputs(wanted, tree.shapes)}
 
 
 def shapes_of(init: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from data_pipes.errors import InputError
 from vr_jax.models.connector import Connector, ConnectorConfig
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
 from vr_jax.models.region import RegionConfig, RegionEncoder, merge_segments
@@ -56,21 +57,33 @@ class VideoReferConfig:
 
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> "VideoReferConfig":
-    """Reads what `to_dict` (through JSON) wrote."""
-    parts = {
-      "img": SiglipConfig,
-      "connector": ConnectorConfig,
-      "region": RegionConfig,
-      "llm": DecoderConfig,
-    }
+    """Reads what `to_dict` (through JSON) wrote.
 
-    def frozen(value):
-      return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value
+    Raises:
+      InputError: a part is missing (checkpoints of parts alone have only those).
+    """
+    missing = [part for part in PARTS if part not in fields]
+    if missing:
+      held = ", ".join(part for part in PARTS if part in fields)
+      raise InputError(f"not a whole model: it holds {held or 'nothing'} and no {missing[0]}")
+    return cls(**{k: part_config(k, v) if k in PARTS else v for k, v in fields.items()})
 
-    def part(kind, values):
-      return kind(**{k: frozen(v) for k, v in values.items()})
 
-    return cls(**{k: part(parts[k], v) if k in parts else v for k, v in fields.items()})
+PARTS = {
+  "img": SiglipConfig,
+  "connector": ConnectorConfig,
+  "region": RegionConfig,
+  "llm": DecoderConfig,
+}
+
+
+def part_config(part: str, fields: dict[str, Any]) -> Any:
+  """The config of one part from its JSON fields."""
+
+  def frozen(value):
+    return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+  return PARTS[part](**{k: frozen(v) for k, v in fields.items()})
 
 
 @flax.struct.dataclass

@@ -158,11 +158,16 @@ def read_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
   Raises:
     InputError: there are none.
   """
-  paths = [Path(folder) / name for name in TOKENIZER_FILES]
-  files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+  files = find_tokenizer_files(folder)
   if not files:
     raise InputError(f"{folder}: no tokenizer files; expected tokenizer.json or vocab.json, …")
   return files
+
+
+def find_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
+  """The tokenizer's files in a folder, by name; {} if there are none."""
+  paths = [Path(folder) / name for name in TOKENIZER_FILES]
+  return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def export(folder: Path | str, params: Params, meta: Mapping[str, Any]) -> None:

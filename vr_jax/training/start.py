@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.configs import nearest
-from vr_jax.interop import hf_decoder
+from vr_jax.interop import hf_decoder, hf_tower
 from vr_jax.interop import videorefer as published
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
@@ -103,7 +103,7 @@ def read_weights(path: str | Path, part: str = "") -> Params:
   elif published.is_published(path):
     params = published.load(path).params
   elif part == "img":
-    return {"img": published.load_tower(path)[1]}
+    return {"img": hf_tower.load_tower(path)[1]}
   elif part == "llm":
     return {"llm": hf_decoder.load(path)[1]}  # see fit_vocabulary
   else:

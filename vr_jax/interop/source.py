@@ -1,0 +1,77 @@
+"""What weights of any format are, once opened: parts with their configs, parameters, files."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipes.errors import InputError
+from vr_jax.interop.table import Parameters, Tensors
+from vr_jax.models.videorefer import PARTS, VideoReferConfig
+
+
+class Kept:
+  """Tensors that our model does not use but that belong to the folder: carried for the way back."""
+
+  def __init__(self, tensors: Tensors, names: Iterable[str]):
+    self.tensors, self.names = tensors, tuple(names)
+
+  def __bool__(self) -> bool:
+    return bool(self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights that were opened, and all that came with them; no tensor is read yet.
+
+  Attributes:
+    kind: what it is, for messages.
+    parts: config of each part it holds (img, connector, region, llm).
+    params: the parameters, by paths that begin with the part.
+    settings: name, num_frames, image_aspect_ratio, max_text_ids, as far as they are known.
+    tokenizer_files: name -> content. generation: eos_ids, pad_id, repetition_penalty.
+    config: the resolved training config, where it was trained here.
+    notes: what was assumed, what agrees with what.
+    skipped: tensors that no part of this model uses.
+    kept: those of them that belong to a published folder.
+    origin: JSON of the foreign folder that the way back needs (its config files).
+  """
+
+  kind: str
+  path: Path
+  parts: Mapping[str, Any]
+  params: Parameters
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+  generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+  skipped: tuple[str, ...] = ()
+  kept: Kept | None = None
+  origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def whole(self) -> bool:
+    """Whether it is a whole VideoRefer."""
+    return set(self.parts) == set(PARTS)
+
+  def model(self) -> dict[str, Any]:
+    """The `model` of a checkpoint's meta: settings and the configs of the parts, as JSON."""
+    configs = {part: dataclasses.asdict(cfg) for part, cfg in self.parts.items()}
+    return {"name": self.path.resolve().name, **self.settings, **configs}
+
+  def model_config(self) -> VideoReferConfig:
+    """The config of the whole model.
+
+    Raises:
+      InputError: a part is missing.
+    """
+    if not self.whole:
+      missing = ", ".join(part for part in PARTS if part not in self.parts)
+      raise InputError(
+        f"{self.path}: holds {', '.join(self.parts)} and no {missing}: not a whole model; "
+        "config.model_init puts one together from parts"
+      )
+    return VideoReferConfig(
+      **{"name": self.path.resolve().name, **self.settings}, **dict(self.parts)
+    )
