@@ -103,6 +103,23 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print the answer and what it rests on")
 
   _evaluation(command)
+  convert = command("convert", _convert, "weights of one format into another, with proof")
+  convert.add_argument("source", metavar="SRC", help="weights of any known format; see docs")
+  convert.add_argument("result", metavar="DST", help="a folder (big_vision: a file) to write")
+  convert.add_argument(
+    "--to", required=True, metavar="FORMAT", help="vr, videorefer, hf, torch or big_vision"
+  )
+  convert.add_argument("--dtype", help="float32, float16, bfloat16 (default: as the source)")
+  convert.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to merge into the decoder")
+  convert.add_argument("--allow-nonfinite", action="store_true", help="go on over NaN and Inf")
+  convert.add_argument("--shard-gb", type=float, default=5.0, help="default: %(default)s")
+  convert.add_argument(
+    "--logits",
+    choices=["auto", "always", "never"],
+    default="auto",
+    help="compare both models on a batch (auto: with PyTorch, if they fit into memory)",
+  )
+  convert.add_argument("--json", action="store_true", help="print parity.json")
 
   parity = command("parity", _parity, "run a golden-case folder of the published code")
   parity.add_argument("folder")
@@ -469,6 +486,24 @@ def _report(args: argparse.Namespace) -> None:
     args.results, args.out, args.data, args.media, args.examples, args.common
   ):
     print(path)
+
+
+def _convert(args: argparse.Namespace) -> int:
+  from vr_jax.interop.convert import convert, summary
+
+  parity = convert(
+    args.source,
+    args.result,
+    args.to,
+    dtype=args.dtype,
+    adapter=args.adapter,
+    allow_nonfinite=args.allow_nonfinite,
+    shard_bytes=int(args.shard_gb * 1e9),
+    logits=args.logits,
+    report=lambda line: print(line, file=sys.stderr),
+  )
+  print(json.dumps(parity, indent=2) if args.json else summary(parity, args.result))
+  return int(not parity["passed"])
 
 
 def _parity(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ config.json as they write it today (`rope_parameters`) and as released checkpoin
 (`rope_theta`, …).
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,7 @@ def to_hf(cfg: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray
   return collect(params, slots({path: w.shape for path, w in flat.items()}, rows(cfg)))
 
 
+@functools.cache
 def decoder_shapes(cfg: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of a decoder's parameters."""
 

@@ -4,6 +4,7 @@ Source: `transformers` module siglip (SiglipModel, SiglipVisionModel), which Sig
 resolution uses as well; PaliGemma holds the same tower.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -223,6 +224,7 @@ def guess_heads(width: int, where: Any, fix: str) -> int:
 # --- Parameters -------------------------------------------------------------------------------
 
 
+@functools.cache
 def tower_shapes(cfg: SiglipConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of a tower's parameters."""
   pixels = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.float32)

@@ -5,6 +5,7 @@ Hub (SiglipModel or SiglipVisionModel).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vr_jax.interop.table import (
   Safetensors,
   Shapes,
   Slot,
+  Tensors,
   arrays,
   collect,
   dtype_name,
@@ -75,14 +77,14 @@ def connector_rows(kind: str) -> list[Row]:
 
 REGION = [*dense("fc1", "feat_linear.0."), *dense("fc2", "feat_linear.2.")]
 
-_SHARD_TOWER = "model.vision_tower.vision_tower.vision_model."
+SHARD_TOWER = "model.vision_tower.vision_tower.vision_model."
 _CONNECTOR = "model.mm_projector."
 
 
 def model_slots(cfg: VideoReferConfig, shapes: Shapes) -> list[Slot]:
   """The slots of the whole model, with the names of a published folder."""
   return [
-    *slots(shapes, hf_tower.ROWS, "img/", _SHARD_TOWER),
+    *slots(shapes, hf_tower.ROWS, "img/", SHARD_TOWER),
     *slots(shapes, connector_rows(cfg.connector.kind), "connector/", _CONNECTOR),
     *slots(shapes, REGION, "region/", "model.region_encoder."),
     *hf_decoder.decoder_slots(cfg.llm, shapes, "llm/"),
@@ -126,6 +128,80 @@ def generation(folder: Path | str) -> Generation:
   eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
   penalty = field(fields, folder / "generation_config.json", "repetition_penalty", float, 1.0)
   return Generation(eos_ids, fields.get("pad_token_id"), penalty)
+
+
+def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of generation_config.json; `generation` reads them back."""
+  eos = list(settings.get("eos_ids") or ())
+  return {
+    "bos_token_id": settings.get("pad_id"),
+    "do_sample": False,
+    "eos_token_id": eos,
+    "pad_token_id": settings.get("pad_id"),
+    "repetition_penalty": settings.get("repetition_penalty") or 1.0,
+  }
+
+
+def config_json(
+  cfg: VideoReferConfig, old: Mapping[str, Any], settings: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+  """The fields of a published config.json; `open_published` reads them back.
+
+  `old` are those of the folder that the weights came from: what the model does not decide stays.
+  """
+  llm = hf_decoder.hf_config(cfg.llm)
+  sizes = {
+    **{key: llm[key] for key in _DECODER_FIELDS},
+    "image_aspect_ratio": cfg.image_aspect_ratio,
+    "mm_hidden_size": cfg.img.width,
+    "mm_projector_type": cfg.connector.kind,
+    "mm_region_encoder_type": "pooling",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": cfg.img.select_layer,
+    "num_frames": cfg.num_frames,
+    "tokenizer_model_max_length": cfg.max_text_ids,
+    "torch_dtype": dtype,
+  }
+  if cfg.llm.head_dim * cfg.llm.heads != cfg.llm.width:
+    sizes["head_dim"] = cfg.llm.head_dim
+  if cfg.region.tokens != REGION_TOKENS:
+    sizes[_TOKENS_FIELD] = cfg.region.tokens
+  if "rope_parameters" in old:
+    sizes.pop("rope_theta")
+  if old:
+    return {**old, **sizes}
+  eos = list(settings.get("eos_ids") or ())
+  return {
+    "architectures": ["VideoReferQwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": settings.get("pad_id"),
+    "eos_token_id": eos[0] if eos else None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": MODEL_TYPES[0],
+    "sliding_window": 4096,
+    "tokenizer_padding_side": "right",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+    "use_mm_proj": True,
+    "use_sliding_window": False,
+    **sizes,
+  }
+
+
+_DECODER_FIELDS = (
+  "hidden_size",
+  "intermediate_size",
+  "num_attention_heads",
+  "num_hidden_layers",
+  "num_key_value_heads",
+  "rms_norm_eps",
+  "rope_theta",
+  "tie_word_embeddings",
+  "vocab_size",
+)
 
 
 # --- Loading ----------------------------------------------------------------------------------
@@ -184,17 +260,17 @@ def open_published(folder: Path | str) -> Source:
   tower_name = field(fields, where, "mm_vision_tower", str, "")
   select_layer = field(fields, where, "mm_vision_select_layer", int, -2)
   tower_folder = _tower_folder(folder, tower_name)
-  in_shards = any(name.startswith(_SHARD_TOWER) for name in tensors)
+  in_shards = any(name.startswith(SHARD_TOWER) for name in tensors)
   notes = []
   if tower_folder is not None:
     file = tower_folder / "config.json"
     img = hf_tower.tower_config(read_json(file), file, select_layer)
   elif in_shards:
-    img, assumed = hf_tower.guess_config(tensors, _SHARD_TOWER, tower_name, select_layer)
+    img, assumed = hf_tower.guess_config(tensors, SHARD_TOWER, tower_name, select_layer)
     notes += ["tower: from the shards, with no folder to compare it with", assumed]
   else:
     raise InputError(
-      f"{folder}: no vision tower: there are no tensors {_SHARD_TOWER}* and no folder "
+      f"{folder}: no vision tower: there are no tensors {SHARD_TOWER}* and no folder "
       f"mm_vision_tower={tower_name!r}"
     )
   require(fields, where, "mm_hidden_size", (img.width,), img.width)
@@ -231,7 +307,7 @@ def open_published(folder: Path | str) -> Source:
       tensors,
       own,
       shapes,
-      unused=lambda name: name.startswith(_SHARD_TOWER) or unused(name),
+      unused=lambda name: name.startswith(SHARD_TOWER) or unused(name),
     )
     tower = hf_tower.open_tower(Safetensors(tower_folder), img)
     params = Joined(Part(tower, "", "img/"), rest)
@@ -257,6 +333,7 @@ def open_published(folder: Path | str) -> Source:
   )
 
 
+@functools.cache
 def model_shapes(cfg: VideoReferConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of the whole model's parameters."""
   return shapes_of(lambda key: init_params(cfg, key), jax.random.key(0))
@@ -286,33 +363,34 @@ def load_connector(
 
   Widths come from its tensors, which are named as in `model.mm_projector` or without that prefix.
   """
-  if kind not in KINDS:
-    raise InputError(f"{path}: connector kind {kind!r} is not one of {', '.join(KINDS)}")
   tensors = Safetensors(path)
   prefix = _CONNECTOR if any(name.startswith(_CONNECTOR) for name in tensors) else ""
+  cfg, mapped = open_connector(tensors, kind, prefix)
+  return cfg, nested(arrays(mapped, dtype))
+
+
+def open_connector(tensors: Tensors, kind: str, prefix: str) -> tuple[ConnectorConfig, Mapped]:
+  """The connector among tensors whose names begin with `prefix`."""
+  if kind not in KINDS:
+    raise InputError(f"{tensors.path}: connector kind {kind!r} is not one of {', '.join(KINDS)}")
   readout = [prefix + name + "weight" for name in readout_names(kind)]
   first = prefix + "s1.b1.conv1.conv.weight" if KINDS[kind].stage_depth else readout[0]
   for name in (first, readout[-1]):
     if name not in tensors:
-      raise InputError(f"{path}: a connector of kind {kind} needs the tensor {name}")
+      raise InputError(f"{tensors.path}: a connector of kind {kind} needs the tensor {name}")
   cfg = ConnectorConfig(kind=kind, width=tensors.shape(readout[-1])[0])
   features = jax.ShapeDtypeStruct((1, 2, 4, tensors.shape(first)[1]), jnp.float32)
   shapes = shapes_of(lambda x: Connector(cfg).init(jax.random.key(0), x)["params"], features)
-  mapped = Mapped(
-    tensors,
-    list(slots(shapes, connector_rows(kind), theirs=prefix)),
-    shapes,
-    unused=lambda name: not name.startswith(prefix),
-  )
-  return cfg, nested(arrays(mapped, dtype))
+  wanted = list(slots(shapes, connector_rows(kind), theirs=prefix))
+  return cfg, Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
 
 
 def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:
   """Tells the names that a published folder may hold and this model does not use."""
 
   def unused(name: str) -> bool:
-    if name.startswith(_SHARD_TOWER):
-      return hf_tower.unused(name.removeprefix(_SHARD_TOWER), cfg.img)
+    if name.startswith(SHARD_TOWER):
+      return hf_tower.unused(name.removeprefix(SHARD_TOWER), cfg.img)
     if name == "lm_head.weight":
       return cfg.llm.tied_head
     return name.endswith(".rotary_emb.inv_freq")

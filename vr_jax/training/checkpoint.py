@@ -6,19 +6,24 @@
                          meta     config, model, tokenizer files, generation settings, versions
 
 A step's folder appears under its name only when it is complete; a folder that `export` wrote holds
-`params` and `meta`.
+`params` and `meta`, and `kept` (safetensors) where `vr convert` keeps what a foreign folder held
+besides.
 """
 
 import base64
 import importlib.metadata
+import math
 import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
@@ -139,17 +144,27 @@ def make_meta(
   tokenizer_files: Mapping[str, bytes] | None = None,
   generation: Mapping[str, Any] | None = None,
   config: Mapping[str, Any] | None = None,
+  origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """The `meta` item: JSON that makes the parameters usable without anything else."""
-  packages = ("vr-jax", "jax", "flax", "optax", "orbax-checkpoint")
+  """The `meta` item: JSON that makes the parameters usable without anything else.
+
+  `origin` is what a converted checkpoint needs for the way back (`interop.source.Source`).
+  """
   return {
     "model": dict(model),
     "tokenizer": {name: _to_text(data) for name, data in (tokenizer_files or {}).items()},
     "generation": dict(generation or {}),
     "config": dict(config or {}),
+    **({"origin": dict(origin)} if origin else {}),
     "layers": "stacked",  # scanned layers: one array with a leading layer axis
-    "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+    "versions": package_versions(),
   }
+
+
+def package_versions() -> dict[str, str]:
+  """Versions of Python and of the packages that decide the numbers."""
+  packages = ("vr-jax", "jax", "flax", "optax", "orbax-checkpoint")
+  return {"python": platform.python_version(), **{p: _version(p) for p in packages}}
 
 
 def read_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
@@ -179,6 +194,102 @@ def export(folder: Path | str, params: Params, meta: Mapping[str, Any]) -> None:
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(dict(meta))
       ),
     )
+
+
+class ParamsWriter:
+  """Writes a checkpoint for inference piece by piece, in any order; as `export` does, in the end.
+
+  Orbax writes the tree with one element for each array; then the arrays, which Orbax keeps in
+  tensorstore, take their true shape. A folder that a killed writer left is taken up again.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    arrays: Mapping[str, tuple[tuple[int, ...], Any]],
+    meta: Mapping[str, Any],
+  ):
+    """`arrays`: path -> (shape, dtype)."""
+    self.folder, self._arrays, self._open = folder, arrays, {}
+    if not (folder / "params" / "commit_success.txt").exists():
+      placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in arrays.items()}
+      export(folder, flax.traverse_util.unflatten_dict(placeholders, sep="/"), meta)
+
+  def write(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
+    """Writes the parameter at `index` of its leading axes."""
+    self._store(path, bool(index))[index].write(value).result()
+
+  def _store(self, path: str, stacked: bool) -> Any:
+    if path not in self._open:
+      shape, dtype = self._arrays[path]
+      spec = _array_spec(self.folder / "params", path.replace("/", "."))
+      store = ts.open(spec, open=True).result()
+      if store.shape != tuple(shape):  # the placeholder
+        spec["metadata"] = {
+          "shape": list(shape),
+          "chunks": _chunks(shape, np.dtype(dtype).itemsize, stacked),
+          "dtype": store.spec().to_json()["metadata"]["dtype"],
+          "compressor": {"id": "zstd", "level": 1},
+        }
+        store = ts.open(spec, create=True, delete_existing=True).result()
+      self._open = {path: store}  # one at a time: a store holds caches
+    return self._open[path]
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int, stacked: bool, most: int = 1 << 27) -> list[int]:
+  """Chunks of at most `most` bytes, a layer or less each: what a host of a pod reads of its own."""
+  chunks = [1, *shape[1:]] if stacked else list(shape)
+  while math.prod(chunks) * itemsize > most:
+    at = max(range(len(chunks)), key=lambda i: chunks[i])
+    chunks[at] = -(-chunks[at] // 2)
+  return chunks
+
+
+def _array_spec(params: Path, name: str) -> dict[str, Any]:
+  """Where Orbax keeps an array: in one key-value store, or (older checkpoints) in its own folder.
+
+  `name`: its keys, joined by dots.
+  """
+  if (params / "manifest.ocdbt").exists():
+    store = {"driver": "ocdbt", "base": params.absolute().as_uri(), "path": f"{name}/"}
+  else:
+    store = {"driver": "file", "path": str(params.absolute() / name)}
+  # Without a sync after each write; what a killed process wrote is there all the same.
+  return {"driver": "zarr", "kvstore": store, "context": {"file_io_sync": False}}
+
+
+class StoredParams:
+  """Parameters in an Orbax folder, read piece by piece; `vr_jax.interop.table.Parameters`.
+
+  Where a chunk of an array holds several layers, the array read last stays in memory whole.
+  """
+
+  def __init__(self, folder: Path, item: str = "params"):
+    """`folder`: of one step; `item` "" where it is the parameters' own folder."""
+    self._folder = folder / item if item else folder
+    leaves = jax.tree_util.tree_leaves_with_path(_saved_shapes(folder, item))
+    self._names = {"/".join(str(key.key) for key in path): path for path, _ in leaves}
+    self.shapes = {n: tuple(leaf.shape) for n, (_, leaf) in zip(self._names, leaves, strict=True)}
+    self._dtypes = {n: leaf.dtype for n, (_, leaf) in zip(self._names, leaves, strict=True)}
+    self._last: tuple[str, Any, np.ndarray | None] = ("", None, None)
+
+  def dtype(self, path: str) -> np.dtype:
+    return np.dtype(self._dtypes[path])
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    try:
+      if self._last[0] != path:
+        name = ".".join(str(key.key) for key in self._names[path])
+        self._last = (path, ts.open(_array_spec(self._folder, name)).result(), None)
+      _, store, whole = self._last
+      if whole is None:
+        if not index or store.chunk_layout.read_chunk.shape[0] == 1:
+          return store[index].read().result()
+        whole = store.read().result()
+        self._last = (path, store, whole)
+      return whole[index]
+    except Exception as error:  # tensorstore raises all kinds on damaged files
+      raise _damaged(self._folder, error) from error
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -285,6 +396,12 @@ def _restore(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) -> di
     # Orbax casts silently, so look at what came back.
     _check_tree(path / item, read[item], target)
   return read
+
+
+def is_orbax(path: Path | str) -> bool:
+  """Whether a folder holds a tree of arrays that Orbax wrote, ours or another's."""
+  path = Path(path)
+  return any((path / name).is_file() for name in ("_METADATA", "manifest.ocdbt"))
 
 
 def _saved_shapes(path: Path, item: str) -> Any:

@@ -1,0 +1,371 @@
+"""`vr convert`: weights of one format into another, tensor by tensor, with proof.
+
+The result grows in `DST.partial`, where a journal names what is written, so a killed conversion
+goes on where it stopped; it takes its name when it is complete and has been read back. What was
+read, written and compared stands in parity.json: in the folder, or beside the file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.interop import peft, proof
+from vr_jax.interop.source import Source
+from vr_jax.interop.sources import open_source
+from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
+from vr_jax.interop.targets import FORMATS, Item, Target, lay_out
+from vr_jax.interop.writers import SHARD_BYTES
+from vr_jax.training.checkpoint import package_versions
+
+CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
+
+
+def convert(
+  src: str | Path,
+  dst: str | Path,
+  to: str,
+  *,
+  dtype: str | None = None,
+  adapter: str | Path | None = None,
+  allow_nonfinite: bool = False,
+  shard_bytes: int = SHARD_BYTES,
+  logits: str = "auto",
+  report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Converts weights and returns what parity.json holds; `passed` says whether all is equal enough.
+
+  Args:
+    src: weights of any format that `open_source` knows.
+    dst: what is written; must not exist.
+    to: a key of FORMATS.
+    dtype: float32, float16 or bfloat16 for all tensors; by default each keeps its own.
+    adapter: a PEFT folder that is merged into the decoder.
+    allow_nonfinite: go on where weights hold NaN or Inf.
+    logits: "auto" (where PyTorch is there and both models fit into memory), "always" or "never".
+    report: takes each line about what came from where.
+
+  Raises:
+    InputError: one line about a source that is damaged or unknown, a format that cannot say it, a
+      `dst` that exists, weights that are not finite or that overflow, too little disk. Nothing is
+      then left at `dst`.
+  """
+  if to not in FORMATS:
+    raise InputError(f"--to {to!r}: accepted: {', '.join(FORMATS)}")
+  if dtype is not None and dtype not in CASTS:
+    raise InputError(f"--dtype {dtype!r}: accepted: {', '.join(CASTS)}")
+  dst = Path(dst)
+  if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+    raise InputError(f"{dst}: exists; nothing is written over, give another place")
+  source = open_source(src)
+  if adapter is not None:
+    source = _with_adapter(source, adapter)
+  _describe(source, report)
+  wanted = DTYPES[CASTS[dtype]] if dtype else None
+
+  def cast(own: np.dtype) -> np.dtype:
+    return wanted if wanted is not None and dtype_name(own) in CASTS.values() else own
+
+  partial = dst.parent / f"{dst.name}.partial"
+  plan = {
+    "source": _fingerprint(src) + (_fingerprint(adapter) if adapter else []),
+    "to": to,
+    "dtype": dtype,
+    "shard_bytes": shard_bytes,
+  }
+  done = _resume(partial, plan, report)
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / PLAN).write_text(json.dumps(plan))
+    stage = partial / "result"
+    target = lay_out(to, source, stage, cast, shard_bytes)
+    _check_disk(target, stage)
+    tensors = _stream(target, partial / JOURNAL, done, allow_nonfinite)
+    target.finish(stage)
+  except InputError:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  for note in target.notes:
+    report(note)
+  parity = _parity(source, src, to, tensors, [*source.notes, *target.notes])
+  back = reopen(to, stage, target)
+  parity |= compare(source.params, back)
+  lossless = all(t["largest_difference"] == 0 for t in tensors)
+  parity["passed"] = parity["bit_identical"] or not lossless
+  parity["logits"] = proof.logits(source, to, stage / target.weights, logits)
+  parity["passed"] &= parity["logits"].get("passed", True)
+  _publish(partial, stage, target, dst, parity)
+  return parity
+
+
+def _with_adapter(source: Source, adapter: str | Path) -> Source:
+  if "llm" not in source.parts:
+    raise InputError(f"{source.path}: holds no decoder to merge the adapter {adapter} into")
+  llm = source.parts["llm"]
+  opened = peft.open_adapter(adapter, llm)
+  fields = {f: getattr(source, f) for f in source.__dataclass_fields__}
+  fields["params"] = peft.Merged(source.params, llm, opened)
+  fields["notes"] = (*source.notes, f"adapter: {adapter}, rank {opened.rank}, merged")
+  return Source(**fields)
+
+
+def _describe(source: Source, report: Callable[[str], None]) -> None:
+  report(f"{source.path}: {source.kind} with {', '.join(source.parts)}")
+  for note in source.notes:
+    report(note)
+  if source.skipped:
+    more = f" and {len(source.skipped) - 3} more" if len(source.skipped) > 3 else ""
+    kept = "kept for the way back" if source.kept else "left out"
+    report(f"not part of the model, {kept}: {', '.join(source.skipped[:3])}{more}")
+
+
+# --- Resuming ---------------------------------------------------------------------------------
+
+
+def _fingerprint(path: str | Path) -> list[list[Any]]:
+  """What tells whether a source is still the same: names, sizes and times of its files."""
+  root = Path(str(path))
+  if not root.exists():
+    root = Path(str(path).rpartition(":")[0])
+  files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+  return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _resume(
+  partial: Path, plan: dict[str, Any], report: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+  """The tensors that an earlier, killed conversion of the same plan has written."""
+  try:
+    same = json.loads((partial / PLAN).read_text()) == plan
+  except (OSError, json.JSONDecodeError):
+    same = False
+  if not same:
+    shutil.rmtree(partial, ignore_errors=True)
+    return {}
+  done = {}
+  if (partial / JOURNAL).is_file():
+    for line in (partial / JOURNAL).read_text().splitlines():
+      try:
+        entry = json.loads(line)
+      except json.JSONDecodeError:  # the line that the kill cut off
+        break
+      done[entry["name"]] = entry
+  if done:
+    report(f"going on after {len(done)} tensors in {partial}")
+  return done
+
+
+def _check_disk(target: Target, stage: Path) -> None:
+  """Refuses what does not fit; a file laid out already counts only by the blocks it has."""
+  need = sum(item.bytes for item in target.items) * (2 if target.twice else 1)
+  have = sum(p.stat().st_blocks * 512 for p in stage.rglob("*") if p.is_file())
+  free = shutil.disk_usage(stage).free
+  if need - have > free:
+    raise InputError(
+      f"{stage.parent.parent}: {(need - have) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free"
+    )
+
+
+# --- Streaming --------------------------------------------------------------------------------
+
+
+def _stream(
+  target: Target, journal: Path, done: dict[str, dict[str, Any]], allow_nonfinite: bool
+) -> list[dict[str, Any]]:
+  """Reads, checks, casts and writes every item; returns what parity.json says of each.
+
+  Items that hold NaN or Inf, or that overflow in the new dtype, are all named before it gives up.
+  """
+  nonfinite: list[str] = []
+  overflow: list[str] = []
+  entries = []
+  with journal.open("a", encoding="utf-8") as log:
+    for item in _progress(sorted(target.items, key=lambda item: item.order)):
+      if item.name in done:
+        entries.append(done[item.name])
+        continue
+      array = item.make()
+      problem = not _finite(array)
+      if problem and not allow_nonfinite:
+        nonfinite.append(item.name)
+        continue
+      new, difference = _cast(array, item.dtype)
+      if not problem and not _finite(new):
+        overflow.append(f"{item.name} (up to {np.abs(array.astype(np.float32)).max():.4g})")
+        continue
+      if nonfinite or overflow:
+        continue
+      item.write(new)
+      entry = {
+        "name": item.name,
+        "shape": list(item.shape),
+        "dtype": dtype_name(item.dtype),
+        "sha256": hashlib.sha256(np.ascontiguousarray(new).view(np.uint8)).hexdigest(),
+        "from": list(item.of),
+        "from_dtype": dtype_name(array.dtype),
+        "largest_difference": difference,
+      }
+      log.write(json.dumps(entry) + "\n")
+      log.flush()
+      entries.append(entry)
+  if nonfinite:
+    raise InputError(
+      f"NaN or Inf in {len(nonfinite)} tensors ({_some(nonfinite)}); --allow-nonfinite goes on"
+    )
+  if overflow:
+    raise InputError(
+      f"{len(overflow)} tensors do not fit the range of the new dtype ({_some(overflow)}); "
+      "bfloat16 and float32 have the range"
+    )
+  return entries
+
+
+def _some(names: list[str], most: int = 20) -> str:
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(names[:most]) + more
+
+
+def _blocks(array: np.ndarray, most: int = 1 << 24) -> Iterator[np.ndarray]:
+  """Flat views of at most `most` elements, so that a check needs little memory."""
+  whole = array.reshape(-1)
+  for start in range(0, whole.size, most):
+    yield whole[start : start + most]
+
+
+def _finite(array: np.ndarray) -> bool:
+  if array.dtype.kind in "iub":
+    return True
+  return all(bool(np.isfinite(block).all()) for block in _blocks(array))
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, float]:
+  """The array in another dtype, and the largest difference that makes."""
+  if array.dtype == dtype:
+    return array, 0.0
+  with np.errstate(over="ignore"):
+    new = array.astype(dtype)
+  return new, _largest(zip(_blocks(array), _blocks(new), strict=True))
+
+
+def _largest(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+  largest = 0.0
+  for a, b in pairs:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+      gap = np.abs(a - b)
+    gap[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+    largest = max(largest, float(gap.max(initial=0)))
+  return largest
+
+
+def _progress(items: list[Item]) -> Iterator[Item]:
+  """The items, with a line on stderr: rewritten on a terminal, else at each tenth."""
+  total, written, shown = sum(item.bytes for item in items), 0, 0.0
+  start, terminal = time.monotonic(), sys.stderr.isatty()
+  for item in items:
+    yield item
+    written += item.bytes
+    share = written / max(total, 1)
+    if total < 1 << 28 and not terminal:
+      continue
+    if terminal or share >= shown + 0.1:
+      shown = share
+      speed = written / 1e6 / max(time.monotonic() - start, 1e-3)
+      line = f"{share:4.0%} of {total / 1e9:.2f} GB, {speed:.0f} MB/s"
+      print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
+  if terminal:
+    print(file=sys.stderr)
+
+
+# --- Proof and the end ------------------------------------------------------------------------
+
+
+def reopen(to: str, stage: Path, target: Target) -> Parameters:
+  """The parameters of a result, read as anyone would read it."""
+  if to == "hf" and not (stage / "config.json").is_file():
+    names = [f for f in ("tower", "decoder") if (stage / f).is_dir()]
+    opened = [open_source(stage / name) for name in names]
+    if any(stage.glob("*.safetensors")):
+      opened.append(open_source(stage))
+    return Joined(*(source.params for source in opened))
+  return open_source(stage / target.weights if target.weights else stage).params
+
+
+def compare(source: Parameters, result: Parameters) -> dict[str, Any]:
+  """Every parameter of the source against the one read back, layer by layer."""
+  differ: dict[str, float] = {}
+  identical = True
+  for path, shape in source.shapes.items():
+    largest = 0.0
+    for index in pieces(path, shape):
+      a, b = source.read(path, index), result.read(path, index)
+      if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+        identical = False
+        largest = max(largest, _largest(zip(_blocks(a), _blocks(b), strict=True)))
+    if largest:
+      differ[path] = largest
+  return {
+    "parameters": len(source.shapes),
+    "bit_identical": identical,
+    "largest_difference": max(differ.values(), default=0.0),
+    "differences": differ,
+  }
+
+
+def _parity(
+  source: Source, src: str | Path, to: str, tensors: list[dict[str, Any]], notes: list[str]
+) -> dict[str, Any]:
+  return {
+    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)},
+    "to": to,
+    "notes": notes,
+    "left_out": [] if source.kept else list(source.skipped),
+    "versions": package_versions(),
+    "tensors": tensors,
+  }
+
+
+def summary(parity: dict[str, Any], dst: str | Path) -> str:
+  """What parity.json says, in a few lines."""
+  same = "bit-identical" if parity["bit_identical"] else "equal"
+  if parity["largest_difference"]:
+    same = f"largest difference {parity['largest_difference']:.3g}"
+  lines = [
+    f"{dst}: {len(parity['tensors'])} tensors written, {parity['parameters']} parameters read back "
+    f"{same}"
+  ]
+  logits = parity["logits"]
+  if "skipped" in logits:
+    lines.append(f"logits not compared: {logits['skipped']}")
+  for name, found in logits.items():
+    if isinstance(found, dict):
+      greedy = f", {found['greedy_equal']} of {found['greedy_tokens']} greedy tokens equal"
+      lines.append(
+        f"{name}: max abs {found['max_abs']:.2g}, KL {found['kl']:.2g}, top-1 "
+        f"{found['top1_agreement']:.4g}{greedy if 'greedy_equal' in found else ''}: "
+        f"{'passed' if found['passed'] else 'OVER TOLERANCE'}"
+      )
+  return "\n".join(lines)
+
+
+def _publish(partial: Path, stage: Path, target: Target, dst: Path, parity: dict[str, Any]) -> None:
+  """Gives the result its name, in one step."""
+  text = json.dumps(parity, indent=2) + "\n"
+  if target.weights:
+    (dst.parent / f"{dst.name}.{PARITY}").write_text(text)
+    os.replace(stage / target.weights, dst)
+  else:
+    (stage / PARITY).write_text(text)
+    if dst.is_dir():
+      dst.rmdir()  # empty
+    os.replace(stage, dst)
+  shutil.rmtree(partial)

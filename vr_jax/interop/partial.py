@@ -1,0 +1,168 @@
+"""Parts that the published trainer saves alone: `mm_projector.bin`, `region_encoder.bin`.
+
+They are PyTorch pickles (extra [torch]); the same tensors as safetensors are read as well.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.interop import videorefer
+from vr_jax.interop.source import Source
+from vr_jax.interop.table import (
+  Joined,
+  Mapped,
+  Parameters,
+  Part,
+  Safetensors,
+  Tensors,
+  read_json,
+  slots,
+)
+from vr_jax.models.region import RegionConfig
+
+FILES = ("mm_projector.bin", "region_encoder.bin", "mm_projector.safetensors",
+         "region_encoder.safetensors")  # fmt: skip
+
+
+class TorchFile:
+  """The tensors of a file that torch.save wrote; mapped, nothing but tensors is unpickled."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    try:
+      import torch
+    except ImportError:
+      raise InputError(
+        f"{path}: a PyTorch file needs PyTorch; install the extra: pip install 'vr-jax[torch]'"
+      ) from None
+    try:
+      mapped = zipfile.is_zipfile(path)
+      self._tensors: dict[str, Any] = dict(
+        torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+      )
+    except Exception as error:  # the unpickler raises all kinds
+      reason = " ".join(str(error).split())[:120]
+      raise InputError(f"{path}: not a complete PyTorch file of tensors ({reason})") from None
+    if not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
+      raise InputError(f"{path}: holds other things than tensors by name")
+    self._bfloat16 = torch.bfloat16
+    self._int16 = torch.int16
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(sorted(self._tensors))
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._tensors
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._tensors[name].shape)
+
+  def dtype(self, name: str) -> np.dtype:
+    tensor = self._tensors[name]
+    if tensor.dtype == self._bfloat16:
+      return np.dtype(ml_dtypes.bfloat16)
+    return tensor.new_empty(0).numpy().dtype
+
+  def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    tensor = self._tensors[name][index] if index else self._tensors[name]
+    if tensor.dtype == self._bfloat16:
+      return tensor.contiguous().view(self._int16).numpy().copy().view(ml_dtypes.bfloat16)
+    return tensor.numpy().copy()
+
+
+def open_tensors(path: Path) -> Tensors:
+  """A file of tensors, safetensors or PyTorch's, by its content."""
+  with path.open("rb") as file:
+    start = file.read(9)
+  if start[8:9] == b"{":
+    return Safetensors(path)
+  if start[:2] == b"PK" or start[:1] == b"\x80":
+    return TorchFile(path)
+  raise InputError(f"{path}: neither a safetensors file, nor a PyTorch file, nor an npz")
+
+
+def open_partial(path: Path) -> Source:
+  """Opens one such file, or the folder of a published stage that holds them.
+
+  The kind of a connector is that of the config.json beside it, else told from its tensors.
+
+  Raises:
+    InputError: neither a connector nor a region encoder in it.
+  """
+  files = [path] if path.is_file() else [f for n in FILES if (f := path / n).is_file()]
+  home = path.parent if path.is_file() else path
+  parts: dict[str, Any] = {}
+  found: list[Parameters] = []
+  notes: list[str] = []
+  for file in files:
+    tensors = open_tensors(file)
+    if (prefix := _prefix(tensors, "mm_projector.", ("readout.", "s1.", "0."))) is not None:
+      kind = _kind(tensors, prefix, home, notes)
+      parts["connector"], mapped = videorefer.open_connector(tensors, kind, prefix)
+      found.append(Part(mapped, "", "connector/"))
+    if (prefix := _prefix(tensors, "region_encoder.", ("feat_linear.",))) is not None:
+      parts["region"], mapped = open_region(tensors, prefix)
+      found.append(Part(mapped, "", "region/"))
+  if not parts:
+    held = ", ".join(list(tensors)[:3]) if files else "no such file"
+    raise InputError(
+      f"{path}: neither a connector (mm_projector.*) nor a region encoder (region_encoder.*); "
+      f"it holds {held}"
+    )
+  return Source(
+    kind="parts of a published stage", path=path, parts=parts, params=Joined(*found),
+    notes=tuple(notes),
+  )  # fmt: skip
+
+
+def open_region(tensors: Tensors, prefix: str) -> tuple[RegionConfig, Mapped]:
+  """The region encoder among tensors whose names begin with `prefix`."""
+  first = f"{prefix}feat_linear.0.weight"
+  if first not in tensors:
+    raise InputError(f"{tensors.path}: a region encoder needs the tensor {first}")
+  width, tower = tensors.shape(first)
+  shapes = {
+    "fc1/kernel": (tower, width),
+    "fc1/bias": (width,),
+    "fc2/kernel": (width, width),
+    "fc2/bias": (width,),
+  }
+  wanted = list(slots(shapes, videorefer.REGION, theirs=prefix))
+  mapped = Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
+  return RegionConfig(width=width), mapped
+
+
+def _prefix(tensors: Tensors, word: str, starts: tuple[str, ...]) -> str | None:
+  """What stands before a part's names: up to `word`, or nothing in a file of that part alone."""
+  for name in tensors:
+    before, found, _ = name.partition(word)
+    if found:
+      return before + found
+  if any(name.startswith(starts) for name in tensors):
+    return ""
+  return None
+
+
+def _kind(tensors: Tensors, prefix: str, home: Path, notes: list[str]) -> str:
+  config = home / "config.json"
+  if config.is_file() and (kind := read_json(config).get("mm_projector_type")):
+    return str(kind)
+  if f"{prefix}weight" in tensors:
+    return "linear"
+  if f"{prefix}0.weight" in tensors:
+    return "mlp2x_gelu"
+  staged = f"{prefix}s1.b1.conv1.conv.weight" in tensors
+  sampled = f"{prefix}sampler.0.weight" in tensors
+  if staged:
+    kind = "stc_connector_v35" if sampled else "stp_connector"
+  else:
+    kind = "spatial_conv" if sampled else "spatial_pool"
+  if kind == "stc_connector_v35":
+    notes.append("connector: stc_connector_v35 (assumed: stc_connector has the same tensors)")
+  return kind

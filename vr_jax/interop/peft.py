@@ -1,0 +1,207 @@
+"""LoRA adapters of the decoder in the PEFT format: read, written, merged into the base.
+
+An adapter is a parameter tree beside the decoder's: for a matrix at `layers/attn/q_einsum/w` the
+factors `layers/attn/q_einsum/w/lora_a` [X,D,r] and `.../lora_b` [X,r,N,H], whose product over r,
+times alpha / r, is added to the matrix.
+
+Source: LoRA (arXiv 2106.09685); the files of the library peft (adapter_config.json,
+adapter_model.safetensors).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.interop import hf_decoder
+from vr_jax.interop.table import (
+  DENSE,
+  HEADS_OUT,
+  Mapped,
+  Parameters,
+  Row,
+  Safetensors,
+  Shapes,
+  Slot,
+  Tensors,
+  Tree,
+  arrays,
+  nested,
+  outputs,
+  read_json,
+  slots,
+)
+from vr_jax.interop.writers import ShardWriter
+from vr_jax.models.decoder import DecoderConfig
+
+_PREFIX = "base_model.model."
+_MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """The factors by our path (relative to the decoder), and what scales their product."""
+
+  params: Parameters
+  rank: int
+  alpha: float
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+# A [r, N*H in] of o_proj <-> [N, H, r]
+_HEADS_A = HEADS_OUT._replace(save=lambda y: y.reshape(-1, y.shape[-1]).T)
+
+
+def rows(cfg: DecoderConfig) -> list[Row]:
+  """The table: two rows for each row of the decoder that is a matrix of a layer."""
+
+  def renamed(names: str | tuple[str, ...], letter: str) -> str | tuple[str, ...]:
+    if isinstance(names, str):
+      return _PREFIX + names.replace(".weight", f".lora_{letter}.weight")
+    return tuple(str(renamed(name, letter)) for name in names)
+
+  table = []
+  for row in hf_decoder.rows(cfg):
+    if re.fullmatch(_MATRICES, row.ours):
+      heads_in = "attn_vec" in row.ours
+      heads_out = row.transform is not DENSE and not heads_in
+      a, b = _HEADS_A if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
+      table.append(Row(f"{row.ours}/lora_a", renamed(row.theirs, "A"), a))
+      table.append(Row(f"{row.ours}/lora_b", renamed(row.theirs, "B"), b))
+  return table
+
+
+def adapter_shapes(cfg: DecoderConfig, rank: int, adapted: Mapping[str, Any]) -> Shapes:
+  """Path -> shape of the factors of the matrices at the paths `adapted`."""
+  shapes = {}
+  for path, shape in hf_decoder.decoder_shapes(cfg).items():
+    if path not in adapted:
+      continue
+    if path.endswith("attn_vec_einsum/w"):  # [X,N,H,D]
+      factors = (*shape[:-1], rank), (shape[0], rank, shape[-1])
+    elif path.endswith("_einsum/w"):  # [X,(T,)N,D,H]
+      lead, (heads, width, head_dim) = shape[:-3], shape[-3:]
+      factors = (*lead, width, rank), (*lead, rank, heads, head_dim)
+    else:  # [X,(2,)in,out]
+      lead, (inputs, out) = shape[:-2], shape[-2:]
+      factors = (*lead, inputs, rank), (*lead, rank, out)
+    shapes[f"{path}/lora_a"], shapes[f"{path}/lora_b"] = factors
+  return shapes
+
+
+def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
+  """Opens a PEFT folder for a decoder.
+
+  Raises:
+    InputError: no adapter, one of another kind (DoRA, a bias, ranks that differ), or one whose
+      tensors do not fit the decoder.
+  """
+  folder = Path(folder)
+  where = folder / "adapter_config.json"
+  fields = read_json(where)
+  for key, accepted in (
+    ("peft_type", ("LORA",)),
+    ("use_dora", (False, None)),
+    ("bias", ("none", None)),
+    ("use_rslora", (False, None)),
+    ("fan_in_fan_out", (False, None)),
+    ("rank_pattern", ({}, None)),
+    ("alpha_pattern", ({}, None)),
+  ):
+    if fields.get(key, accepted[-1]) not in accepted:
+      names = ", ".join(repr(a) for a in accepted if a is not None)
+      raise InputError(f"{where}: {key}={fields.get(key)!r} is not supported; accepted: {names}")
+  rank, alpha = fields.get("r"), fields.get("lora_alpha")
+  if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    raise InputError(f"{where}: r={rank!r}, lora_alpha={alpha!r}; accepted: numbers, r at least 1")
+  tensors = Safetensors(folder / "adapter_model.safetensors")
+  adapted = _adapted(tensors, cfg)
+  shapes = adapter_shapes(cfg, rank, dict.fromkeys(adapted))
+  wanted = list(slots(shapes, rows(cfg)))
+  return Adapter(Mapped(tensors, wanted, shapes), rank, float(alpha))
+
+
+def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:
+  """The matrices of ours for which the file holds factors."""
+  found = set()
+  for path, shape in hf_decoder.decoder_shapes(cfg).items():
+    for slot in slots({path: shape}, hf_decoder.rows(cfg)):
+      if _PREFIX + slot.theirs.replace(".weight", ".lora_A.weight") in tensors:
+        found.add(path)
+        break
+  return found
+
+
+def write_adapter(
+  folder: str | Path, cfg: DecoderConfig, adapter: Mapping[str, Any], alpha: float
+) -> None:
+  """Writes factors (nested as in this module's text) as a PEFT folder."""
+  folder = Path(folder)
+  tree = Tree(adapter)
+  made = outputs(slots(tree.shapes, rows(cfg)), tree.shapes)
+  entries = {output.name: (output.shape, output.dtype(tree)) for output in made}
+  writer = ShardWriter(folder, entries, stem="adapter_model")
+  for output in made:
+    writer.write(output.name, output.make(tree))
+  rank = next(shape[-1] for path, shape in tree.shapes.items() if path.endswith("lora_a"))
+  modules = sorted({output.name.split(".")[-3] for output in made})
+  fields = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": rank,
+    "lora_alpha": alpha,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "target_modules": modules,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+  }
+  (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def read_adapter(folder: str | Path, cfg: DecoderConfig) -> tuple[dict[str, Any], float]:
+  """(factors as a nested dict, alpha / r) of a PEFT folder; see `open_adapter`."""
+  adapter = open_adapter(folder, cfg)
+  return nested(arrays(adapter.params)), adapter.scale
+
+
+class Merged:
+  """A model's parameters with an adapter added to its decoder, in float32; dtype unchanged."""
+
+  def __init__(self, base: Parameters, cfg: DecoderConfig, adapter: Adapter):
+    self.shapes = base.shapes
+    self._base, self._adapter = base, adapter
+    self._slots: dict[str, list[Slot]] = {}
+    body = {p.removeprefix("llm/"): s for p, s in base.shapes.items() if p.startswith("llm/")}
+    for slot in slots(body, hf_decoder.rows(cfg)):
+      self._slots.setdefault(f"llm/{slot.ours}", []).append(slot)
+
+  def dtype(self, path: str) -> np.dtype:
+    return self._base.dtype(path)
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    value = self._base.read(path, index)
+    own = path.removeprefix("llm/")
+    if not path.startswith("llm/") or f"{own}/lora_a" not in self._adapter.params.shapes:
+      return value
+    a = self._adapter.params.read(f"{own}/lora_a", index).astype(np.float32)
+    b = self._adapter.params.read(f"{own}/lora_b", index).astype(np.float32)
+    return (value + self._adapter.scale * _product(own, a, b)).astype(value.dtype)
+
+
+def _product(path: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """The change of a matrix from its factors, with whatever axes lead."""
+  if path.endswith("attn_vec_einsum/w"):
+    return np.einsum("...NHr,...rD->...NHD", a, b)
+  if path.endswith("_einsum/w"):
+    return np.einsum("...Dr,...rNH->...NDH", a, b)
+  return np.einsum("...ir,...ro->...io", a, b)

@@ -1,0 +1,285 @@
+"""Logits of two models on one batch: ours on the source, PyTorch's on the result (or the reverse).
+
+Where the other side is a folder of `transformers`, its library runs it; the published layout and
+our own PyTorch folder are run by the PyTorch model of `torch_model/`, which has the same names.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipes.batch import Clip, Row, build_row, collate, fit_shape, needs
+from data_pipes.prompts import IGNORE, MEDIA_IDS, Text
+from vr_jax.inference.generate import Generator
+from vr_jax.interop import torch_folder, videorefer
+from vr_jax.interop.source import Source
+from vr_jax.interop.table import Part, arrays, nested, outputs
+from vr_jax.models.connector import scene_token_count
+from vr_jax.models.decoder import Decoder
+from vr_jax.models.siglip import Siglip
+from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
+
+TOLERANCE = {"float32": 1e-3, "half": 5e-2}  # of the largest logit
+NEW_TOKENS = 32
+
+
+def logits(source: Source, to: str, result: Path, wanted: str = "auto") -> dict[str, Any]:
+  """Compares the two sides of a conversion; {"skipped": reason} where it cannot.
+
+  Both run in float32, so that the difference is that of the code, and of the weights where they
+  were cast.
+  """
+  if wanted == "never":
+    return {"skipped": "not asked for"}
+  reason = _cannot(source, to, wanted)
+  if reason:
+    return {"skipped": reason}
+  if source.whole and to in ("vr", "videorefer", "torch"):
+    found = _whole(source, to, result)
+  elif to == "hf" and "llm" in source.parts and "connector" not in source.parts:
+    found = {"decoder": decoder_logits(source, result)}
+  elif to == "hf" and set(source.parts) == {"img"}:
+    found = {"tower": tower_features(source, result)}
+  elif to == "hf" and source.whole:
+    found = {
+      "tower": tower_features(source, result / "tower"),
+      "decoder": decoder_logits(source, result / "decoder"),
+    }
+  else:
+    return {"skipped": f"no second implementation of {', '.join(source.parts)} as {to}"}
+  found["passed"] = all(part["passed"] for part in found.values())
+  return found
+
+
+def _cannot(source: Source, to: str, wanted: str) -> str | None:
+  """Why the models are not run, None if they can be."""
+  if to == "big_vision":
+    return "big_vision is not a library; see BIG_VISION_DIR in tests/test_interop_big_vision.py"
+  missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
+  if missing:
+    return f"{', '.join(missing)} not installed (extra [torch])"
+  if wanted == "auto":
+    size = sum(int(np.prod(shape)) for shape in source.params.shapes.values()) * 4
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * size > available:
+      return f"both models need {4 * size / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free"
+  return None
+
+
+# --- The fixed batch --------------------------------------------------------------------------
+
+
+def fixed_row(cfg: VideoReferConfig, seed: int = 0) -> Row:
+  """A batch of two rows: a video of moving shapes with two objects, and one with another.
+
+  The first object is seen on more frames than it keeps tokens of, the second on one.
+  """
+  rng = np.random.default_rng(seed)
+  size, grid, scene = cfg.img.image_size, cfg.img.grid, max(cfg.num_frames, 2)
+  frames = {}
+  for t in range(scene + 2):
+    frame = rng.integers(0, 60, (size, size, 3))
+    at = (size - size // 3) * t // (scene + 1)
+    frame[at : at + size // 3, size // 4 : size // 2] += 120
+    frame[size // 2 :, at : at + size // 4, 0] += 90
+    frames[t] = frame.astype(np.uint8)
+  cells = np.zeros((3, grid, grid), np.uint8)
+  cells[0, : grid // 2 + 1, : grid // 2 + 1] = 1
+  cells[1, grid // 2 :, grid // 2 :] = 1
+  cells[2, :, grid // 3] = 1
+  masks = cells.reshape(3, -1)
+  many = {t: masks[t % 2] for t in range(scene + 2)}
+  region_id = cfg.llm.vocab_size - 1
+  texts, clips = [], []
+  for objects in ([many, {1: masks[1]}], [{scene + 1: masks[2]}]):
+    words = rng.integers(0, cfg.llm.vocab_size - 1, 24 + 3 * len(objects))
+    ids = np.concatenate([words[:5], [MEDIA_IDS["<video>"]], words[5:9]])
+    for k in range(len(objects)):
+      ids = np.concatenate([ids, [region_id], words[9 + 3 * k : 12 + 3 * k]])
+    ids = np.concatenate([ids, words[15:]]).astype(np.int32)
+    texts.append(Text(ids, np.full_like(ids, IGNORE)))
+    clips.append(Clip(frames, list(range(scene)), objects))
+  shape = fit_shape(
+    [needs(t, c, region_id) for t, c in zip(texts, clips, strict=True)],
+    image_size=size,
+    grid=grid,
+    tokens_per_object=cfg.region.tokens,
+    scene_tokens=scene_token_count(cfg.connector, scene, grid),
+    scene=scene,
+    length_multiple=8,
+  )
+  return collate([build_row(t, c, shape, region_id) for t, c in zip(texts, clips, strict=True)])
+
+
+def differences(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict[str, Any]:
+  """Largest difference (absolute and of the largest value), KL in nats, top-1 agreement."""
+
+  def log_softmax(x):
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+  a, b = log_softmax(ours), log_softmax(theirs)
+  largest = float(np.abs(ours.astype(np.float64) - theirs).max())
+  relative = largest / max(float(np.abs(theirs).max()), 1e-30)
+  return {
+    "max_abs": largest,
+    "relative": relative,
+    "kl": float((np.exp(a) * (a - b)).sum(-1).max()),
+    "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+    "tolerance": tolerance,
+    "passed": relative <= tolerance,
+  }
+
+
+# --- Whole models -----------------------------------------------------------------------------
+
+
+def _whole(source: Source, to: str, result: Path) -> dict[str, Any]:
+  """Our model on one side and the PyTorch model on the other, on the fixed batch."""
+  from vr_jax.interop.sources import open_source
+
+  cfg = source.model_config()
+  back = open_source(result)
+  # PyTorch runs the foreign side; where both are ours, the result.
+  ours, theirs = (back, source) if to == "vr" else (source, back)
+  params = nested(arrays(ours.params, "float32"))
+  model = VideoRefer(ours.model_config())
+  row = fixed_row(cfg)
+  rows = jax.tree.map(jnp.asarray, row)
+
+  @jax.jit
+  def forward(params, rows):
+    hidden, spliced = model.apply({"params": params}, rows)
+    return model.apply({"params": params}, hidden, method="logits"), spliced.valid
+
+  with jax.default_matmul_precision("highest"):
+    our_logits, valid = (np.asarray(x) for x in forward(params, rows))
+    generated, _ = Generator(model, params)(rows, max_new_tokens=NEW_TOKENS, eos_ids=(), pad_id=0)
+  with torch_model(theirs) as (torch, module):
+    inputs = torch_inputs(torch, row)
+    with torch.no_grad():
+      their_logits = module(**inputs).logits.numpy()
+    tokens = module.generate(
+      **inputs, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, eos_token_id=[]
+    ).numpy()
+  found = differences(our_logits[valid], their_logits[valid], _tolerance(source, back))
+  same = [int(n) for n in (generated == tokens).cumprod(1).sum(1)]
+  found |= {"greedy_tokens": NEW_TOKENS, "greedy_equal": min(same)}
+  return {"videorefer": found}
+
+
+def _tolerance(source: Source, result: Source) -> float:
+  """Of the arithmetic alone where the weights are equal, else of a cast to half precision."""
+  same = all(source.params.dtype(p) == result.params.dtype(p) for p in source.params.shapes)
+  return TOLERANCE["float32" if same else "half"]
+
+
+def torch_inputs(torch: Any, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """A row as the inputs of the PyTorch model."""
+  names = {"tokens": "input_ids", "valid": "attention_mask"}
+  tensors = {names.get(k, k): torch.from_numpy(np.array(v)) for k, v in row.items()}
+  tensors.pop("supervised")
+  kept = (torch.uint8, torch.bool)
+  return {k: v if v.dtype in kept else v.long() for k, v in tensors.items()}
+
+
+@contextlib.contextmanager
+def torch_model(source: Source) -> Iterator[tuple[Any, Any]]:
+  """(torch, our PyTorch model in float32 with the weights of a whole source)."""
+  import torch
+
+  cfg = source.model_config()
+  with tempfile.TemporaryDirectory() as folder:
+    package = Path(folder, "videorefer_torch_model")
+    package.mkdir()
+    for name, content in torch_folder.code().items():
+      (package / name).write_bytes(content)
+    sys.path.insert(0, folder)
+    try:
+      for name in [n for n in sys.modules if n.startswith(package.name)]:
+        del sys.modules[name]
+      code = importlib.import_module(f"{package.name}.modeling_videorefer")
+    finally:
+      sys.path.remove(folder)
+    fields = json.loads(json.dumps(cfg.to_dict()))
+    module = code.VideoReferForCausalLM(code.VideoReferConfig(videorefer=fields)).float().eval()
+    state = module.state_dict()
+    shapes = source.params.shapes
+    for output in outputs(videorefer.model_slots(cfg, shapes), shapes):
+      value = np.array(output.make(source.params).astype(np.float32))
+      state.pop(output.name).copy_(torch.from_numpy(value))
+    if state:
+      raise AssertionError(f"the PyTorch model has more parameters: {', '.join(state)}")
+    yield torch, module
+
+
+# --- Towers and decoders of transformers ------------------------------------------------------
+
+
+def tower_features(source: Source, folder: Path) -> dict[str, Any]:
+  """The tower's output on random pictures against SiglipVisionModel."""
+  import torch
+  import transformers
+
+  cfg = source.parts["img"]
+  params = nested(arrays(Part(source.params, "img/"), "float32"))
+  pixels = np.random.default_rng(0).uniform(-1, 1, (2, cfg.image_size, cfg.image_size, 3))
+  pixels = pixels.astype(np.float32)
+  with jax.default_matmul_precision("highest"):
+    ours, _ = Siglip(cfg).apply({"params": params}, jnp.asarray(pixels))
+  module = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+  with torch.no_grad():
+    out = module(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+  theirs = (
+    out.last_hidden_state if cfg.select_layer is None else out.hidden_states[cfg.layers]
+  ).numpy()
+  return differences(np.asarray(ours), theirs, TOLERANCE["float32"])
+
+
+def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
+  """The decoder's logits on random text against AutoModelForCausalLM, and greedy tokens."""
+  import torch
+  import transformers
+
+  cfg = dataclasses.replace(source.parts["llm"], dtype="float32")
+  params = nested(arrays(Part(source.params, "llm/"), "float32"))
+  tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 24)).astype(np.int32)
+  decoder = Decoder(cfg)
+
+  def forward(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = decoder.apply(
+      {"params": params}, decoder.apply({"params": params}, tokens, method="embed"), positions
+    )
+    return decoder.apply({"params": params}, hidden, method="logits")
+
+  with jax.default_matmul_precision("highest"):
+    ours = np.asarray(jax.jit(forward)(params, jnp.asarray(tokens)))
+    batch = {"tokens": jnp.asarray(tokens), "valid": jnp.ones(tokens.shape, bool)}
+    generated, _ = Generator(decoder, params)(batch, max_new_tokens=NEW_TOKENS, eos_ids=())
+  module = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  ids = torch.from_numpy(tokens).long()
+  with torch.no_grad():
+    theirs = module(ids).logits.numpy()
+    new = []
+    for _ in range(NEW_TOKENS):
+      new.append(module(ids).logits[:, -1].argmax(-1))
+      ids = torch.cat([ids, new[-1][:, None]], 1)
+  found = differences(ours, theirs, TOLERANCE["float32"])
+  same = (generated == torch.stack(new, 1).numpy()).cumprod(1).sum(1)
+  return found | {"greedy_tokens": NEW_TOKENS, "greedy_equal": int(same.min())}

@@ -1,0 +1,378 @@
+"""What `vr convert` writes, format by format: tensors piece by piece, and the files beside them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipes.errors import InputError
+from vr_jax.interop import (
+  big_vision,
+  hf_decoder,
+  hf_paligemma,
+  hf_tower,
+  torch_folder,
+  videorefer,
+  vr,
+)
+from vr_jax.interop.npz import CONFIG
+from vr_jax.interop.source import Kept, Source
+from vr_jax.interop.table import DTYPES, Output, Parameters, dtype_name, outputs, pieces, slots
+from vr_jax.interop.writers import SHARD_BYTES, NpzWriter, ShardWriter, size_of
+from vr_jax.models.siglip import SiglipConfig
+from vr_jax.training.checkpoint import ParamsWriter, make_meta
+
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Cast = Callable[[np.dtype], np.dtype]
+
+
+class Item(NamedTuple):
+  """One tensor, or one layer of a stacked one, from reading to writing.
+
+  `make` gives it in the dtype of the source, `write` takes it in `dtype`; `of` names what it is
+  made of; items are worked through in the order of `order`, which keeps reads together.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  make: Callable[[], np.ndarray]
+  write: Callable[[np.ndarray], None]
+  of: tuple[str, ...]
+  order: tuple[Any, ...]
+
+  @property
+  def bytes(self) -> int:
+    return size_of(self.shape, self.dtype)
+
+
+@dataclasses.dataclass
+class Target:
+  """A format laid out in a folder: what to write, then what to finish.
+
+  `weights`: path of what holds the result, relative to the folder ("" for the folder itself);
+  `twice`: the format needs its size on disk twice while it is put together.
+  """
+
+  items: list[Item] = dataclasses.field(default_factory=list)
+  files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+  closing: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+  weights: str = ""
+  twice: bool = False
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+  def finish(self, folder: Path) -> None:
+    """Writes what is left when every item is written."""
+    for close in self.closing:
+      close()
+    for name, content in self.files.items():
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_bytes(content)
+
+
+def lay_out(
+  to: str, source: Source, folder: Path, cast: Cast, shard_bytes: int = SHARD_BYTES
+) -> Target:
+  """The target of a format in `FORMATS`.
+
+  Raises:
+    InputError: the source cannot be said in that format.
+  """
+  return FORMATS[to](source, folder, cast, shard_bytes)
+
+
+def to_vr(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """A checkpoint of ours."""
+  target, params = Target(), source.params
+  entries = {p: (shape, cast(params.dtype(p))) for p, shape in params.shapes.items()}
+  meta = make_meta(
+    source.model(), source.tokenizer_files, source.generation, source.config, source.origin
+  )
+  writer = ParamsWriter(folder, entries, meta)
+  for path, shape in params.shapes.items():
+    for index in pieces(path, shape):
+      target.items.append(
+        Item(
+          name=path + "".join(f"[{i}]" for i in index),
+          shape=shape[len(index) :],
+          dtype=entries[path][1],
+          make=lambda path=path, index=index: params.read(path, index),
+          write=lambda array, path=path, index=index: writer.write(path, index, array),
+          of=(path,),
+          order=(path, index),
+        )
+      )
+  if source.kept:
+    _shards(target, folder / vr.KEPT, [], params, cast, shard_bytes, kept=source.kept)
+  return target
+
+
+def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """The published folder, for decoders of the Qwen2 family."""
+  cfg = source.model_config()
+  if hf_decoder.hf_config(cfg.llm)["model_type"] != "qwen2":
+    raise InputError(
+      f"{source.path}: the published code has only Qwen2 decoders; --to torch takes this one"
+    )
+  if cfg.img.select_layer is None:
+    raise InputError(
+      f"{source.path}: the published code takes a hidden state of the tower (select_layer), not "
+      "its normed output; --to torch takes this one"
+    )
+  target, kept = Target(), _kept(source)
+  img = _as_held(cfg.img, kept, videorefer.SHARD_TOWER)
+  cfg = dataclasses.replace(cfg, img=img)
+  slots_of_model = videorefer.model_slots(cfg, source.params.shapes)
+  _shards(
+    target, folder, outputs(slots_of_model, source.params.shapes), source.params, cast, shard_bytes,
+    kept=kept,
+  )  # fmt: skip
+  dtype = _main_dtype(target.items)
+  origin = source.origin if source.origin.get("format") == "videorefer" else {}
+  old = origin.get("config.json", {})
+  tower = origin.get("tower")
+  elsewhere = old.get("mm_vision_tower") and tower is None
+  if elsewhere:
+    target.notes.append(f"tower: the published code reads it from {old['mm_vision_tower']}")
+  else:
+    tower = tower or {"folder": "siglip_vision_tower", "dtype": None}
+    _tower_folder(target, folder, source, img, tower, kept, cast)
+  fields = videorefer.config_json(cfg, old, source.generation, dtype)
+  fields["mm_vision_tower"] = old["mm_vision_tower"] if elsewhere else tower["folder"]
+  target.files["config.json"] = _json(fields)
+  old_generation = origin.get("generation_config.json")
+  generation = videorefer.generation_json(source.generation)
+  target.files["generation_config.json"] = _json(old_generation or generation)
+  target.files |= source.tokenizer_files
+  return target
+
+
+def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """A folder with our own PyTorch model, its processor and its weights."""
+  cfg = source.model_config()
+  if cfg.img.pool:
+    raise InputError(f"{source.path}: the tower has a pooling head, which VideoRefer does not use")
+  target = Target()
+  made = outputs(torch_folder.output_slots(cfg, source.params.shapes), source.params.shapes)
+  _shards(target, folder, made, source.params, cast, shard_bytes)
+  fields = torch_folder.config_json(cfg, _main_dtype(target.items))
+  target.files["config.json"] = _json(fields)
+  target.files["generation_config.json"] = _json(videorefer.generation_json(source.generation))
+  processor = {"auto_map": {"AutoProcessor": fields["auto_map"]["AutoProcessor"]}}
+  target.files["processor_config.json"] = _json(processor)
+  target.files |= torch_folder.code() | dict(source.tokenizer_files)
+  return target
+
+
+def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """Folders of transformers: `tower/`, `decoder/` and the published parts beside them.
+
+  A source of one part, or a PaliGemma, becomes one folder.
+  """
+  target, parts = Target(), source.parts
+  if big_vision.is_paligemma(parts):
+    made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
+    _shards(target, folder, made, source.params, cast, shard_bytes)
+    target.files["config.json"] = _json(
+      hf_paligemma.hf_config(parts["img"], parts["llm"])
+      | {"torch_dtype": _main_dtype(target.items)}
+    )
+    target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
+    target.files |= source.tokenizer_files
+    return target
+  alone = len(parts) == 1
+  if "img" in parts:
+    home = "" if alone else "tower"
+    kept = _kept(source)
+    img = _as_held(parts["img"], kept, videorefer.SHARD_TOWER)
+    _tower_folder(target, folder, source, img, {"folder": home, "dtype": None}, kept, cast)
+    if img.select_layer is not None and img.layers < img.depth + 1 and not kept:
+      target.notes.append(
+        "tower: the norm behind its last layer is not part of this model; the hidden state of the "
+        "last layer is its output (transformers says that post_layernorm is new)"
+      )
+  if "llm" in parts:
+    home = "" if alone else "decoder/"
+    llm = hf_decoder.hf_config(parts["llm"])
+    wanted = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
+    before = len(target.items)
+    made = outputs(wanted, source.params.shapes)
+    _shards(target, folder / home, made, source.params, cast, shard_bytes, home)
+    dtype = {"torch_dtype": _main_dtype(target.items[before:])}
+    target.files[f"{home}config.json"] = _json(llm | _special_ids(source.generation) | dtype)
+    generation = videorefer.generation_json(source.generation)
+    target.files[f"{home}generation_config.json"] = _json(generation)
+    target.files |= {home + name: data for name, data in source.tokenizer_files.items()}
+  for part, stem, table, prefix in (
+    ("connector", "mm_projector", None, "model.mm_projector."),
+    ("region", "region_encoder", videorefer.REGION, "model.region_encoder."),
+  ):
+    if part in parts:
+      table = table or videorefer.connector_rows(parts["connector"].kind)
+      own = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
+      made = outputs(slots(own, table, f"{part}/", prefix), own)
+      _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
+  return target
+
+
+def to_big_vision(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """One npz, its layers scanned."""
+  target = Target(weights="weights.npz", twice=True)
+  params = source.params
+  made = outputs(big_vision.output_slots(source.parts, params.shapes), params.shapes)
+  config = np.frombuffer(json.dumps(source.model()).encode(), np.uint8)
+  entries = {o.name: (o.shape, cast(o.dtype(params))) for o in made}
+  writer = NpzWriter(folder / target.weights, {CONFIG: (config.shape, config.dtype), **entries})
+  _items(target, made, params, entries, writer.write, "")
+  target.closing += [lambda: writer.write(CONFIG, config), writer.finish]
+  return target
+
+
+FORMATS: Mapping[str, Callable[[Source, Path, Cast, int], Target]] = {
+  "vr": to_vr,
+  "videorefer": to_videorefer,
+  "hf": to_hf,
+  "torch": to_torch,
+  "big_vision": to_big_vision,
+}
+
+
+# --- Pieces of the above ----------------------------------------------------------------------
+
+
+def _shards(
+  target: Target,
+  folder: Path,
+  made: list[Output],
+  params: Parameters,
+  cast: Cast,
+  shard_bytes: int,
+  home: str = "",
+  *,
+  kept: Kept | None = None,
+  stem: str = "model",
+) -> None:
+  """Adds a folder of safetensors shards to a target."""
+  entries = {o.name: (o.shape, cast(o.dtype(params))) for o in made}
+  kept_names = kept.names if kept else ()
+  for name in kept_names:
+    entries[name] = (kept.tensors.shape(name), cast(kept.tensors.dtype(name)))
+  writer = ShardWriter(folder, dict(sorted(entries.items())), shard_bytes, stem)
+  _items(target, made, params, entries, writer.write, home)
+  for name in kept_names:
+    target.items.append(_kept_item(f"{home}{name}", name, kept, entries[name][1], writer.write))
+  target.closing.append(writer.finish)
+
+
+def _items(
+  target: Target,
+  made: list[Output],
+  params: Parameters,
+  entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  write: Callable[[str, np.ndarray], None],
+  home: str,
+) -> None:
+  for output in made:
+    first = output.slots[0]
+    target.items.append(
+      Item(
+        name=home + output.name,
+        shape=output.shape,
+        dtype=entries[output.name][1],
+        make=lambda output=output: output.make(params),
+        write=lambda array, name=output.name: write(name, array),
+        of=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
+        order=(first.ours, first.index),
+      )
+    )
+
+
+def _kept_item(
+  label: str, name: str, kept: Kept, dtype: np.dtype, write: Callable, new_name: str | None = None
+) -> Item:
+  return Item(
+    name=label,
+    shape=kept.tensors.shape(name),
+    dtype=dtype,
+    make=lambda: kept.tensors.read(name),
+    write=lambda array: write(new_name or name, array),
+    of=(name,),
+    order=("~", name),
+  )
+
+
+def _kept(source: Source) -> Kept | None:
+  return source.kept if source.origin.get("format") == "videorefer" else None
+
+
+def _as_held(cfg: SiglipConfig, kept: Kept | None, prefix: str) -> SiglipConfig:
+  """The tower as a folder can hold it: with all its layers if the others were kept.
+
+  Otherwise its depth is that of the layers that run, and the last one's output is taken.
+  """
+  if cfg.select_layer is None:
+    return cfg
+  start = f"{prefix}encoder.layers."
+  names = kept.names if kept else ()
+  held = {name[len(start) :].split(".")[0] for name in names if name.startswith(start)}
+  if len(held) == cfg.depth - cfg.layers:
+    return cfg
+  return dataclasses.replace(cfg, depth=cfg.layers, select_layer=-1)
+
+
+def _tower_folder(
+  target: Target,
+  folder: Path,
+  source: Source,
+  img: SiglipConfig,
+  tower: Mapping[str, Any],
+  kept: Kept | None,
+  cast: Cast,
+) -> None:
+  """Adds a SiglipVisionModel folder: the tower's tensors, and those that were kept of it."""
+  home = tower["folder"]
+  shapes = {k: v for k, v in source.params.shapes.items() if k.startswith("img/")}
+  made = outputs(slots(shapes, hf_tower.ROWS, "img/", "vision_model."), shapes)
+  fixed = DTYPES.get(tower.get("dtype") or "")
+  own_cast = (lambda dtype: fixed) if fixed is not None else cast
+  entries = {o.name: (o.shape, own_cast(o.dtype(source.params))) for o in made}
+  prefix = videorefer.SHARD_TOWER.removesuffix("vision_model.")
+  names = [n for n in (kept.names if kept else ()) if n.startswith(prefix)]
+  for name in names:
+    shape = kept.tensors.shape(name)
+    entries[name[len(prefix) :]] = (shape, own_cast(kept.tensors.dtype(name)))
+  writer = ShardWriter(folder / home, dict(sorted(entries.items())), 1 << 60)
+  label = f"{home}/" if home else ""
+  _items(target, made, source.params, entries, writer.write, label)
+  for name in names:
+    own = name[len(prefix) :]
+    target.items.append(_kept_item(label + own, name, kept, entries[own][1], writer.write, own))
+  depth = img.depth if names or img.select_layer is None else img.layers
+  dtype = _main_dtype([i for i in target.items if i.name.startswith(f"{label}vision_model.")])
+  config = hf_tower.hf_config(img, depth) | {"torch_dtype": dtype}
+  config["vision_use_head"] = img.pool or any(".head." in name for name in names)
+  target.files[f"{label}config.json"] = _json(tower.get("config.json") or config)
+  target.files[f"{label}preprocessor_config.json"] = _json(
+    tower.get("preprocessor_config.json") or hf_tower.preprocessor_config(img)
+  )
+
+
+def _main_dtype(items: list[Item]) -> str:
+  """The dtype that most of the bytes have, in PyTorch's words."""
+  sizes: dict[str, int] = {}
+  for item in items:
+    sizes[dtype_name(item.dtype)] = sizes.get(dtype_name(item.dtype), 0) + item.bytes
+  return TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name], default="F32"), "float32")
+
+
+def _special_ids(generation: Mapping[str, Any]) -> dict[str, Any]:
+  eos = list(generation.get("eos_ids") or ())
+  ids = {"eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+  return ids | {"pad_token_id": generation.get("pad_id"), "bos_token_id": None}
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+  return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,88 @@
+"""Folders of our own PyTorch model, for people without JAX: written by `--to torch`, read back.
+
+Tensors carry the published names, config.json the whole config of the model, and the code comes
+along: the model (`torch_model/`) and the modules of data_pipes that read videos, masks and text.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import data_pipes
+import vr_jax
+from data_pipes.errors import InputError
+from vr_jax.interop import videorefer
+from vr_jax.interop.source import Source
+from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot, read_json
+from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
+from vr_jax.training.checkpoint import find_tokenizer_files
+
+MODEL_TYPE = "videorefer_torch"
+CODE = Path(__file__).parent / "torch_model"
+_IMPORT = re.compile(r"^from (data_pipes|vr_jax\.inference)\.(\w+) import", re.MULTILINE)
+
+
+def open_torch(folder: Path) -> Source:
+  """Opens a folder of `--to torch`.
+
+  Raises:
+    InputError: a config or tensors that do not fit.
+  """
+  fields = read_json(folder / "config.json")
+  model = fields.get("videorefer")
+  if not isinstance(model, dict) or not set(PARTS) <= set(model):
+    raise InputError(f"{folder / 'config.json'}: no videorefer with {', '.join(PARTS)}")
+  parts = {part: part_config(part, model[part]) for part in PARTS}
+  settings = {k: v for k, v in model.items() if k not in PARTS}
+  cfg = VideoReferConfig(**settings, **parts)
+  shapes = videorefer.model_shapes(cfg)
+  params = Mapped(Safetensors(folder), videorefer.model_slots(cfg, shapes), shapes)
+  generation = videorefer.generation(folder)
+  return Source(
+    kind="PyTorch folder of vr_jax",
+    path=folder,
+    parts=parts,
+    params=params,
+    settings=settings,
+    tokenizer_files=find_tokenizer_files(folder),
+    generation=vars(generation),
+  )
+
+
+def config_json(cfg: VideoReferConfig, dtype: str) -> dict[str, Any]:
+  """The fields of config.json."""
+  name = "modeling_videorefer.VideoReferForCausalLM"
+  return {
+    "architectures": ["VideoReferForCausalLM"],
+    "auto_map": {
+      "AutoConfig": "configuration_videorefer.VideoReferConfig",
+      "AutoModel": name,
+      "AutoModelForCausalLM": name,
+      "AutoProcessor": "processing_videorefer.VideoReferProcessor",
+    },
+    "model_type": MODEL_TYPE,
+    "torch_dtype": dtype,
+    "videorefer": cfg.to_dict(),
+  }
+
+
+def code() -> Mapping[str, bytes]:
+  """The Python files of the folder: our model, and what its processor imports, side by side."""
+  package = {"data_pipes": Path(data_pipes.__file__).parent}
+  package["vr_jax.inference"] = Path(vr_jax.__file__).parent / "inference"
+  files = {path.name: path for path in sorted(CODE.glob("*_videorefer.py"))}
+  found: dict[str, bytes] = {}
+  while files:
+    name, path = files.popitem()
+    text = path.read_text(encoding="utf-8")
+    for room, module in _IMPORT.findall(text):
+      if f"{module}.py" not in found:
+        files[f"{module}.py"] = package[room] / f"{module}.py"
+    found[name] = _IMPORT.sub(r"from .\2 import", text).encode()
+  return found
+
+
+def output_slots(cfg: VideoReferConfig, shapes: Shapes) -> list[Slot]:
+  """The slots of a folder: the published names, whatever the decoder."""
+  return videorefer.model_slots(cfg, shapes)
