@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.sources import open_source
+from vr_jax.interop.table import Part, Safetensors, arrays
 from vr_jax.models.videorefer import init_params
 from vr_jax.training.checkpoint import export, make_meta, make_tokenizer, read_tokenizer_files
 from vr_jax.training.start import (
@@ -101,6 +104,41 @@ def test_parts_come_from_different_sources_and_the_rest_stays_open(folder, check
   assert_trees_equal(params, {k: model[1][k] for k in ("img", "llm")})
 
 
+def test_what_came_from_where_is_printed(folder, model, capsys):
+  config = config_with(
+    model_init=(("img", str(folder / "siglip_vision_tower")), ("region", str(folder)))
+  )
+  params = starting_params(config, model[2])
+  assert_trees_equal(params, {k: model[1][k] for k in ("img", "region")})
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 4
+  by_part = {line.split()[1]: line for line in lines}
+  assert "SigLIP folder; the first 3 of 4 layers" in by_part["img"]
+  assert "published VideoRefer folder" in by_part["region"]
+  assert by_part["llm"].endswith("from initialised")
+
+
+def test_a_connector_of_a_published_stage_and_a_tower_of_another_grid(folder, model, tmp_path):
+  """safetensors as the trainer's mm_projector.bin; a big_vision npz for the tower."""
+  source = open_source(folder)
+  names = [n for n in Safetensors(folder) if n.startswith("model.mm_projector.")]
+  tensors = {n: Safetensors(folder).read(n) for n in names}
+  save_file(tensors, tmp_path / "mm_projector.safetensors")
+  tower = {f"img/{k}": v for k, v in arrays(Part(source.params, "img/"), "float32").items()}
+  fine = np.random.default_rng(0).normal(size=(1, 64, 64)).astype(np.float32)
+  np.savez(tmp_path / "tower.npz", **(tower | {"img/pos_embedding": fine}))
+  config = config_with(
+    model_init=(
+      ("connector", str(tmp_path / "mm_projector.safetensors")),
+      ("img", str(tmp_path / "tower.npz")),
+    )
+  )
+  params = starting_params(config, model[2])
+  assert_trees_equal(params["connector"], model[1]["connector"])
+  assert params["img"]["pos_embedding"].shape == (1, 16, 64)
+  np.testing.assert_array_equal(params["img"]["pos_embedding"][0, [0, -1]], fine[0, [0, -1]])
+
+
 def test_what_dont_load_names_stays_open(folder, model):
   config = config_with(model_init=(("", str(folder)),), dont_load=("connector/.*", "region/fc1/.*"))
   params = starting_params(config, model[2])
@@ -122,7 +160,7 @@ def test_weights_that_do_not_fit_are_listed(folder):
 @pytest.mark.parametrize(
   ("init", "message"),
   [
-    ((("", "nowhere"),), "nowhere: found neither a checkpoint of vr_jax nor a published"),
+    ((("", "nowhere"),), "nowhere: no such file or folder; accepted: a checkpoint of vr_jax, a"),
     ((("tower", "nowhere"),), "part 'tower': accepted: img, connector, region, llm"),
   ],
 )

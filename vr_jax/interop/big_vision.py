@@ -184,7 +184,7 @@ def _guess(tensors: Tensors, notes: list[str]) -> dict[str, Any]:
       depth=depth,
       heads=query[-2],
       mlp_dim=tensors.shape(f"{layer}/MlpBlock_0/Dense_0/kernel")[-1],
-      select_layer=None,
+      select_layer=None if "img/Transformer/encoder_norm/scale" in tensors else -1,
       pool="img/MAPHead_0/probe" in tensors,
     )
   if "llm/embedder/input_embedding" in tensors:

@@ -354,7 +354,11 @@ def _tower_folder(
   dtype = _main_dtype([i for i in target.items if i.name.startswith(f"{label}vision_model.")])
   config = hf_tower.hf_config(img, depth) | {"torch_dtype": dtype}
   config["vision_use_head"] = img.pool or any(".head." in name for name in names)
-  target.files[f"{label}config.json"] = _json(tower.get("config.json") or config)
+  if old := dict(tower.get("config.json") or {}):
+    at = old.get("vision_config", old)
+    at["num_hidden_layers"] = depth
+    config = old
+  target.files[f"{label}config.json"] = _json(config)
   target.files[f"{label}preprocessor_config.json"] = _json(
     tower.get("preprocessor_config.json") or hf_tower.preprocessor_config(img)
   )

@@ -24,12 +24,16 @@ def open_checkpoint(path: str | Path) -> Source:
   folder = find_checkpoint(path)
   meta = load_meta(folder)
   model = meta["model"]
+  params = StoredParams(folder)
+  held = {path.split("/")[0] for path in params.shapes} & set(model)
   kept = Safetensors(folder / KEPT) if (folder / KEPT).is_dir() else None
   return Source(
     kind="checkpoint of vr_jax",
     path=Path(path),
-    parts={part: part_config(part, model[part]) for part in PARTS if part in model},
-    params=StoredParams(folder),
+    parts={
+      part: part_config(part, model[part]) for part in PARTS if part in model and part in held
+    },
+    params=params,
     settings={key: value for key, value in model.items() if key not in PARTS},
     tokenizer_files=tokenizer_files_of(meta),
     generation=meta.get("generation", {}),

@@ -1,33 +1,35 @@
 """What a run starts from: the model's config, weights from elsewhere, tokenizer files.
 
-A source is a path to one of
-  a checkpoint of ours             (the whole model, or a part of it)
-  a published VideoRefer folder    (the whole model, or a part of it)
-  a SigLIP folder of the Hub       (for "img")
-  a decoder folder of the Hub      (for "llm")
+A source is weights of any format that `vr_jax.interop.sources` knows: a checkpoint of ours, a
+published VideoRefer folder or one of its stages' files, folders of transformers, a big_vision npz,
+a Gemma folder. Each part of the model may come from another one.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.configs import nearest
-from vr_jax.interop import hf_decoder, hf_tower
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.big_vision import fit_positions
+from vr_jax.interop.source import Source
+from vr_jax.interop.sources import open_source
+from vr_jax.interop.table import Part, arrays
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.training.checkpoint import (
   is_checkpoint,
   load_meta,
-  load_params,
   read_tokenizer_files,
   tokenizer_files_of,
 )
@@ -62,7 +64,8 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
   """The parameters that `model_init` names, checked against `shapes`: a part of the tree.
 
   Entries are ("", path) for all that the source holds or (part, path) for that part of it; later
-  entries win. Parameters that match a regex of `dont_load` are left out.
+  entries win. Parameters that match a regex of `dont_load` are left out. Says on stdout what comes
+  from where.
 
   Raises:
     InputError: a source lacks a parameter, has one too many or one of another shape; the message
@@ -71,11 +74,14 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
   wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
   fresh = {k for k in wanted if any(re.fullmatch(p, k) for p in config.dont_load)}
   loaded: dict[str, Any] = {}
+  came: dict[str, str] = {}
   for part, path in config.model_init:
-    found = flax.traverse_util.flatten_dict(read_weights(path, part), sep="/")
+    source, found = _read(path, part)
+    changes = fit_tower(found, wanted)
     if part == "llm":
-      fit_vocabulary(found, wanted)
-    expected = [k for k in wanted if k.startswith(f"{part}/" if part else "")]
+      changes += fit_vocabulary(found, wanted)
+    held = {k.split("/")[0] for k in found}
+    expected = [k for k in wanted if k.split("/")[0] in held]
     problems = [f"{k} is missing" for k in expected if k not in found and k not in fresh]
     problems += [f"{k} is not expected" for k in found if k not in wanted]
     problems += [
@@ -87,47 +93,78 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
       more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
       raise InputError(f"config.model_init: {path}: {'; '.join(problems[:5])}{more}")
     loaded |= {k: found[k].astype(wanted[k].dtype) for k in expected if k not in fresh}
+    told = "".join(f"; {line}" for line in (*source.notes, *changes))
+    came |= {k: f"{path} ({source.kind}{told})" for k in expected if k not in fresh}
+  _print_origins(wanted, came)
   return flax.traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def read_weights(path: str | Path, part: str = "") -> Params:
-  """The parameters of a source under our names; only those of `part` ("img", …) if given.
+def _print_origins(wanted: Mapping[str, Any], came: Mapping[str, str]) -> None:
+  """A line for each part and where its parameters come from."""
+  counts: dict[tuple[str, str], list[int]] = {}
+  for path, leaf in wanted.items():
+    row = counts.setdefault((path.split("/")[0], came.get(path, "initialised")), [0, 0])
+    row[0] += 1
+    row[1] += math.prod(leaf.shape)
+  if jax.process_index() == 0:
+    for (part, origin), (tensors, size) in counts.items():
+      print(f"model_init: {part:9} {tensors:4} arrays {size:13,} parameters from {origin}")
+
+
+def _read(path: str | Path, part: str) -> tuple[Source, dict[str, Any]]:
+  """A source and its parameters by path; only those of `part` ("img", …) if given.
+
+  A tower that holds more than the model runs, as SigLIP folders do, gives what is run.
 
   Raises:
     InputError: no source, or one without that part.
   """
   if part and part not in PARTS:
     raise InputError(f"config.model_init: part {part!r}: accepted: {', '.join(PARTS)}, or ''")
-  if is_checkpoint(path):
-    params = load_params(path)
-  elif published.is_published(path):
-    params = published.load(path).params
-  elif part == "img":
-    return {"img": hf_tower.load_tower(path)[1]}
-  elif part == "llm":
-    return {"llm": hf_decoder.load(path)[1]}  # see fit_vocabulary
-  else:
-    raise InputError(
-      f"config.model_init: {path}: found neither a checkpoint of vr_jax nor a published VideoRefer "
-      "folder; accepted besides: a SigLIP folder for 'img', a decoder folder for 'llm'"
-    )
-  if part and part not in params:
-    raise InputError(f"config.model_init: {path} holds {', '.join(params)}, not {part!r}")
-  return {part: params[part]} if part else params
+  try:
+    source = open_source(path)
+  except InputError as error:
+    raise InputError(f"config.model_init: {error}") from error
+  if part and part not in source.parts:
+    raise InputError(f"config.model_init: {path} holds {', '.join(source.parts)}, not {part!r}")
+  return source, arrays(Part(source.params, f"{part}/", f"{part}/") if part else source.params)
 
 
-def fit_vocabulary(found: dict[str, Any], wanted: Mapping[str, Any]) -> None:
+def fit_tower(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """Cuts a tower, in place, to what the model runs: its first layers, without norm and head.
+
+  Position embeddings of another grid are resampled. Returns what was done.
+  """
+  changes = []
+  for name in [k for k in found if k.startswith("img/")]:
+    if name not in wanted and re.match(r"img/(Transformer/encoder_norm|MAPHead_0)/", name):
+      del found[name]
+    elif "/encoderblock/" in name and name in wanted:
+      layers = wanted[name].shape[0]
+      if len(found[name]) > layers:
+        changes = [f"the first {layers} of {len(found[name])} layers"]
+        found[name] = found[name][:layers]
+  if fit_positions(found, wanted):
+    changes.append("position embeddings resampled")
+  return changes
+
+
+def fit_vocabulary(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """Gives the token tables of a decoder as many rows as the model has, in place.
 
   Released tables have spare rows, which the published code cuts off after adding `<region>`
   (Qwen2-7B: 152064 to 151647; `<region>` takes a formerly spare row). Rows that are missing become
-  the mean of the others.
+  the mean of the others. Returns what was done.
   """
+  changes = []
   for name in ("llm/embedder/input_embedding", "llm/embedder/output_embedding"):
-    if name in found and name in wanted:
+    if name in found and name in wanted and len(found[name]) != wanted[name].shape[0]:
       table, rows = found[name], wanted[name].shape[0]
-      missing = np.repeat(table.mean(0, keepdims=True), max(0, rows - len(table)), axis=0)
-      found[name] = np.concatenate([table[:rows], missing.astype(table.dtype)])
+      mean = table.mean(0, keepdims=True, dtype=np.float32).astype(table.dtype)
+      missing = np.repeat(mean, max(0, rows - len(table)), axis=0)
+      found[name] = np.concatenate([table[:rows], missing])
+      changes = [f"vocabulary {len(table)} to {rows} rows"]
+  return changes
 
 
 def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ transformers' Qwen2 and Gemma.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_videorefer import VideoReferConfig
@@ -373,7 +373,7 @@ class VideoReferModel(nn.Module):
     taken = rows.gather(1, row[:, :, None].expand(-1, -1, rows.shape[-1])).to(text.dtype)
     embeds = torch.where(is_visual[:, :, None], taken, text)
     valid = attention_mask.bool() & (~is_visual | exists.gather(1, row))
-    order = (~valid).to(torch.int8).argsort(1, stable=True)
+    order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
     valid = valid.gather(1, order)
     embeds = embeds.gather(1, order[:, :, None].expand_as(embeds)) * valid[:, :, None]
     index = torch.arange(valid.shape[1], device=valid.device)
@@ -406,8 +406,8 @@ class VideoReferModel(nn.Module):
     return mask, angles.cos(), angles.sin()
 
 
-class VideoReferForCausalLM(PreTrainedModel):
-  """The model with its head, and `generate`."""
+class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
+  """The model with its head, and a `generate` of its own that starts from video and text."""
 
   config_class = VideoReferConfig
   base_model_prefix = "model"

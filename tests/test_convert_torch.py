@@ -1,0 +1,281 @@
+"""Conversions against PyTorch: models of `transformers` built small, and our own PyTorch model."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from test_interop_videorefer import model, random_params
+
+from vr_jax.interop import proof
+from vr_jax.interop.convert import convert
+from vr_jax.interop.sources import open_source
+from vr_jax.interop.table import arrays, nested
+from vr_jax.models.connector import KINDS
+from vr_jax.models.variants import DECODERS
+from vr_jax.training.checkpoint import export, make_meta, read_tokenizer_files
+
+pytestmark = pytest.mark.torch
+QUIET = {"report": lambda line: None}
+TOLERANCE = 1e-4
+
+SMALL = {
+  "vocab_size": 96,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "max_position_embeddings": 128,
+}
+DECODER_CONFIGS = {
+  "qwen2": SMALL | {"head_dim": 8, "tie_word_embeddings": False},
+  "gemma": SMALL | {"num_key_value_heads": 1},
+  "gemma2": SMALL | {"sliding_window": 8, "query_pre_attn_scalar": 24},
+  "gemma3_text": SMALL
+  | {
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 24,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+  },
+}
+
+
+def randomised(module):
+  """The module with random weights everywhere, norms and biases too."""
+  import torch
+
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for parameter in module.parameters():
+      parameter.copy_(torch.randn_like(parameter) * 0.2 + 0.1 * (parameter.ndim == 1))
+  return module.eval()
+
+
+@pytest.mark.parametrize("family", DECODER_CONFIGS)
+def test_decoders_of_transformers_go_in_and_out_with_equal_logits(family, tmp_path):
+  import transformers
+
+  config = transformers.AutoConfig.for_model(family, **DECODER_CONFIGS[family])
+  config.rope_theta = 10_000.0
+  module = randomised(transformers.AutoModelForCausalLM.from_config(config))
+  module.save_pretrained(tmp_path / "theirs")
+  assert convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)["passed"]
+  source = open_source(tmp_path / "vr")
+  found = proof.decoder_logits(source, tmp_path / "theirs")
+  assert found["max_abs"] < TOLERANCE
+  assert found["greedy_equal"] == 32
+  parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
+  assert parity["bit_identical"]
+  assert parity["logits"]["decoder"]["max_abs"] < TOLERANCE
+  assert parity["logits"]["decoder"]["greedy_equal"] == 32
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_siglip_goes_in_and_out_with_equal_features(whole, tmp_path):
+  """SigLIP 2 of fixed resolution has the same architecture and model_type."""
+  import transformers
+
+  vision = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 40,
+    "patch_size": 8,
+  }
+  if whole:
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    text |= {"intermediate_size": 40, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(vision_config=vision, text_config=text)
+    module = transformers.SiglipModel(config)
+  else:
+    module = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
+  randomised(module).save_pretrained(tmp_path / "theirs")
+  convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)
+  source = open_source(tmp_path / "vr")
+  assert source.parts["img"].pool
+  assert any("text_model" in name for name in open_source(tmp_path / "theirs").skipped) == whole
+  parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
+  assert parity["bit_identical"]
+  assert parity["logits"]["tower"]["max_abs"] < TOLERANCE
+  import torch
+
+  again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out")
+  theirs = module.vision_model if whole else module
+  pixels = torch.randn(1, 3, 40, 40)
+  with torch.no_grad():
+    pooled = theirs(pixels).pooler_output, again.eval()(pixels).pooler_output
+  np.testing.assert_allclose(*pooled, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
+  import torch
+  import transformers
+
+  vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48}
+  vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+  text = DECODER_CONFIGS[family] | {"model_type": family}
+  config = transformers.PaliGemmaConfig(
+    vision_config=vision | {"vision_use_head": False, "projection_dim": 32},
+    text_config=text,
+    projection_dim=32,
+    image_token_index=95,
+  )
+  module = randomised(transformers.PaliGemmaForConditionalGeneration(config))
+  module.save_pretrained(tmp_path / "theirs")
+  convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)
+  source = open_source(tmp_path / "vr")
+  assert list(source.parts) == ["img", "connector", "llm"]
+  assert source.parts["llm"].prefix_lm
+  pixels = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+  words = np.random.default_rng(1).integers(0, 90, (1, 6))
+  ours = paligemma_logits(source, pixels, words)
+  convert(tmp_path / "vr", tmp_path / "out", "hf", logits="never", **QUIET)
+  again = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out")
+  ids = torch.cat([torch.full((1, 16), 95), torch.from_numpy(words)], 1)
+  for theirs in (module, again.eval()):
+    with torch.no_grad():
+      logits = theirs(
+        input_ids=ids,
+        pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2)),
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=torch.zeros_like(ids),
+      ).logits
+    np.testing.assert_allclose(ours, logits.numpy(), atol=TOLERANCE)
+
+
+def paligemma_logits(source, pixels, words):
+  """The three parts of a PaliGemma, run by our modules."""
+  import jax.numpy as jnp
+
+  from vr_jax.models.connector import Connector
+  from vr_jax.models.decoder import Decoder
+  from vr_jax.models.siglip import Siglip
+
+  params = nested(arrays(source.params, "float32"))
+  decoder = Decoder(source.parts["llm"])
+  llm = {"params": params["llm"]}
+  features, _ = Siglip(source.parts["img"]).apply({"params": params["img"]}, pixels)
+  connector = Connector(source.parts["connector"])
+  image = connector.apply({"params": params["connector"]}, features[:, None])
+  text = decoder.apply(llm, jnp.asarray(words), method="embed")
+  x = jnp.concatenate([image, text], 1)
+  positions = jnp.arange(x.shape[1])[None]
+  prefix = jnp.array([x.shape[1]])
+  hidden, _ = decoder.apply(llm, x, positions, prefix=prefix)
+  return np.asarray(decoder.apply(llm, hidden, method="logits"))
+
+
+# --- Our own PyTorch model ------------------------------------------------------------------------
+
+
+def decoder_like(name, **fields):
+  """A registered decoder's switches at a small size."""
+  cfg = DECODERS[name]
+  sizes = {"width": 48, "depth": 3, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_dim": 40}
+  window = None if cfg.window is None else 16
+  return dataclasses.replace(cfg, vocab_size=60, window=window, **(sizes | fields))
+
+
+def normal_params(cfg, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: (rng.normal(size=x.shape) * 0.15).astype(np.float32), random_params(cfg)
+  )
+
+
+def checkpoint(folder, cfg, golden, params=None):
+  meta = make_meta(
+    cfg.to_dict(),
+    read_tokenizer_files(golden / "tiny_videorefer_qwen2"),
+    {"eos_ids": [1002, 1000], "pad_id": 1000, "repetition_penalty": 1.05},
+  )
+  export(folder, normal_params(cfg) if params is None else params, meta)
+  return folder
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_our_pytorch_model_gives_equal_logits_for_every_decoder(name, golden, tmp_path):
+  kv_heads = 4 if name == "gemma-7b" else 2
+  cfg = dataclasses.replace(
+    model("stc_connector_v35", heads=4, kv_heads=4), llm=decoder_like(name, kv_heads=kv_heads)
+  )
+  parity = convert(checkpoint(tmp_path / "vr", cfg, golden), tmp_path / "out", "torch", **QUIET)
+  assert parity["bit_identical"]
+  found = parity["logits"]["videorefer"]
+  assert found["max_abs"] < TOLERANCE
+  assert found["greedy_equal"] == 32
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "stc_connector_v35"])
+def test_our_pytorch_model_has_every_connector(kind, golden, tmp_path):
+  width = 24 if kind.startswith("spatial") else 48
+  llm = decoder_like("gemma-2b", width=width, depth=1)
+  cfg = dataclasses.replace(model(kind, heads=4, kv_heads=4), llm=llm)
+  parity = convert(checkpoint(tmp_path / "vr", cfg, golden), tmp_path / "out", "torch", **QUIET)
+  assert parity["logits"]["videorefer"]["max_abs"] < TOLERANCE
+
+
+def test_the_published_folder_runs_in_pytorch_with_our_logits(golden, tmp_path):
+  parity = convert(golden / "tiny_videorefer_qwen2", tmp_path / "vr", "vr", **QUIET)
+  found = parity["logits"]["videorefer"]
+  assert found["max_abs"] < 2e-4
+  assert found["greedy_equal"] == 32
+
+
+WITHOUT_JAX = """
+import sys
+class NoJax:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in ("jax", "jaxlib", "flax", "orbax", "vr_jax", "data_pipes"):
+      raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, NoJax())
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+folder, video, question, *regions = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(video, question, regions)
+ids = model.generate(**inputs, max_new_tokens=24)[0]
+print([int(i) for i in ids])
+print(processor.decode(ids))
+assert not {"jax", "flax", "vr_jax", "data_pipes"} & {name.split(".")[0] for name in sys.modules}
+"""
+
+
+def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(golden, tmp_path, capsys):
+  from vr_jax import cli
+
+  small = model("stc_connector_v35", heads=4, kv_heads=4, aspect="square")
+  llm = dataclasses.replace(decoder_like("gemma3-4b"), vocab_size=1004)
+  cfg = dataclasses.replace(small, llm=llm)
+  convert(checkpoint(tmp_path / "vr", cfg, golden), tmp_path / "out", "torch", **QUIET)
+  video = str(golden / "media" / "clip_mp4.mp4")
+  question = "What is [<region>] doing with [<region>]?"
+  regions = ["cat=box:10,10,60,50@3", "cat=box:12,10,62,50@9", "point:40,40@5"]
+  command = ["ask", "--checkpoint", str(tmp_path / "vr"), "--video", video, "--json"]
+  command += [word for region in regions for word in ("--region", region)]
+  assert cli.main([*command, "--question", question, "--max-new-tokens", "24"]) == 0
+  answer = json.loads(capsys.readouterr().out)
+  environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(WITHOUT_JAX), str(tmp_path / "out"), video, question,
+     *regions],
+    capture_output=True,
+    text=True,
+    env=environment,
+    cwd=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  ids, text = done.stdout.rstrip("\n").split("\n", 1)
+  assert len(set(answer["token_ids"])) > 3
+  assert json.loads(ids) == list(answer["token_ids"])
+  assert text == answer["text"]
