@@ -1,5 +1,6 @@
 """`vr convert`: round trips to the bit, resumption, proof, and everything a user may get wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ from vr_jax import cli
 from vr_jax.interop import convert as conversion
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
-from vr_jax.training.checkpoint import load_for_inference, load_params
+from vr_jax.models.variants import DECODERS
+from vr_jax.training.checkpoint import export, load_for_inference, load_params, make_meta
 
 QUIET = {"report": lambda line: None}
 
@@ -273,6 +275,32 @@ def test_nonfinite_weights_pass_when_asked_to(small, tmp_path):
   parity = convert(source, tmp_path / "out", "vr", allow_nonfinite=True, logits="never", **QUIET)
   assert parity["bit_identical"]
   assert np.isnan(load_params(tmp_path / "out")["llm"]["embedder"]["output_embedding"][3, 4])
+
+
+def test_formats_that_cannot_say_a_model(small, golden, tmp_path):
+  cfg, params = small
+  llm = dataclasses.replace(
+    DECODERS["gemma-2b"],
+    width=48,
+    depth=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_dim=8,
+    vocab_size=9,
+  )
+  gemma = dataclasses.replace(cfg, llm=llm)
+  export(tmp_path / "gemma", random_params(gemma), make_meta(gemma.to_dict()))
+  with pytest.raises(InputError, match="only Qwen2 decoders; --to torch takes this one"):
+    convert(tmp_path / "gemma", tmp_path / "out", "videorefer", **QUIET)
+  tower = golden / "tiny_videorefer_qwen2/siglip_vision_tower"
+  with pytest.raises(InputError, match="holds img and no connector, region, llm: not a whole"):
+    convert(tower, tmp_path / "out", "torch", **QUIET)
+  assert not (tmp_path / "out").exists()
+  odd = dataclasses.replace(gemma, llm=dataclasses.replace(llm, qkv_bias=True))
+  export(tmp_path / "odd", random_params(odd), make_meta(odd.to_dict()))
+  with pytest.raises(InputError, match="no model of transformers has qkv_bias=True"):
+    convert(tmp_path / "odd", tmp_path / "out", "hf", **QUIET)
 
 
 def test_nothing_is_written_over(small, tmp_path, capsys):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_interop_videorefer import model, random_params
 
+from data_pipes.errors import InputError
 from vr_jax.interop import proof
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import arrays, nested
+from vr_jax.interop.table import Safetensors, arrays, nested
 from vr_jax.models.connector import KINDS
 from vr_jax.models.variants import DECODERS
 from vr_jax.training.checkpoint import export, make_meta, read_tokenizer_files
@@ -172,6 +173,37 @@ def paligemma_logits(source, pixels, words):
   prefix = jnp.array([x.shape[1]])
   hidden, _ = decoder.apply(llm, x, positions, prefix=prefix)
   return np.asarray(decoder.apply(llm, hidden, method="logits"))
+
+
+def test_the_files_of_a_published_stage(golden, tmp_path):
+  import torch
+
+  folder = golden / "tiny_videorefer_qwen2"
+  tensors = Safetensors(folder)
+  for file, word in (
+    ("mm_projector.bin", "mm_projector"),
+    ("region_encoder.bin", "region_encoder"),
+  ):
+    torch.save(
+      {
+        f"base_model.model.{name}": torch.from_numpy(
+          tensors.read(name).astype(np.float32)
+        ).bfloat16()
+        for name in tensors
+        if word in name
+      },
+      tmp_path / file,
+    )
+  (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+  source, whole = open_source(tmp_path), open_source(folder)
+  assert source.parts == {part: whole.parts[part] for part in ("connector", "region")}
+  assert {str(source.params.dtype(path)) for path in source.params.shapes} == {"bfloat16"}
+  for path in source.params.shapes:
+    np.testing.assert_array_equal(source.params.read(path), whole.params.read(path), err_msg=path)
+  assert list(open_source(tmp_path / "region_encoder.bin").parts) == ["region"]
+  (tmp_path / "region_encoder.bin").write_bytes(b"PK\x03\x04 broken")
+  with pytest.raises(InputError, match=r"region_encoder\.bin: not a complete PyTorch file"):
+    open_source(tmp_path)
 
 
 # --- Our own PyTorch model ------------------------------------------------------------------------

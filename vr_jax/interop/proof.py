@@ -43,7 +43,7 @@ def logits(source: Source, to: str, result: Path, wanted: str = "auto") -> dict[
   """
   if wanted == "never":
     return {"skipped": "not asked for"}
-  reason = _cannot(source, to, wanted)
+  reason = cannot(source, to, wanted)
   if reason:
     return {"skipped": reason}
   if source.whole and to in ("vr", "videorefer", "torch"):
@@ -63,7 +63,7 @@ def logits(source: Source, to: str, result: Path, wanted: str = "auto") -> dict[
   return found
 
 
-def _cannot(source: Source, to: str, wanted: str) -> str | None:
+def cannot(source: Source, to: str, wanted: str) -> str | None:
   """Why the models are not run, None if they can be."""
   if to == "big_vision":
     return "big_vision is not a library; see BIG_VISION_DIR in tests/test_interop_big_vision.py"
@@ -124,7 +124,19 @@ def fixed_row(cfg: VideoReferConfig, seed: int = 0) -> Row:
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict[str, Any]:
-  """Largest difference (absolute and of the largest value), KL in nats, top-1 agreement."""
+  """Largest difference, absolute and of the largest value."""
+  largest = float(np.abs(ours.astype(np.float64) - theirs).max())
+  relative = largest / max(float(np.abs(theirs).max()), 1e-30)
+  return {
+    "max_abs": largest,
+    "relative": relative,
+    "tolerance": tolerance,
+    "passed": relative <= tolerance,
+  }
+
+
+def logit_differences(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict[str, Any]:
+  """`differences`, the largest KL of a slot in nats, and how often the best token is the same."""
 
   def log_softmax(x):
     x = x.astype(np.float64)
@@ -132,15 +144,9 @@ def differences(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict[
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
   a, b = log_softmax(ours), log_softmax(theirs)
-  largest = float(np.abs(ours.astype(np.float64) - theirs).max())
-  relative = largest / max(float(np.abs(theirs).max()), 1e-30)
-  return {
-    "max_abs": largest,
-    "relative": relative,
+  return differences(ours, theirs, tolerance) | {
     "kl": float((np.exp(a) * (a - b)).sum(-1).max()),
     "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-    "tolerance": tolerance,
-    "passed": relative <= tolerance,
   }
 
 
@@ -175,7 +181,7 @@ def _whole(source: Source, to: str, result: Path) -> dict[str, Any]:
     tokens = module.generate(
       **inputs, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, eos_token_id=[]
     ).numpy()
-  found = differences(our_logits[valid], their_logits[valid], _tolerance(source, back))
+  found = logit_differences(our_logits[valid], their_logits[valid], _tolerance(source, back))
   same = [int(n) for n in (generated == tokens).cumprod(1).sum(1)]
   found |= {"greedy_tokens": NEW_TOKENS, "greedy_equal": min(same)}
   return {"videorefer": found}
@@ -280,6 +286,6 @@ def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
     for _ in range(NEW_TOKENS):
       new.append(module(ids).logits[:, -1].argmax(-1))
       ids = torch.cat([ids, new[-1][:, None]], 1)
-  found = differences(ours, theirs, TOLERANCE["float32"])
+  found = logit_differences(ours, theirs, TOLERANCE["float32"])
   same = (generated == torch.stack(new, 1).numpy()).cumprod(1).sum(1)
   return found | {"greedy_tokens": NEW_TOKENS, "greedy_equal": int(same.min())}

@@ -189,7 +189,7 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
     kept = _kept(source)
     img = _as_held(parts["img"], kept, videorefer.SHARD_TOWER)
     _tower_folder(target, folder, source, img, {"folder": home, "dtype": None}, kept, cast)
-    if img.select_layer is not None and img.layers < img.depth + 1 and not kept:
+    if img.select_layer == -1 and not kept:
       target.notes.append(
         "tower: the norm behind its last layer is not part of this model; the hidden state of the "
         "last layer is its output (transformers says that post_layernorm is new)"

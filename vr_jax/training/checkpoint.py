@@ -14,6 +14,7 @@ import base64
 import importlib.metadata
 import math
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -212,6 +213,7 @@ class ParamsWriter:
     """`arrays`: path -> (shape, dtype)."""
     self.folder, self._arrays, self._open = folder, arrays, {}
     if not (folder / "params" / "commit_success.txt").exists():
+      shutil.rmtree(folder, ignore_errors=True)  # what a kill left before anything was written
       placeholders = {path: np.zeros(1, dtype) for path, (_, dtype) in arrays.items()}
       export(folder, flax.traverse_util.unflatten_dict(placeholders, sep="/"), meta)
 
