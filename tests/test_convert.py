@@ -278,7 +278,7 @@ def test_nonfinite_weights_pass_when_asked_to(small, tmp_path):
 
 
 def test_formats_that_cannot_say_a_model(small, golden, tmp_path):
-  cfg, params = small
+  cfg, _ = small
   llm = dataclasses.replace(
     DECODERS["gemma-2b"],
     width=48,
