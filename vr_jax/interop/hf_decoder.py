@@ -266,9 +266,13 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
   if family == "gemma":
     return fields
   words = {"global": "full_attention", "local": "sliding_attention"}
-  scale = cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
+  scalar = (cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale) ** -2
+  if abs(scalar - round(scalar)) > 1e-6 * scalar:
+    raise InputError(
+      f"{where}: query_scale={cfg.query_scale}: transformers needs 1/sqrt of a whole"
+    )
   fields |= {
-    "query_pre_attn_scalar": round(scale**-2, 6),
+    "query_pre_attn_scalar": round(scalar),
     "attn_logit_softcapping": cfg.attn_soft_cap,
     "final_logit_softcapping": cfg.final_soft_cap,
     "sliding_window": cfg.window,
