@@ -14,13 +14,13 @@ Hardware: as stage1_align.py. Not run at full size here.
 
 from ml_collections import ConfigDict
 
-from vr_jax.configs import load_config, parse_arg
+from vr_jax.configs import RECIPE, as_arg, load_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Stage 1's config with another trained part, other data and the chat template."""
-  arg = parse_arg(arg, data="data", init="stage1", devices=8)
-  config = load_config(f"stage1_align:data={arg.data},devices={arg.devices}")
+  arg = parse_arg(arg, init="stage1", **RECIPE)
+  config = load_config(f"stage1_align:{as_arg(arg, RECIPE)}")
   config.model_init = (("", arg.init),)
   config.input.files = (f"{arg.data}/stage2.json",)
   config.input.templated = True

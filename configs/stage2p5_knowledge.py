@@ -16,17 +16,16 @@ GPUs of 80 GB (`devices` is their number), activations recomputed. Not run at fu
 
 from ml_collections import ConfigDict
 
-from vr_jax.configs import load_config, parse_arg
+from vr_jax.configs import RECIPE, as_arg, load_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Stage 2's config with the decoder and the connector trained as well."""
-  arg = parse_arg(arg, data="data", init="stage2", lr=2e-5, devices=8)
-  config = load_config(f"stage2_region:data={arg.data},init={arg.init},devices={arg.devices}")
+  arg = parse_arg(arg, init="stage2", lr=2e-5, **RECIPE)
+  config = load_config(f"stage2_region:{as_arg(arg, ('init', *RECIPE))}")
   config.input.files = (f"{arg.data}/stage2p5.json",)
   config.input.masks = "half"
   config.input.batch_size = 128
-  config.input.accum_steps = 128 // arg.devices
   config.lr = arg.lr
   options = {"warmup_percent": 0.03, "decay": "cosine"}
   config.schedule = (("img/.*", None), (".*", options))

@@ -15,13 +15,12 @@ Hardware: as stage2p5_knowledge.py. Not run at full size here.
 
 from ml_collections import ConfigDict
 
-from vr_jax.configs import load_config, parse_arg
+from vr_jax.configs import RECIPE, as_arg, load_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Stage 2.5's config on the instruction data."""
-  arg = parse_arg(arg, data="data", init="stage2p5", lr=2e-5, devices=8)
-  options = f"data={arg.data},init={arg.init},lr={arg.lr},devices={arg.devices}"
-  config = load_config(f"stage2p5_knowledge:{options}")
+  arg = parse_arg(arg, init="stage2p5", lr=2e-5, **RECIPE)
+  config = load_config(f"stage2p5_knowledge:{as_arg(arg, ('init', 'lr', *RECIPE))}")
   config.input.files = (f"{arg.data}/stage3.json",)
   return config

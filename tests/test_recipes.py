@@ -7,8 +7,8 @@ import pytest
 
 from vr_jax.configs import load_config
 from vr_jax.models.videorefer import init_params
-from vr_jax.sharding import make_mesh
-from vr_jax.training.loop import state_target
+from vr_jax.sharding import batch_sharding, make_mesh
+from vr_jax.training.loop import accum_steps, state_target
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.start import model_config
 
@@ -71,4 +71,5 @@ def test_the_numbers_are_those_of_the_paper(name, lr, batch, masks, templated):
   assert config.input.templated is templated
   assert (config.total_epochs, config.wd, config.seed, config.grad_clip_norm) == (1.0, 0.0, 42, 1.0)
   assert config.schedule[-1][1] is None or config.schedule[-1][1]["warmup_percent"] == 0.03
-  assert config.input.batch_size == config.input.accum_steps * 8
+  rows = batch_sharding(make_mesh(config.mesh), config.sharding_rules, leading=1)
+  assert config.input.batch_size == accum_steps(config, rows) * 8  # one row of each device

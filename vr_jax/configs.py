@@ -24,7 +24,17 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from data_pipes.errors import InputError
+from vr_jax.sharding import FSDP_RULES, FSDP_STRATEGY
 
+# The arguments that every stage of the recipe takes.
+RECIPE = {
+  "data": "data",  # folder of the annotation files, which media paths are relative to
+  "model": "videorefer-7b",
+  "rows": 1,  # that a device works on at a time
+  "slices": 1,  # of TPUs, joined by the data center network
+  "tensor": 1,  # devices that share the decoder's heads and hidden units
+  "sequence": False,  # they share the slots of a row too, for long videos
+}
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -51,7 +61,8 @@ def base_config() -> ConfigDict:
   config.input.media = "."  # folder that the videos and images of the files are relative to
   config.input.features = ()  # caches of object features, one for each of files (vr data features)
   config.input.batch_size = 8  # examples of one optimizer step, over all devices
-  config.input.accum_steps = 1  # the step works through the batch in so many equal parts
+  config.input.accum_steps = 1  # the step works through the batch in so many equal parts; 0: as
+  config.input.device_rows = 1  # many as leave each device this number of rows at a time
   config.input.weights = ()  # shares in which to draw from the files; default: joined and shuffled
   config.input.shuffle = True
   config.input.threads = 4  # that decode
@@ -98,12 +109,13 @@ def base_config() -> ConfigDict:
   config.b1 = 0.9
   config.b2 = 0.999
   config.eps = 1e-8
+  config.moments_dtype = "float32"  # of AdamW's moments in memory: "float32" or "bfloat16"
   config.grad_clip_norm = 1.0  # 0: no clipping
 
   # Devices.
-  config.mesh = (("data", -1), ("fsdp", 1))
-  config.sharding_strategy = ((".*", "fsdp(axis='fsdp')"),)
-  config.sharding_rules = (("batch", ("data", "fsdp")),)
+  config.mesh = (("data", -1), ("fsdp", 1))  # outermost first; one size may be -1
+  config.sharding_strategy = FSDP_STRATEGY  # of parameters; sharding.py has tables to choose from
+  config.sharding_rules = FSDP_RULES  # of activations
 
   # What is written, and when.
   config.log_steps = 10
@@ -188,6 +200,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       )
     values[key] = _parse(text if equals else "true", defaults[key], f"argument {key}")
   return ConfigDict(values)
+
+
+def as_arg(arg: ConfigDict, names: Iterable[str]) -> str:
+  """The argument string with which `parse_arg` reads those values again."""
+  return ",".join(f"{name}={arg[name]}" for name in names)
 
 
 def to_json(config: ConfigDict) -> str:

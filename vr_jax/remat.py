@@ -6,13 +6,17 @@ import jax
 from data_pipes.errors import InputError
 
 POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps every weight matmul
-  "full": jax.checkpoint_policies.nothing_saveable,  # keeps only each layer's input
+  # keeps every weight matmul
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # keeps only each layer's input
+  "full": jax.checkpoint_policies.nothing_saveable,
+  # keeps every weight matmul in the host's memory
+  "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
 def remat(layer: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-  """`layer` under a policy: "none" (keep everything), "dots" or "full".
+  """`layer` under a policy: "none" (keep everything), "dots", "full" or "offload".
 
   `scanned`: the layer is the body of a scan, which needs no barrier against reuse of its forward.
   """

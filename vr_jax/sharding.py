@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -24,19 +25,65 @@ Rule = TypeVar("Rule")
 # function can take it as a static field. () switches the constraints off.
 ActivationRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
+# --- Tables -----------------------------------------------------------------------------------
+# Every axis name that the model asks for:
+#   batch   rows                          len      slots of the residual stream
+#   frame   images of all rows, joined    heads    query heads        kv_heads  key/value heads
+#   object  objects of a row              mlp      hidden units of the decoder's MLP
+FSDP_RULES: ActivationRules = (
+  ("batch", ("data", "fsdp")),
+  ("frame", ("data", "fsdp")),
+  ("object", None),
+  ("len", None),
+  ("heads", None),
+  ("kv_heads", None),
+  ("mlp", None),
+)
+# The decoder's heads and hidden units over "tensor"; tower and region encoder, whose weights are
+# whole, share their frames and objects out over it.
+TENSOR_RULES: ActivationRules = (
+  ("batch", ("data", "fsdp")),
+  ("frame", ("data", "fsdp", "tensor")),
+  ("object", "tensor"),
+  ("len", None),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("mlp", "tensor"),
+)
+# As TENSOR_RULES, and between the matmuls each device holds a part of the slots only: for long
+# videos (Megatron's sequence parallelism, arXiv 2205.05198).
+SEQUENCE_RULES: ActivationRules = tuple(
+  (name, "tensor" if name == "len" else axes) for name, axes in TENSOR_RULES
+)
+FSDP_STRATEGY = ((".*", "fsdp(axis='fsdp')"),)
+TENSOR_STRATEGY = (
+  ("llm/layers/attn/(q|attn_vec)_einsum/.*", "shard_dim('tensor', 1)|fsdp('fsdp')"),
+  # Too few key heads are in whole on every device.
+  ("llm/layers/attn/q?kv_einsum/.*", "shard_dim('tensor', 2, required=False)|fsdp('fsdp')"),
+  ("llm/layers/mlp/gating_einsum", "shard_dim('tensor', -1)|fsdp('fsdp')"),
+  ("llm/layers/mlp/linear", "shard_dim('tensor', -2)|fsdp('fsdp')"),
+  (".*", "fsdp(('fsdp', 'tensor'))"),
+)
+
+# --- Meshes -----------------------------------------------------------------------------------
+
 
 def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh such as `[("data", -1), ("fsdp", 4)]`; one size may be -1, which takes the rest.
 
   Args:
-    axes: names and sizes, outermost (slowest links) first.
+    axes: names and sizes, outermost (slowest links) first. Where the devices form several slices,
+      the first axis runs over them (and goes on within them): only its collectives cross the data
+      center network.
     devices: default all devices.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or the first is no multiple of
+      the number of slices.
   """
   names, sizes = zip(*((str(name), int(size)) for name, size in axes), strict=True)
-  count = len(jax.devices() if devices is None else devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   try:
     sizes = np.empty(count).reshape(sizes).shape
   except ValueError:
@@ -45,7 +92,20 @@ def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | N
       f"config.mesh: {asked} does not fit {count} devices; the sizes must multiply to {count} "
       "(one of them may be -1)"
     ) from None
-  return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+  slices = len({getattr(device, "slice_index", None) for device in devices})
+  if sizes[0] % slices:
+    raise InputError(
+      f"config.mesh: the first axis, {names[0]}={sizes[0]}, runs over the {slices} slices; make it "
+      f"a multiple of {slices}"
+    )
+  if slices > 1:
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * len(sizes[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(
+      within, across, devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def path_names(tree: Any) -> Any:
@@ -53,6 +113,9 @@ def path_names(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
   )
+
+
+# --- Parameters -------------------------------------------------------------------------------
 
 
 def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any:
@@ -92,16 +155,19 @@ def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any
   return jax.tree.map(lambda index: table[index][1], indices)
 
 
-def param_shardings(shapes: Any, mesh: Mesh, strategy: Iterable[tuple[str, str]]) -> Any:
+def param_shardings(
+  shapes: Any, mesh: Mesh | AbstractMesh, strategy: Iterable[tuple[str, str]]
+) -> Any:
   """Places parameters by an ordered table; the tree of `shapes` with a NamedSharding per leaf.
 
   A rule is one of, or several joined by `|` (each acts on the dims that are still free):
     `replicate`
     `fsdp(axis='fsdp', min_size_to_shard_mb=4)`: the largest dim that the axis divides, of arrays
       of at least that size; smaller ones, and those it divides nowhere, stay whole
-    `shard_dim(axis='model', dim=-1)`: that dim; the axis must divide it
+    `shard_dim(axis='tensor', dim=-1, required=True)`: that dim; the axis must divide it, or with
+      required=False it stays whole
 
-  `axis` may be a tuple of mesh axes.
+  `axis` may be a tuple of mesh axes; `fsdp` leaves out the last ones where all divide nothing.
 
   Raises:
     InputError: a table that is not total and tight, an unknown rule, a dim that is not divisible.
@@ -117,6 +183,25 @@ def param_shardings(shapes: Any, mesh: Mesh, strategy: Iterable[tuple[str, str]]
   return jax.tree.map(place, path_names(shapes), shapes, rules)
 
 
+# --- Activations ------------------------------------------------------------------------------
+
+
+def check_rules(rules: ActivationRules, mesh: Mesh) -> None:
+  """Refuses rules that the model or the mesh does not know, before anything is traced.
+
+  Raises:
+    InputError: a name that no activation has or that is missing, an axis that the mesh has not.
+  """
+  known = [name for name, _ in FSDP_RULES]
+  for name, _ in rules:
+    if name not in known:
+      raise InputError(
+        f"config.sharding_rules: no activation has an axis {name!r}; accepted: {', '.join(known)}"
+      )
+  for name in known:
+    _lookup(rules, name, mesh.axis_names)
+
+
 def batch_sharding(mesh: Mesh, rules: ActivationRules, leading: int = 0) -> NamedSharding:
   """Of batch arrays: `leading` whole axes, then the axis "batch", split as the rules say."""
   return NamedSharding(mesh, P(*[None] * leading, _lookup(rules, "batch", mesh.axis_names)))
@@ -125,20 +210,36 @@ def batch_sharding(mesh: Mesh, rules: ActivationRules, leading: int = 0) -> Name
 def shard_act(x: Array, rules: ActivationRules, *names: str | None) -> Array:
   """Constrains an activation: one name (or None) per axis of x, looked up strictly in the rules.
 
-  Under `jax.set_mesh`. Rules `()` leave x as it is.
+  Under `jax.set_mesh`. Rules `()` leave x as it is. An axis is split over as many of its mesh axes
+  as divide it, from the first on.
 
   Raises:
     ValueError: a name without a rule, the wrong number of names, two axes on one mesh axis.
   """
   if not rules:
     return x
-  if len(names) != x.ndim:
-    raise ValueError(f"shard_act: {len(names)} names {names} for an array of shape {x.shape}")
-  spec = [None if name is None else _lookup(rules, name) for name in names]
+  return jax.lax.with_sharding_constraint(x, act_spec(x.shape, rules, *names))
+
+
+def act_spec(shape: Sequence[int], rules: ActivationRules, *names: str | None) -> P:
+  """The partition of an activation of that shape under the current mesh; see `shard_act`."""
+  if len(names) != len(shape):
+    raise ValueError(f"shard_act: {len(names)} names {names} for an array of shape {shape}")
+  sizes = jax.sharding.get_abstract_mesh().shape
+  asked = [None if name is None else _lookup(rules, name) for name in names]
+  spec = [_dividing(part, length, sizes) for part, length in zip(asked, shape, strict=True)]
   flat = [axis for part in spec for axis in _axes(part)]
   if len(set(flat)) < len(flat):
-    raise ValueError(f"shard_act: {names} puts two axes of {x.shape} on one mesh axis: {spec}")
-  return jax.lax.with_sharding_constraint(x, P(*spec))
+    raise ValueError(f"shard_act: {names} puts two axes of {shape} on one mesh axis: {spec}")
+  return P(*spec)
+
+
+def _dividing(axis: str | tuple[str, ...] | None, length: int, sizes: Mapping[str, int]) -> Any:
+  """The first of the mesh axes that together divide `length`, None if there is none."""
+  axes = _axes(axis)
+  while axes and length % math.prod(sizes[name] for name in axes):
+    axes = axes[:-1]
+  return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def _axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -172,7 +273,8 @@ def _tactic(text: str) -> Tactic:
   except (SyntaxError, ValueError, KeyError, TypeError):
     raise InputError(
       f"config.sharding_strategy: {text!r} is not a rule; accepted: replicate, "
-      "fsdp(axis='fsdp', min_size_to_shard_mb=4), shard_dim(axis='model', dim=-1), joined by |"
+      "fsdp(axis='fsdp', min_size_to_shard_mb=4), "
+      "shard_dim(axis='tensor', dim=-1, required=True), joined by |"
     ) from None
 
 
@@ -182,24 +284,30 @@ def _replicate() -> Tactic:
 
 def _fsdp(axis: str | tuple[str, ...], min_size_to_shard_mb: float = 4) -> Tactic:
   def place(spec, path, leaf, mesh):
-    size = _axis_size(mesh, axis)
+    _axis_size(mesh, axis)
     if math.prod(leaf.shape) * leaf.dtype.itemsize < min_size_to_shard_mb * 2**20:
       return
-    free = [
-      (length, -dim)
-      for dim, length in enumerate(leaf.shape)
-      if spec[dim] is None and length % size == 0
-    ]
-    if free and size > 1:
-      spec[-max(free)[1]] = axis
+    axes = _axes(axis)
+    while (size := _axis_size(mesh, axes)) > 1:
+      free = [
+        (length, -dim)
+        for dim, length in enumerate(leaf.shape)
+        if spec[dim] is None and length % size == 0
+      ]
+      if free:
+        spec[-max(free)[1]] = axes if len(axes) > 1 else axes[0]
+        return
+      axes = axes[:-1]
 
   return place
 
 
-def _shard_dim(axis: str | tuple[str, ...], dim: int) -> Tactic:
+def _shard_dim(axis: str | tuple[str, ...], dim: int, required: bool = True) -> Tactic:
   def place(spec, path, leaf, mesh):
     size = _axis_size(mesh, axis)
     if not -len(leaf.shape) <= dim < len(leaf.shape) or leaf.shape[dim] % size:
+      if not required:
+        return
       raise InputError(
         f"config.sharding_strategy: {path!r} of shape {tuple(leaf.shape)} cannot be split over "
         f"{axis!r} (size {size}) at dim {dim}"
@@ -211,7 +319,7 @@ def _shard_dim(axis: str | tuple[str, ...], dim: int) -> Tactic:
   return place
 
 
-def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+def _axis_size(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> int:
   for name in _axes(axis):
     if name not in mesh.shape:
       raise InputError(

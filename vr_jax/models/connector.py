@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from data_pipes.errors import InputError
 from vr_jax.models.siglip import LayerNorm
 from vr_jax.remat import remat
+from vr_jax.sharding import ActivationRules, shard_act
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ KINDS = {
 class ConnectorConfig:
   """`kind` is a published `mm_projector_type`, `width` that of the decoder (E).
 
-  `dtype` is that of the matmuls; `remat` (none, dots or full) applies to each block of s1 and s2.
+  `dtype` is that of the matmuls; `remat` (none, dots, full or offload) applies to each block of s1 and s2.
   """
 
   kind: str = "stc_connector_v35"
@@ -142,12 +143,14 @@ class Stage(nn.Module):
 
   cfg: ConnectorConfig
   depth: int
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T h w D"]) -> Float[Array, "B T h w E"]:
     B, T = x.shape[:2]
     x = x.reshape(B * T, *x.shape[2:])
     for i in range(self.depth):
+      x = shard_act(x, self.rules, "frame", None, None, None)
       x = remat(Bottleneck, self.cfg.remat)(self.cfg, name=f"b{i + 1}")(x)
     return x.reshape(B, T, *x.shape[1:])
 
@@ -198,6 +201,7 @@ class Connector(nn.Module):
   """Features of the scene frames to scene tokens, in the order (frame, row, column)."""
 
   cfg: ConnectorConfig
+  rules: ActivationRules = ()
 
   def __call__(self, features: Float[Array, "B T N D"]) -> Float[Array, "B V E"]:
     """Scene tokens in `cfg.dtype`; V is `scene_token_count(cfg, T, grid)`."""
@@ -223,9 +227,11 @@ class Connector(nn.Module):
           f"connector kind {c.kind} makes no scene token of {T} frames with {side}x{side} patches; "
           f"it joins blocks of {kind.stride} (frames, rows, columns)"
         )
-      x = out["s1"] = Stage(c, kind.stage_depth, name="s1")(x.reshape(B, T, side, side, D))
+      x = out["s1"] = Stage(c, kind.stage_depth, self.rules, name="s1")(
+        x.reshape(B, T, side, side, D)
+      )
       x = out["sampler"] = Sampler(c, name="sampler")(x)
-      x = out["s2"] = Stage(c, kind.stage_depth, name="s2")(x)
+      x = out["s2"] = Stage(c, kind.stage_depth, self.rules, name="s2")(x)
       x = x.reshape(B, -1, x.shape[-1])
     out["tokens"] = Mlp(c.width, kind.readout_depth, c.dtype, name="readout")(x)
     return out

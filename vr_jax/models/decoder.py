@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vr_jax.attention import attention
 from vr_jax.remat import remat
+from vr_jax.sharding import ActivationRules, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
@@ -45,8 +46,8 @@ class DecoderConfig:
   `pattern` repeats over the layers, each "local" (sees `window` slots back, itself included) or
   "global". `rope_scale` divides the positions of global layers (Gemma 3: 8). `norm_plus_one`:
   norms multiply by 1 + scale. `query_scale` None means head_dim ** -0.5. `dtype` is that of the
-  matmuls and the KV cache. `remat` is none, dots or full. `prefix_lm`: slots of a prefix see the
-  whole prefix (PaliGemma); otherwise causal. `layout` is that of the parameters: "scanned"
+  matmuls and the KV cache. `remat` is none, dots, full or offload. `prefix_lm`: slots of a prefix
+  see the whole prefix (PaliGemma); otherwise causal. `layout` is that of the parameters: "scanned"
   (training, checkpoints) or "fused" (what `fuse` makes, for `shards` devices of a tensor axis).
   """
 
@@ -244,6 +245,7 @@ class Attention(nn.Module):
   """Grouped-query self-attention with rotary positions."""
 
   cfg: DecoderConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x, tables: Tables, kind, layer, kv):
@@ -261,6 +263,8 @@ class Attention(nn.Module):
     else:
       q = project("q_einsum", "BLD,NDH->BLNH", N, D, H)
       k, v = project("kv_einsum", "BLD,TKDH->TBLKH", 2, K, D, H)
+    q = shard_act(q, self.rules, "batch", None, "heads", None)
+    k, v = (shard_act(t, self.rules, "batch", None, "kv_heads", None) for t in (k, v))
     if c.qk_norm:
       q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
     cos, sin = tables.cos[kind], tables.sin[kind]
@@ -293,6 +297,7 @@ class FeedForward(nn.Module):
   """Gated MLP."""
 
   cfg: DecoderConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -306,6 +311,7 @@ class FeedForward(nn.Module):
       gating = self.param("gating_einsum", _scaled_by(1), (2, D, F)).astype(x.dtype)
       gate, up = x @ gating[0], x @ gating[1]
     linear = self.param("linear", _scaled_by(0), (F, D))
+    gate, up = (shard_act(t, self.rules, "batch", None, "mlp") for t in (gate, up))
     return _matmul(ACTIVATIONS[c.activation](gate) * up, linear)
 
 
@@ -317,6 +323,7 @@ class Block(nn.Module):
   """
 
   cfg: DecoderConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, carry, tables: Tables, of_layer):
@@ -328,9 +335,11 @@ class Block(nn.Module):
       return RMSNorm(c, name=name)(y) if c.post_norms else y
 
     y = RMSNorm(c, name="pre_attention_norm")(x)
-    y, kv = Attention(c, name="attn")(y, tables, kind, layer, kv)
+    y, kv = Attention(c, self.rules, name="attn")(y, tables, kind, layer, kv)
+    y = shard_act(y, self.rules, "batch", "len", None)
     x = x + post("post_attention_norm", y)
-    y = FeedForward(c, name="mlp")(RMSNorm(c, name="pre_ffw_norm")(x))
+    y = FeedForward(c, self.rules, name="mlp")(RMSNorm(c, name="pre_ffw_norm")(x))
+    y = shard_act(y, self.rules, "batch", "len", None)
     return (x + post("post_ffw_norm", y), kv), None
 
 
@@ -360,12 +369,13 @@ class Decoder(nn.Module):
   """Token embedding, scanned layers, final norm and head."""
 
   cfg: DecoderConfig
+  rules: ActivationRules = ()
 
   def setup(self):
     c = self.cfg
     self.embedder = Embedder(c)
     if c.layout == "fused":
-      self.layers = [Block(c) for _ in range(c.depth)]
+      self.layers = [Block(c, self.rules) for _ in range(c.depth)]
     else:
       self.layers = nn.scan(
         remat(Block, c.remat, scanned=True),
@@ -373,7 +383,7 @@ class Decoder(nn.Module):
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=c.depth,
-      )(c)
+      )(c, self.rules)
     self.final_norm = RMSNorm(c)
 
   def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -412,7 +422,8 @@ class Decoder(nn.Module):
       mask, cos, sin, *((cache.end, cache.fresh) if cache is not None else (None, True))
     )
 
-    x, kv = x.astype(c.dtype), None if cache is None else (cache.k, cache.v)
+    x = shard_act(x.astype(c.dtype), self.rules, "batch", "len", None)
+    kv = None if cache is None else (cache.k, cache.v)
     of_layer = [kinds.index(k) for k in c.layer_kinds()]
     if c.layout == "fused":
       per_layer = [None] * c.depth if kv is None else list(zip(*kv, strict=True))

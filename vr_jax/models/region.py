@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from data_pipes.errors import InputError
 from vr_jax.models.connector import Mlp
+from vr_jax.sharding import ActivationRules, shard_act
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ class RegionEncoder(nn.Module):
   """Masks on frames to object tokens. Parameters: fc1 [D,E], fc2 [E,E] with biases."""
 
   cfg: RegionConfig
+  rules: ActivationRules = ()
 
   def __call__(
     self,
@@ -113,7 +115,9 @@ class RegionEncoder(nn.Module):
     `merged` are cached features of the objects, as `merged_features` gives them; masks are not
     looked at then.
     """
-    return self.lift(*(merged or self.merged_features(features, region_masks, region_frames)))
+    merged = merged or self.merged_features(features, region_masks, region_frames)
+    tokens, kept = self.lift(*merged)
+    return shard_act(tokens, self.rules, "batch", "object", None, None), kept
 
   def merged_features(
     self,
@@ -122,6 +126,9 @@ class RegionEncoder(nn.Module):
     region_frames: Int[Array, "B R F"],
   ) -> tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]]:
     """Pooled and merged features of the objects, float32, and which of them count."""
+    features = shard_act(features, self.rules, "batch", None, None, None)
+    region_masks = shard_act(region_masks, self.rules, "batch", "object", None, None)
+    region_frames = shard_act(region_frames, self.rules, "batch", "object", None)
     x, valid = object_features(features, region_masks, region_frames)
     return merge_tokens(x, valid, self.cfg.tokens)
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from data_pipes.errors import InputError
 from vr_jax.attention import attention
 from vr_jax.remat import remat
+from vr_jax.sharding import ActivationRules, shard_act
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class SiglipConfig:
   `depth` counts the layers of the published tower. `select_layer` says which hidden state is the
   output, as an index into [embeddings, layer 1, ..., layer `depth`] (-2: the last layer but one);
   layers above it are not built. None runs all layers and the norm behind them. `pool` adds the
-  attention-pooling head and needs None. `dtype` is that of the matmuls; `remat` is none, dots or
-  full.
+  attention-pooling head and needs None. `dtype` is that of the matmuls; `remat` is none, dots,
+  full or offload.
   """
 
   image_size: int = 384
@@ -111,6 +112,7 @@ class MultiHeadDotProductAttention(nn.Module):
   """Full attention of `x` over `keys`."""
 
   cfg: SiglipConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(
@@ -153,14 +155,16 @@ class Encoder1DBlock(nn.Module):
 
   cfg: SiglipConfig
   emit: bool = False
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "X N D"], _):
     c = self.cfg
     y = LayerNorm(c.dtype, name="LayerNorm_0")(x)
-    x = x + MultiHeadDotProductAttention(c, name="MultiHeadDotProductAttention_0")(y, y)
+    attend = MultiHeadDotProductAttention(c, self.rules, name="MultiHeadDotProductAttention_0")
+    x = x + attend(y, y)
     y = LayerNorm(c.dtype, name="LayerNorm_1")(x)
-    x = x + MlpBlock(c, name="MlpBlock_0")(y)
+    x = shard_act(x + MlpBlock(c, name="MlpBlock_0")(y), self.rules, "frame", None, None)
     return x, x if self.emit else None
 
 
@@ -168,6 +172,7 @@ class Encoder(nn.Module):
   """The layers that run, and the norm behind them if that is all of them."""
 
   cfg: SiglipConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "X N D"], out: dict[str, Array], intermediates: bool):
@@ -180,7 +185,7 @@ class Encoder(nn.Module):
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=c.layers,
-      )(c, intermediates, name="encoderblock")
+      )(c, intermediates, self.rules, name="encoderblock")
       x, hidden = layers(x, None)
       if intermediates:
         out["hidden"] = jnp.concatenate([out["hidden"], hidden])
@@ -206,6 +211,7 @@ class Siglip(nn.Module):
   """Images to patch features."""
 
   cfg: SiglipConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(
@@ -222,10 +228,10 @@ class Siglip(nn.Module):
       raise ValueError(
         f"pixels have shape {pixels.shape}; this tower takes [X,{c.image_size},{c.image_size},3]"
       )
-    x = PatchEmbedding(c, name="embedding")(pixels)
+    x = PatchEmbedding(c, name="embedding")(shard_act(pixels, self.rules, "frame", *[None] * 3))
     init = nn.initializers.normal(c.width**-0.5)
     x = x + self.param("pos_embedding", init, (1, c.grid**2, c.width)).astype(c.dtype)
-    x = Encoder(c, name="Transformer")(x, out, intermediates)
+    x = Encoder(c, self.rules, name="Transformer")(x, out, intermediates)
     if c.pool:
       out["pooled"] = MAPHead(c, name="MAPHead_0")(x)
     return x, out

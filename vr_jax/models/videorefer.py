@@ -31,6 +31,7 @@ from vr_jax.models.connector import Connector, ConnectorConfig
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
 from vr_jax.models.region import RegionConfig, RegionEncoder, merge_segments
 from vr_jax.models.siglip import Siglip, SiglipConfig
+from vr_jax.sharding import ActivationRules, shard_act
 
 Batch = dict[str, Array]
 
@@ -110,21 +111,26 @@ def pixels(frames: UInt8[Array, "... S S 3"]) -> Float[Array, "... S S 3"]:
 
 
 class VideoRefer(nn.Module):
-  """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out."""
+  """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out.
+
+  `rules` place the activations on the mesh (see `sharding.shard_act`); () leaves them alone.
+  """
 
   cfg: VideoReferConfig
+  rules: ActivationRules = ()
 
   def setup(self):
-    self.img = Siglip(self.cfg.img)
-    self.connector = Connector(self.cfg.connector)
-    self.region = RegionEncoder(self.cfg.region)
-    self.llm = Decoder(self.cfg.llm)
+    self.img = Siglip(self.cfg.img, self.rules)
+    self.connector = Connector(self.cfg.connector, self.rules)
+    self.region = RegionEncoder(self.cfg.region, self.rules)
+    self.llm = Decoder(self.cfg.llm, self.rules)
 
   def encode_frames(self, frames: UInt8[Array, "B P S S 3"]) -> Float[Array, "B P N D"]:
     """Tower features of every frame of the rows, each frame once."""
     B, P = frames.shape[:2]
     features, _ = self.img(pixels(frames).reshape(B * P, *frames.shape[2:]))
-    return features.reshape(B, P, *features.shape[1:])
+    features = features.reshape(B, P, *features.shape[1:])
+    return shard_act(features, self.rules, "batch", None, None, None)
 
   def visual_table(
     self, features: Float[Array, "B P N D"], batch: Batch
@@ -143,6 +149,7 @@ class VideoRefer(nn.Module):
       (batch["object_tokens"], batch["object_kept"]) if cached else None,
     )
     B, _, E = scene.shape
+    scene = shard_act(scene, self.rules, "batch", None, None)
     rows = jnp.concatenate([scene, objects.reshape(B, -1, E).astype(scene.dtype)], axis=1)
     valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept.reshape(B, -1)], axis=1)
     return rows, valid

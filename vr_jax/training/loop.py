@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
-from vr_jax.sharding import batch_sharding, make_mesh, param_shardings
+from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings
 from vr_jax.training.checkpoint import Checkpoints, make_meta
 from vr_jax.training.metrics import MetricsWriter, Progress, resident_gb
 from vr_jax.training.schedule import Optimizer, Params, count_steps, make_optimizer, merge, sub_tree
@@ -75,8 +75,9 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
   check_keys(config.input, base_config().input, "config.input")
   total = total_steps(config, task.data_size)
   mesh = make_mesh(config.mesh)
+  check_rules(config.sharding_rules, mesh)
   rows_sharding = batch_sharding(mesh, config.sharding_rules, leading=1)
-  _check_batch_size(config, rows_sharding)
+  parts = accum_steps(config, rows_sharding)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     key = jax.random.key(config.seed)
@@ -112,7 +113,7 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
       if stop:
         return Result(step, False, report.last)
       rows = report.timed(next, batches)
-      rows = micro_batches(rows, config.input.accum_steps)
+      rows = micro_batches(rows, parts)
       rows = {k: jax.make_array_from_process_local_data(rows_sharding, v) for k, v in rows.items()}
       position += 1
       state, metrics = train_step(state, rows)
@@ -135,6 +136,28 @@ def total_steps(config: ConfigDict, data_size: int) -> int:
       "set one of total_steps, total_examples, total_epochs"
     )
   return total
+
+
+def accum_steps(config: ConfigDict, rows: NamedSharding) -> int:
+  """Micro-batches of a step: `input.accum_steps`, or as many as leave a device `device_rows` rows.
+
+  Args:
+    rows: sharding of the rows [A, B/A, ...].
+
+  Raises:
+    InputError: the batch does not spread evenly over micro-batches and devices.
+  """
+  size, parts = config.input.batch_size, config.input.accum_steps
+  devices = rows.mesh.size // rows.shard_shape((1, rows.mesh.size))[1]
+  if not parts:
+    parts = max(1, size // (devices * max(1, config.input.device_rows)))
+  if size % (parts * devices):
+    fitting = -(-size // (parts * devices)) * parts * devices
+    raise InputError(
+      f"input.batch_size={size} is not divisible by input.accum_steps={parts} x the devices of the "
+      f"batch axis, {devices}; use {fitting}"
+    )
+  return parts
 
 
 def state_target(
@@ -296,18 +319,6 @@ def _check_workdir(workdir: Path, config: ConfigDict) -> None:
   if changed:
     listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
     raise InputError(f"{workdir} was made with another config: {listed}; use another workdir")
-
-
-def _check_batch_size(config: ConfigDict, rows: NamedSharding) -> None:
-  """Micro-batches must spread evenly over the mesh axes of the batch."""
-  size, parts = config.input.batch_size, config.input.accum_steps
-  devices = rows.mesh.size // rows.shard_shape((1, rows.mesh.size))[1]
-  if size % (parts * devices):
-    fitting = -(-size // (parts * devices)) * parts * devices
-    raise InputError(
-      f"input.batch_size={size} is not divisible by input.accum_steps={parts} x the devices of the "
-      f"batch axis, {devices}; use {fitting}"
-    )
 
 
 def _without(tree: Params, other: Params) -> Params:

@@ -38,7 +38,8 @@ _OPTIONS = ("peak", "decay", *(f"warmup_{unit}" for unit in _UNITS))
 class Optimizer(NamedTuple):
   """AdamW over the trained parameters.
 
-  `init(params_train)` gives the state {"mu": tree, "nu": tree}, zeros of the parameters' shapes.
+  `init(params_train)` gives the state {"mu": tree, "nu": tree}, zeros of the parameters' shapes and
+  of `moments_dtype`; the arithmetic is float32 whatever it is.
   `update(grads, state, params_train, step)` gives (params_train, state, metrics) after optimizer
   step `step` (i32, 0-based); metrics: `grad_norm` before clipping, and `lr` (with several groups
   also `lr/<regex>`, `lr` being the first group's). `lrs(step)` gives the latter alone.
@@ -87,7 +88,8 @@ def make_optimizer(
   """The optimizer that a config describes.
 
   Args:
-    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, input.batch_size.
+    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, moments_dtype,
+      input.batch_size.
     params: all parameters (or their shapes), frozen ones too: the tables are checked against them.
     total_steps: optimizer steps of the whole run.
     data_size: examples in an epoch; only `warmup_epochs` needs it.
@@ -95,6 +97,8 @@ def make_optimizer(
   Raises:
     InputError: a table that is not total and tight, an unknown option.
   """
+  if config.moments_dtype not in ("float32", "bfloat16"):
+    raise InputError(f"config.moments_dtype={config.moments_dtype!r}: accepted: float32, bfloat16")
   table = list(config.schedule)
   rules = _rule_indices(params, table)
   schedules = {}
@@ -118,18 +122,16 @@ def make_optimizer(
     return {"lr": named[0][1], **groups}
 
   def init(params_train):
-    return {
-      "mu": jax.tree.map(jnp.zeros_like, params_train),
-      "nu": jax.tree.map(jnp.zeros_like, params_train),
-    }
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.moments_dtype), params_train)
+    return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros)}
 
   def update(grads, state, params_train, step):
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     if config.grad_clip_norm:
       factor = jnp.minimum(1.0, config.grad_clip_norm / (norm + 1e-6))
       grads = jax.tree.map(lambda g: g * factor, grads)
-    moments = optax.ScaleByAdamState(count=step, mu=state["mu"], nu=state["nu"])
-    directions, moments = adam.update(grads, moments)
+    mu, nu = (jax.tree.map(lambda m: m.astype(jnp.float32), state[name]) for name in ("mu", "nu"))
+    directions, moments = adam.update(grads, optax.ScaleByAdamState(count=step, mu=mu, nu=nu))
     rate = {index: fn(step) for index, (_, fn) in schedules.items()}
 
     def stepped(path, p, direction):
@@ -138,7 +140,11 @@ def make_optimizer(
       return p - rate[group_of[path]] * (direction + wd * p)
 
     params_train = jax.tree_util.tree_map_with_path(stepped, params_train, directions)
-    return params_train, {"mu": moments.mu, "nu": moments.nu}, {"grad_norm": norm, **lrs(step)}
+    state = {
+      name: jax.tree.map(lambda m: m.astype(config.moments_dtype), of)
+      for name, of in (("mu", moments.mu), ("nu", moments.nu))
+    }
+    return params_train, state, {"grad_norm": norm, **lrs(step)}
 
   return Optimizer(init, update, lrs)
 

@@ -100,7 +100,7 @@ def videorefer_task(config: ConfigDict) -> Task:
 
   return Task(
     init=lambda key: init_params(cfg, key),
-    loss=model_loss(VideoRefer(cfg), config.loss_budget, config.loss_chunk),
+    loss=model_loss(VideoRefer(cfg, config.sharding_rules), config.loss_budget, config.loss_chunk),
     data_size=size,
     batches=batches,
     model=cfg.to_dict(),
