@@ -23,7 +23,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.input.row_length = 208
   config.input.threads = 2
   config.loss_budget = 112
-  config.loss_chunk = 112
   config.lr = 2e-3
   config.schedule = ((".*", {"warmup_steps": 200, "decay": "cosine"}),)
   config.wd = 0.01

@@ -11,8 +11,8 @@ plain text of the published scripts, which supervises the question too. The pape
 VideoLLaMA2.1's stage-1 data (10 M videos, 600 K images).
 
 Further arguments, of every stage (`vr_jax.configs.RECIPE`): `model=videorefer-gemma2-9b` and the
-like, with `llm` that decoder's folder; `rows` of a device at a time; `slices` of TPUs; `tensor=4` to
-split heads over four devices, `sequence` to split the slots of long videos over them too.
+like, with `llm` that decoder's folder; `rows` of a device at a time; `slices` of TPUs; `tensor=4`
+to split heads over four devices, `sequence` to split the slots of long videos over them too.
 
 Hardware: any number of devices that divides the batch; the parameters are spread over all of them.
 """

@@ -128,7 +128,7 @@ def test_a_batch_without_supervised_tokens_is_refused():
 
 
 def test_targets_beyond_the_budget_are_refused():
-  _, [metrics] = run(BATCHES[:1], loss=model_loss(ToyModel(), budget=4, chunk=4))
+  _, [metrics] = run(BATCHES[:1], loss=model_loss(ToyModel(), budget=4))
   with pytest.raises(InputError, match=r"step 1: \d+ supervised tokens do not fit"):
     check_metrics(1, metrics)
 

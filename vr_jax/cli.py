@@ -36,6 +36,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   args.overrides = overrides
   if overrides and args.command not in ("train", "config", "engine"):
     parser.error(f"--config.… belongs to vr train, config and engine, not to vr {args.command}")
+  if overrides and args.command not in ("train", "config", "compile"):
+    parser.error(
+      f"--config.… belongs to vr train, vr config and vr compile, not to vr {args.command}"
+    )
   return args
 
 
@@ -130,8 +134,24 @@ def _parser() -> argparse.ArgumentParser:
   _engine_commands(command("engine", _engine, "make object-level data from videos with agents"))
 
   config = command("config", _config, "resolve configs without running them")
-  config.add_argument("what", choices=["show", "diff", "shapes"])
+  config.add_argument("what", choices=["show", "diff", "shapes", "shardings"])
   config.add_argument("configs", nargs="+", metavar="F.py[:ARGS]")
+  config.add_argument("--devices", type=int, help="shardings: of the mesh (default: those here)")
+  config.add_argument("--json", action="store_true", help="print JSON")
+
+  aot = command("compile", _compile, "compile the training step for hardware that is not here")
+  aot.add_argument("--config", required=True, metavar="F.py[:ARGS]")
+  aot.add_argument(
+    "--target",
+    required=True,
+    help="tpu:v5e:8x8, v5p, v6e (or a slice's name, tpu:v5e-64), gpu:h100:HOSTSxGPUS, gpu:h200:…",
+  )
+  aot.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices (default 1)")
+  aot.add_argument(
+    "--quick", action="store_true", help="compile 1 and 2 decoder layers and extrapolate"
+  )
+  aot.add_argument("--json", action="store_true", help="print JSON")
+  aot.epilog = "Exit code 3: it does not fit. Any field of the config: --config.key=value"
   return parser
 
 
@@ -529,12 +549,40 @@ def _config(args: argparse.Namespace) -> None:
   from vr_jax import configs
 
   resolved = [configs.load_config(c, args.overrides) for c in args.configs]
-  if args.what == "diff" and len(resolved) != 2:
-    raise InputError(f"diff compares two configs; found {len(resolved)}")
   if args.what == "diff":
-    print("\n".join(configs.diff(*resolved)))
-  for config in resolved if args.what != "diff" else []:
-    print(configs.to_json(config) if args.what == "show" else configs.shapes(config))
+    if len(resolved) != 2:
+      raise InputError(f"diff compares two configs; found {len(resolved)}")
+    changes = configs.diff(*resolved)
+    if args.json:
+      print(json.dumps({key: [repr(v) for v in pair] for key, pair in changes.items()}, indent=2))
+    else:
+      print("\n".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in changes.items()))
+    return
+  for config in resolved:
+    if args.what == "show":
+      print(configs.to_json(config))
+      continue
+    from vr_jax.training import placement
+
+    lines = (
+      placement.shapes(config)
+      if args.what == "shapes"
+      else placement.shardings(config, args.devices)
+    )
+    print(json.dumps(lines, indent=2) if args.json else placement.table(lines))
+
+
+def _compile(args: argparse.Namespace) -> int:
+  from vr_jax.configs import load_config
+  from vr_jax.hardware import parse_target, quiet
+  from vr_jax.training.ahead_of_time import report
+
+  target = parse_target(args.target, args.slices)
+  quiet()
+  config = load_config(args.config, args.overrides)
+  result = report(args.config, config, target, quick=args.quick)
+  print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+  return 0 if result.fits else 3
 
 
 if __name__ == "__main__":

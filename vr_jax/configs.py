@@ -92,9 +92,10 @@ def base_config() -> ConfigDict:
   config.total_examples = placeholder(int)
   config.total_epochs = placeholder(float)
 
-  # Loss: supervised tokens a row can hold (0: as many as its slots), predictors a chunk of logits.
+  # Loss: supervised tokens a row can hold (0: as many as its slots), vocabulary entries in a piece
+  # of logits.
   config.loss_budget = 0
-  config.loss_chunk = 128
+  config.loss_chunk = 16_384
   # "tokens": the mean over all supervised tokens of the step, whatever accum_steps is.
   # "published": the mean over parts of their means (transformers 4.40).
   config.accum_mean = "tokens"

@@ -68,6 +68,25 @@ TENSOR_STRATEGY = (
 # --- Meshes -----------------------------------------------------------------------------------
 
 
+def mesh_sizes(
+  axes: Iterable[tuple[str, int]], devices: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+  """Names and sizes of a mesh's axes over so many devices, the -1 worked out.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  names, sizes = zip(*((str(name), int(size)) for name, size in axes), strict=True)
+  try:
+    return names, np.empty(devices).reshape(sizes).shape
+  except ValueError:
+    asked = " x ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
+    raise InputError(
+      f"config.mesh: {asked} does not fit {devices} devices; the sizes must multiply to {devices} "
+      "(one of them may be -1)"
+    ) from None
+
+
 def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh such as `[("data", -1), ("fsdp", 4)]`; one size may be -1, which takes the rest.
 
@@ -81,17 +100,8 @@ def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | N
     InputError: the sizes do not multiply to the number of devices, or the first is no multiple of
       the number of slices.
   """
-  names, sizes = zip(*((str(name), int(size)) for name, size in axes), strict=True)
   devices = jax.devices() if devices is None else devices
-  count = len(devices)
-  try:
-    sizes = np.empty(count).reshape(sizes).shape
-  except ValueError:
-    asked = " x ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
-    raise InputError(
-      f"config.mesh: {asked} does not fit {count} devices; the sizes must multiply to {count} "
-      "(one of them may be -1)"
-    ) from None
+  names, sizes = mesh_sizes(axes, len(devices))
   slices = len({getattr(device, "slice_index", None) for device in devices})
   if sizes[0] % slices:
     raise InputError(

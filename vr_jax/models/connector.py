@@ -55,7 +55,7 @@ KINDS = {
 class ConnectorConfig:
   """`kind` is a published `mm_projector_type`, `width` that of the decoder (E).
 
-  `dtype` is that of the matmuls; `remat` (none, dots, full or offload) applies to each block of s1 and s2.
+  `dtype` is that of the matmuls; `remat` (see `vr_jax.remat`) applies to each block of s1 and s2.
   """
 
   kind: str = "stc_connector_v35"

@@ -347,6 +347,7 @@ class Embedder(nn.Module):
   """Token table and head."""
 
   cfg: DecoderConfig
+  rules: ActivationRules = ()
 
   def setup(self):
     shape, init = (self.cfg.vocab_size, self.cfg.width), _scaled_by(1)
@@ -358,9 +359,11 @@ class Embedder(nn.Module):
     x = self.input_embedding[tokens].astype(self.cfg.dtype)
     return x * jnp.asarray(self.cfg.width**0.5, x.dtype) if self.cfg.scale_embedding else x
 
-  def decode(self, x):
+  def decode(self, x, rows=None):
     table = self.input_embedding if self.cfg.tied_head else self.output_embedding
-    table = table.astype(self.cfg.dtype)
+    if rows is not None:
+      table = jax.lax.dynamic_slice_in_dim(table, *rows)
+    table = shard_act(table.astype(self.cfg.dtype), self.rules, None, None)
     x = x.astype(self.cfg.dtype)
     return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)
 
@@ -373,7 +376,7 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.cfg
-    self.embedder = Embedder(c)
+    self.embedder = Embedder(c, self.rules)
     if c.layout == "fused":
       self.layers = [Block(c, self.rules) for _ in range(c.depth)]
     else:
@@ -438,9 +441,14 @@ class Decoder(nn.Module):
       cache = KVCache(k=kv[0], v=kv[1], positions=stored, end=end)
     return self.final_norm(x), cache
 
-  def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... W"]:
-    """Float32 scores over the vocabulary; apply to the slots that need them, not to all."""
-    logits = self.embedder.decode(hidden)
+  def logits(
+    self, hidden: Float[Array, "... D"], rows: tuple[Int[Array, ""], int] | None = None
+  ) -> Float[Array, "... W"]:
+    """Float32 scores over the vocabulary; apply to the slots that need them, not to all.
+
+    `rows`: (start, size) of a part of the vocabulary, to have the scores of that part alone.
+    """
+    logits = self.embedder.decode(hidden, rows)
     cap = self.cfg.final_soft_cap
     return logits if cap is None else jnp.tanh(logits / cap) * cap
 

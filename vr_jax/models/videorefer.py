@@ -194,9 +194,11 @@ class VideoRefer(nn.Module):
     hidden, _ = self.llm(spliced.embeds, spliced.positions, segments=spliced.segments)
     return hidden, spliced
 
-  def logits(self, hidden: Float[Array, "... E"]) -> Float[Array, "... W"]:
-    """Float32 logits over the vocabulary."""
-    return self.llm.logits(hidden)
+  def logits(
+    self, hidden: Float[Array, "... E"], rows: tuple[Int[Array, ""], int] | None = None
+  ) -> Float[Array, "... W"]:
+    """Float32 logits over the vocabulary, or over its part `rows` = (start, size)."""
+    return self.llm.logits(hidden, rows)
 
   def region_tokens(self, batch: Batch) -> tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]]:
     """Merged features of the objects before the region encoder's MLP, for a cache."""

@@ -46,8 +46,8 @@ from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
-from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import Params
+from vr_jax.training.loss import LossSums, model_loss
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.task import Rows, Task
 
@@ -100,7 +100,7 @@ def videorefer_task(config: ConfigDict) -> Task:
 
   return Task(
     init=lambda key: init_params(cfg, key),
-    loss=model_loss(VideoRefer(cfg, config.sharding_rules), config.loss_budget, config.loss_chunk),
+    loss=videorefer_loss(config, cfg),
     data_size=size,
     batches=batches,
     model=cfg.to_dict(),
@@ -109,6 +109,12 @@ def videorefer_task(config: ConfigDict) -> Task:
     generation=generation(config, tokenizer),
     counts=lambda: {"unreadable": len(failures)},
   )
+
+
+def videorefer_loss(config: ConfigDict, cfg: VideoReferConfig) -> Callable[..., LossSums]:
+  """The loss of the config as a function of (parameters, rows of a micro-batch)."""
+  model = VideoRefer(cfg, rules=config.sharding_rules)
+  return model_loss(model, config.loss_budget, config.loss_chunk)
 
 
 def _dataset(

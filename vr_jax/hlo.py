@@ -1,0 +1,172 @@
+"""What a compiled program holds, from the text of its optimised HLO: collectives, large buffers.
+
+Every trip of a loop counts (XLA notes `known_trip_count`). Byte counts are those of one device.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_TYPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_OPERATION = re.compile(r"([\w\-]+)\(")
+_CALLED = re.compile(
+  r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)="
+  r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+class Instruction(NamedTuple):
+  """One line: its name, result type as text, operation and the text behind it."""
+
+  name: str
+  type: str
+  operation: str
+  rest: str
+
+
+class Collectives(NamedTuple):
+  """Of one kind: how many run in a step, and the bytes they move.
+
+  Bytes are the whole array: what an all-gather gives, what a reduce-scatter or all-to-all takes,
+  twice what an all-reduce takes (it is a reduce-scatter and an all-gather).
+  """
+
+  count: int
+  bytes: int
+
+
+class Program:
+  """A parsed module."""
+
+  def __init__(self, text: str):
+    self.computations: dict[str, list[Instruction]] = {}
+    self.entry = ""
+    self._trips = self._trip_counts(text)
+
+  def _trip_counts(self, text: str) -> dict[str, int]:
+    """How often each computation runs in a step."""
+    current: list[Instruction] = []
+    for line in text.splitlines():
+      if (found := _COMPUTATION.match(line)) is not None:
+        current = self.computations.setdefault(found[2], [])
+        self.entry = found[2] if found[1] else self.entry
+      elif (instruction := _parse(line)) is not None:
+        current.append(instruction)
+    trips: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+      trips[name] += times
+      for instruction in self.computations.get(name, []):
+        for called in _called(instruction):
+          visit(called, times * _loop_trips(instruction))
+
+    visit(self.entry, 1)
+    return trips
+
+  def instructions(self) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs, and how often."""
+    for name, instructions in self.computations.items():
+      for instruction in instructions if self._trips[name] else ():
+        yield instruction, self._trips[name]
+
+  def collectives(self) -> dict[str, Collectives]:
+    """By kind, in the order of KINDS; kinds that do not occur are left out."""
+    sizes = {i.name: _bytes(i.type) for of in self.computations.values() for i in of}
+    found = {kind: [0, 0] for kind in KINDS}
+    for instruction, times in self.instructions():
+      kind = instruction.operation.removesuffix("-start")
+      if kind not in found:
+        continue
+      operands = instruction.rest[: _closing(instruction.rest)]
+      taken = sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
+      if kind == "all-gather":
+        # A start gives (operands, results).
+        whole = _bytes(instruction.type)
+        moved = whole - taken if instruction.operation.endswith("-start") else whole
+      else:
+        moved = 2 * taken if kind == "all-reduce" else taken
+      found[kind][0] += times
+      found[kind][1] += times * moved
+    return {kind: Collectives(*pair) for kind, pair in found.items() if pair[0]}
+
+  def largest(self, length: int) -> tuple[int, str]:
+    """(bytes, type) of the largest array with an axis of at least that length; (0, "") if none.
+
+    What exists only inside a fusion takes no memory and does not count.
+    """
+    best = (0, "")
+    fused = self._fused()
+    for name, instructions in self.computations.items():
+      if name in fused or not self._trips[name]:
+        continue
+      for instruction in instructions:
+        for found in _TYPE.finditer(instruction.type):
+          if any(int(n) >= length for n in found[2].split(",") if n):
+            best = max(best, (_bytes(found[0]), found[0]))
+    return best
+
+  def _fused(self) -> set[str]:
+    of = (i for instructions in self.computations.values() for i in instructions)
+    return {name for i in of if i.operation == "fusion" for name in _called(i)}
+
+
+def _parse(line: str) -> Instruction | None:
+  name, equals, right = line.strip().removeprefix("ROOT ").partition(" = ")
+  if not equals or not name.startswith("%"):
+    return None
+  end = _closing(right[1:]) + 2 if right.startswith("(") else right.find(" ")
+  operation = _OPERATION.match(right[end:].lstrip())
+  if operation is None:
+    return None
+  rest = right[end:].lstrip()[operation.end() :]
+  return Instruction(name[1:], right[:end], operation[1], rest)
+
+
+def _closing(text: str) -> int:
+  """Index of the parenthesis that closes one opened just before `text`."""
+  depth = 1
+  for index, character in enumerate(text):
+    depth += (character == "(") - (character == ")")
+    if not depth:
+      return index
+  return len(text)
+
+
+def _called(instruction: Instruction) -> list[str]:
+  return [
+    name.strip().lstrip("%")
+    for found in _CALLED.findall(instruction.rest)
+    for name in found.strip("{}").split(",")
+  ]
+
+
+def _loop_trips(instruction: Instruction) -> int:
+  if instruction.operation != "while":
+    return 1
+  found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
+  return int(found[1]) if found else 1
+
+
+def _bytes(text: str) -> int:
+  """Of all arrays in a type, those in host memory (S(5)) left out."""
+  total = 0
+  for name, dims, layout in _TYPE.findall(text):
+    if "S(5)" in layout:
+      continue
+    bits = re.search(r"\d+", name)
+    width = _BITS[name] if name in _BITS else int(bits[0]) if bits else 0
+    total += math.prod(int(n) for n in dims.split(",") if n) * width // 8
+  return total
