@@ -36,9 +36,7 @@ def specs(params, mesh: str, strategy) -> dict[str, str]:
   abstract = AbstractMesh(tuple(map(int, sizes)), names, axis_types=(AxisType.Auto,) * len(names))
   placed = param_shardings(params, abstract, strategy)
   paths = jax.tree.leaves(path_names(params))
-  return {
-    path: spec_text(s.spec) for path, s in zip(paths, jax.tree.leaves(placed), strict=True)
-  }
+  return {path: spec_text(s.spec) for path, s in zip(paths, jax.tree.leaves(placed), strict=True)}
 
 
 @pytest.mark.parametrize("name", FULL)

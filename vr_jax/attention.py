@@ -1,25 +1,69 @@
 """One attention for every module; a table says which kernel takes a call, and why not another.
 
+    splash   TPU: blocks of scores stay on the chip; causal, windows, padding, packed rows, soft cap
+    cudnn    CUDA with cuDNN, half precision: the same on Hopper; no packed rows, no soft cap
+    xla      everything else: scores in memory, any mask
+
 Letters: B batch, L query, S key, N query head, K key/value head, G query heads of one K, H head.
 """
 
 import dataclasses
+import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 
+import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from vr_jax.sharding import ActivationRules, act_spec
 
 MASKED = -2.0e38  # finite, so that a padding query with no visible key gives numbers, not NaN
+BLOCK = 128  # splash works on multiples of it
+log = logging.getLogger(__name__)
+
+
+@flax.struct.dataclass
+class Causal:
+  """A causal mask as kernels know it, for queries that are their own keys, slots in order.
+
+  segments i32 [B,L]: a slot sees the slots before it of its own segment; -1 is padding. `packed`:
+  a row may hold several segments (otherwise one, with all padding behind it). `window` w keeps keys
+  closer than w.
+  """
+
+  segments: Int[Array, "B L"]
+  packed: bool = flax.struct.field(pytree_node=False, default=False)
+  window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """All that decides which kernel takes a call. `mask`: "none", "causal" or "dense"; sizes are
+  those of the whole arrays, `shards` the parts that the heads are split into."""
+
+  platform: str
+  dtype: str
+  L: int
+  S: int
+  N: int
+  K: int
+  H: int
+  mask: str
+  packed: bool = False
+  soft_cap: float | None = None
+  shards: tuple[int, int] = (1, 1)  # of query heads, of key heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A way to compute attention and its limits: `refuses(q, soft_cap)` gives a reason or None."""
+  """A way to compute attention and its limits: `refuses(call)` gives a reason or None."""
 
   name: str
   run: Callable[..., Array]
-  refuses: Callable[[Array, float | None], str | None]
+  refuses: Callable[[Call], str | None]
 
 
 def attention(
@@ -30,28 +74,83 @@ def attention(
   *,
   scale: float,
   soft_cap: float | None = None,
+  causal: Causal | None = None,
+  rules: ActivationRules = (),
+  names: tuple[str | None, ...] = ("batch", "heads", "kv_heads"),
 ) -> Float[Array, "B L N H"]:
   """Softmax attention of N query heads over K = N/G key heads, softmax in float32.
 
   A query sees the keys where `mask` is True (None: all). `soft_cap` c replaces a score s by
   c * tanh(s / c) (Gemma 2, arXiv 2408.00118 section 2). Returns q's dtype.
+
+  Args:
+    causal: what `mask` says in a form that every kernel takes; padding queries then give anything.
+    rules: placement of activations; the kernels run on each device's part of them.
+    names: the activation axes of B, N and K in the rules, None for one that stays whole.
   """
-  kernel = next(kernel for kernel in KERNELS if kernel.refuses(q, soft_cap) is None)
-  return kernel.run(q, k, v, mask, scale, soft_cap)
+  call = describe(q, k, mask, causal, soft_cap, rules, names)
+  kernel = next(kernel for kernel in KERNELS if kernel.refuses(call) is None)
+  if call.platform != "cpu":
+    _say(call)
+  return kernel.run(q, k, v, mask, causal, scale, soft_cap, rules, names)
 
 
-def choice(q: jax.ShapeDtypeStruct, soft_cap: float | None = None) -> dict[str, str]:
+def choice(call: Call) -> dict[str, str]:
   """Kernel name -> 'taken' or the reason it was passed over, in order of preference."""
   report = {}
   for kernel in KERNELS:
-    reason = kernel.refuses(q, soft_cap)
+    reason = kernel.refuses(call)
     report[kernel.name] = reason or "taken"
     if reason is None:
       break
   return report
 
 
-def _xla(q, k, v, mask, scale, soft_cap):
+def describe(q, k, mask, causal, soft_cap, rules=(), names=("batch", "heads", "kv_heads")) -> Call:
+  """The call of `attention` with these arrays or shapes, on the platform of the current mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device
+  specs = _specs(q, k, rules, names)
+  sizes = [1 if part is None else mesh.shape[part] for part in (specs[0][2], specs[1][2])]
+  return Call(
+    platform=jax.default_backend() if device is None else device.platform,
+    dtype=q.dtype.name,
+    L=q.shape[1],
+    S=k.shape[1],
+    N=q.shape[2],
+    K=k.shape[2],
+    H=q.shape[3],
+    mask="causal" if causal is not None else "none" if mask is None else "dense",
+    packed=causal is not None and causal.packed,
+    soft_cap=soft_cap,
+    shards=(sizes[0], sizes[1]),
+  )
+
+
+@functools.cache
+def _say(call: Call) -> None:
+  """Once for every kind of call."""
+  *passed, (taken, _) = choice(call).items()
+  why = "".join(f"; not {name}: {reason}" for name, reason in passed)
+  shape = f"{call.L} x {call.S} slots, {call.N} heads of {call.H} over {call.K}, {call.dtype}"
+  log.info("attention: %s for %s%s", taken, shape, why)
+
+
+def _specs(q, k, rules, names):
+  """Partitions of q and of k, v."""
+  if not rules or jax.sharding.get_abstract_mesh().empty:
+    return jax.P(None, None, None, None), jax.P(None, None, None, None)
+  batch, heads, kv_heads = names
+  return (
+    act_spec(q.shape, rules, batch, None, heads, None),
+    act_spec(k.shape, rules, batch, None, kv_heads, None),
+  )
+
+
+# --- xla --------------------------------------------------------------------------------------
+
+
+def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
   B, L, N, H = q.shape
   S, K = k.shape[1:3]
   # One matmul for each key head: its G query heads stand above each other as G*L rows.
@@ -68,4 +167,132 @@ def _xla(q, k, v, mask, scale, soft_cap):
   return y.reshape(B, K, -1, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
-KERNELS = (Kernel("xla", _xla, lambda q, soft_cap: None),)
+# --- splash -----------------------------------------------------------------------------------
+
+
+def _splash_refuses(call: Call) -> str | None:
+  if call.platform != "tpu":
+    return f"runs on TPU, not on {call.platform}"
+  if call.mask == "dense":
+    return "takes no mask that is not causal"
+  if call.L != call.S:
+    return f"{call.L} queries over {call.S} keys"
+  if call.L < BLOCK:
+    return f"{call.L} slots are less than one block of {BLOCK}"
+  if call.shards[0] != call.shards[1] and call.K > 1:
+    return f"{call.K} key heads are not split as {call.N} query heads are"
+  return None
+
+
+def _splash(q, k, v, mask, causal, scale, soft_cap, rules, names, interpret=False):
+  """Pads the slots to whole blocks; the partitioner cannot cut a kernel, so each device is given
+  its own rows and heads."""
+  L = q.shape[1]
+  extra = -L % BLOCK
+  if causal is not None:
+    segments = causal.segments
+  else:
+    segments = jnp.zeros(q.shape[:2], jnp.int32)
+  q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel scales nothing
+  q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
+  segments = jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-1)
+  window = None if causal is None else causal.window
+  run = functools.partial(
+    _splash_local,
+    is_causal=causal is not None,
+    window=window,
+    soft_cap=soft_cap,
+    interpret=interpret,
+  )
+  if rules and not jax.sharding.get_abstract_mesh().empty:
+    of_q, of_k = _specs(q, k, rules, names)
+    of_segments = jax.P(of_q[0], None)
+    run = jax.shard_map(
+      run, in_specs=(of_q, of_k, of_k, of_segments), out_specs=of_q, check_vma=False
+    )
+  return run(q, k, v, segments)[:, :L]
+
+
+def _splash_local(q, k, v, segments, *, is_causal, window, soft_cap, interpret):
+  # Pallas is slow to import and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  B, L, N, H = q.shape
+  K = k.shape[2]
+  if not is_causal:
+    mask = masks.FullMask((L, L))
+  elif window is None:
+    mask = masks.CausalMask((L, L))
+  else:
+    mask = masks.LocalMask((L, L), (window - 1, 0), 0)
+  block = next(b for b in (512, 384, 256, BLOCK) if L % b == 0)
+  blocks = kernels.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    use_fused_bwd_kernel=True,
+  )
+  kernel = kernels.make_splash_mqa_single_device(
+    masks.MultiHeadMask([mask] * (N // K)),
+    block_sizes=blocks,
+    attn_logits_soft_cap=soft_cap,
+    interpret=interpret,
+  )
+  q = q.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)  # B K G L H
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # B K L H
+  of_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+  y = jax.vmap(of_head)(q, k, v, kernels.SegmentIds(segments, segments))
+  return y.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H).astype(q.dtype)
+
+
+# --- cuDNN ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+  """Whether cuDNN is here: programs for absent GPUs can hold its kernels only then."""
+  try:
+    return importlib.util.find_spec("nvidia.cudnn") is not None
+  except ModuleNotFoundError:
+    return False
+
+
+def _cudnn_refuses(call: Call) -> str | None:
+  if call.platform not in ("cuda", "gpu"):
+    return f"runs on CUDA, not on {call.platform}"
+  if not _has_cudnn():
+    return "cuDNN is not installed"
+  if call.dtype not in ("bfloat16", "float16"):
+    return f"takes half precision, not {call.dtype}"
+  if call.H > 256 or call.H % 8:
+    return f"takes heads of up to 256 in multiples of 8, not {call.H}"
+  if call.soft_cap is not None:
+    return "has no soft cap"
+  if call.packed:
+    return "takes one segment a row"
+  if call.mask == "dense":
+    return "takes no mask that is not causal"
+  if call.L != call.S:
+    return f"{call.L} queries over {call.S} keys"
+  return None
+
+
+def _cudnn(q, k, v, mask, causal, scale, soft_cap, rules, names):
+  lengths = {}
+  if causal is not None:
+    valid = (causal.segments >= 0).sum(-1, dtype=jnp.int32)
+    lengths = {"query_seq_lengths": valid, "key_value_seq_lengths": valid, "is_causal": True}
+    if causal.window is not None:
+      lengths["local_window_size"] = (causal.window - 1, 0)
+  return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn", **lengths)
+
+
+KERNELS = (
+  Kernel("splash", _splash, _splash_refuses),
+  Kernel("cudnn", _cudnn, _cudnn_refuses),
+  Kernel("xla", _xla, lambda call: None),
+)

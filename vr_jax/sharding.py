@@ -231,6 +231,19 @@ def shard_act(x: Array, rules: ActivationRules, *names: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, act_spec(x.shape, rules, *names))
 
 
+@jax.custom_vjp
+def gathered(x: Array) -> Array:
+  """A parameter, or a part of one, whole on every device; its gradient may lie as it likes.
+
+  Under `jax.set_mesh`. (A constraint would hold for the gradient too, which would then be summed
+  whole on every device instead of scattered.)
+  """
+  return jax.lax.with_sharding_constraint(x, P(*[None] * x.ndim))
+
+
+gathered.defvjp(lambda x: (gathered(x), None), lambda _, gradient: (gradient,))
+
+
 def act_spec(shape: Sequence[int], rules: ActivationRules, *names: str | None) -> P:
   """The partition of an activation of that shape under the current mesh; see `shard_act`."""
   if len(names) != len(shape):

@@ -101,12 +101,15 @@ class SqueezeExcite(nn.Module):
 
   squeezed: int
   dtype: str
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "X h w C"]) -> Float[Array, "X h w C"]:
     y = x.mean((1, 2), dtype=jnp.float32).astype(self.dtype)
     y = nn.silu(nn.Dense(self.squeezed, dtype=self.dtype, name="fc1")(y))
+    y = shard_act(y, self.rules, "frame", None)
     y = nn.sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y))
+    y = shard_act(y, self.rules, "frame", None)
     return x * y[:, None, None]
 
 
@@ -118,6 +121,7 @@ class Bottleneck(nn.Module):
   """
 
   cfg: ConnectorConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "X h w D"]) -> Float[Array, "X h w E"]:
@@ -131,7 +135,7 @@ class Bottleneck(nn.Module):
 
     y = nn.silu(norm("norm1")(conv1x1("conv1")(x)))
     y = nn.silu(norm("norm2")(DepthwiseConv3x3(name="conv2")(y)))
-    y = SqueezeExcite(round(x.shape[-1] / 4), c.dtype, name="se")(y)
+    y = SqueezeExcite(round(x.shape[-1] / 4), c.dtype, self.rules, name="se")(y)
     y = norm("norm3")(conv1x1("conv3")(y))
     if x.shape[-1] != c.width:
       x = norm("downsample_norm")(conv1x1("downsample")(x))
@@ -151,7 +155,7 @@ class Stage(nn.Module):
     x = x.reshape(B * T, *x.shape[2:])
     for i in range(self.depth):
       x = shard_act(x, self.rules, "frame", None, None, None)
-      x = remat(Bottleneck, self.cfg.remat)(self.cfg, name=f"b{i + 1}")(x)
+      x = remat(Bottleneck, self.cfg.remat)(self.cfg, self.rules, name=f"b{i + 1}")(x)
     return x.reshape(B, T, *x.shape[1:])
 
 

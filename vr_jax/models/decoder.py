@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vr_jax.attention import attention
+from vr_jax.attention import Causal, attention
 from vr_jax.remat import remat
-from vr_jax.sharding import ActivationRules, shard_act
+from vr_jax.sharding import ActivationRules, gathered, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
@@ -130,7 +130,8 @@ class Tables:
   """What layers of one kind share in a call: which keys are seen, and the rotary angles.
 
   mask bool [Z,B,L,S]; cos, sin f32 [Z,B,L,H/2]; end: cache slot of this call's first key;
-  fresh: the keys are those of this call alone.
+  fresh: the keys are those of this call alone. causal: what the masks say, for kernels that take no
+  mask; None where they say more (a prefix, earlier keys) or differ between the kinds.
   """
 
   mask: Bool[Array, "Z B L S"]
@@ -138,6 +139,7 @@ class Tables:
   sin: Float[Array, "Z B L H/2"]
   end: Int[Array, ""] | Int[Array, "B"] | None
   fresh: bool = flax.struct.field(pytree_node=False)
+  causal: Causal | None = None
 
 
 def visible(
@@ -281,7 +283,16 @@ class Attention(nn.Module):
       if not tables.fresh:
         k, v = seen[0].swapaxes(1, 2), seen[1].swapaxes(1, 2)
     scale = H**-0.5 if c.query_scale is None else c.query_scale
-    y = attention(q, k, v, tables.mask[kind], scale=scale, soft_cap=c.attn_soft_cap)
+    y = attention(
+      q,
+      k,
+      v,
+      tables.mask[kind],
+      scale=scale,
+      soft_cap=c.attn_soft_cap,
+      causal=tables.causal,
+      rules=self.rules,
+    )
     return OutputProjection(c, name="attn_vec_einsum")(y), kv
 
 
@@ -343,6 +354,29 @@ class Block(nn.Module):
     return (x + post("post_ffw_norm", y), kv), None
 
 
+LOOKUP_CHUNK = 16_384  # rows of the token table that are whole on a device at a time
+
+
+def lookup(
+  table: Float[Array, "W D"], tokens: Int[Array, "B L"], rules: ActivationRules
+) -> Float[Array, "B L D"]:
+  """`table[tokens]`. A table that lies spread over a mesh is gathered a chunk at a time, so that
+  neither it nor its gradient is ever whole on a device."""
+  W, C = len(table), LOOKUP_CHUNK
+  if not rules or W <= C:
+    return table[tokens]
+
+  def add(x, first):
+    start = jnp.minimum(first, W - C)  # the last chunk overlaps the one before it
+    part = gathered(jax.lax.dynamic_slice_in_dim(table, start, C))
+    here = (tokens >= first) & (tokens < start + C)
+    found = part[jnp.clip(tokens - start, 0, C - 1)]
+    return shard_act(x + jnp.where(here[..., None], found, 0), rules, "batch", None, None), None
+
+  zeros = jnp.zeros((*tokens.shape, table.shape[1]), table.dtype)
+  return jax.lax.scan(add, shard_act(zeros, rules, "batch", None, None), jnp.arange(0, W, C))[0]
+
+
 class Embedder(nn.Module):
   """Token table and head."""
 
@@ -356,14 +390,15 @@ class Embedder(nn.Module):
       self.output_embedding = self.param("output_embedding", init, shape)
 
   def encode(self, tokens):
-    x = self.input_embedding[tokens].astype(self.cfg.dtype)
+    x = lookup(self.input_embedding, tokens, self.rules).astype(self.cfg.dtype)
     return x * jnp.asarray(self.cfg.width**0.5, x.dtype) if self.cfg.scale_embedding else x
 
   def decode(self, x, rows=None):
     table = self.input_embedding if self.cfg.tied_head else self.output_embedding
     if rows is not None:
       table = jax.lax.dynamic_slice_in_dim(table, *rows)
-    table = shard_act(table.astype(self.cfg.dtype), self.rules, None, None)
+    table = table.astype(self.cfg.dtype)
+    table = gathered(table) if self.rules else table
     x = x.astype(self.cfg.dtype)
     return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)
 
@@ -421,9 +456,11 @@ class Decoder(nn.Module):
     kinds = sorted(set(c.layer_kinds()))
     tables = [self._tables(k, positions, key_positions, prefix, segments) for k in kinds]
     mask, cos, sin = (jnp.stack(t) for t in zip(*tables, strict=True))
-    tables = Tables(
-      mask, cos, sin, *((cache.end, cache.fresh) if cache is not None else (None, True))
-    )
+    end, fresh = (cache.end, cache.fresh) if cache is not None else (None, True)
+    causal = None
+    if prefix is None and fresh:
+      causal = self._causal(positions, segments)
+    tables = Tables(mask, cos, sin, end, fresh, causal)
 
     x = shard_act(x.astype(c.dtype), self.rules, "batch", "len", None)
     kv = None if cache is None else (cache.k, cache.v)
@@ -469,6 +506,16 @@ class Decoder(nn.Module):
     """Logits after each of K more tokens per row; positions -1 mark rows that have ended."""
     hidden, cache = self(self.embed(tokens), positions, cache)
     return self.logits(hidden), cache
+
+  def _causal(self, positions, segments) -> Causal | None:
+    """The masks of all kinds of layers in one, if they are the same."""
+    L, kinds = positions.shape[1], set(self.cfg.layer_kinds())
+    window = self.cfg.window if "local" in kinds else None
+    window = None if window is None or window >= L else window
+    if window is not None and len(kinds) > 1:
+      return None
+    ids = jnp.where(positions >= 0, 0 if segments is None else segments, -1)
+    return Causal(ids, packed=segments is not None, window=window)
 
   def _tables(self, kind, positions, key_positions, prefix, segments):
     """Mask, cos and sin of one kind of layer."""

@@ -128,6 +128,8 @@ class MultiHeadDotProductAttention(nn.Module):
       dense((c.heads, head_dim), name="key")(keys),
       dense((c.heads, head_dim), name="value")(keys),
       scale=head_dim**-0.5,
+      rules=self.rules,
+      names=("frame", None, None),
     )
     return dense(c.width, axis=(-2, -1), name="out")(y)
 
