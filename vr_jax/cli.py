@@ -435,6 +435,8 @@ def _quickstart(args: argparse.Namespace) -> int | None:
 
 
 def _train(args: argparse.Namespace) -> None:
+  logging.basicConfig(format="%(message)s")
+  logging.getLogger("vr_jax").setLevel(logging.INFO)
   from vr_jax.configs import load_config
   from vr_jax.training.loop import train
 
