@@ -363,8 +363,10 @@ def lookup(
   """`table[tokens]`. A table that lies spread over a mesh is gathered a chunk at a time, so that
   neither it nor its gradient is ever whole on a device."""
   W, C = len(table), LOOKUP_CHUNK
-  if not rules or W <= C:
+  if not rules:
     return table[tokens]
+  if W <= C:
+    return gathered(table)[tokens]
 
   def add(x, first):
     start = jnp.minimum(first, W - C)  # the last chunk overlaps the one before it
