@@ -152,7 +152,7 @@ def test_scanned_layers_equal_a_loop_over_stacked_parameters(cfg):
   np.testing.assert_allclose(loop(params), apply(cfg, params, tokens, positions), atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_remat_changes_no_value_or_gradient(remat):
   cfg = FAMILIES["gemma3"]
   params, inputs = init(cfg), example(cfg)

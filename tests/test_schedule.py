@@ -151,3 +151,27 @@ def test_updates_equal_torch_adamw_with_groups(clip):
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
   for ours, p in zip(jax.tree.leaves(train), theirs, strict=True):
     np.testing.assert_allclose(ours, p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_in_bfloat16_take_half_and_step_nearly_the_same():
+  def after_two_steps(dtype):
+    optimizer = make_optimizer(
+      config(lr=0.1, moments_dtype=dtype, schedule=((".*", {"decay": "constant"}),)),
+      params(),
+      total_steps=10,
+    )
+    train, state = params(), optimizer.init(params())
+    for step in range(2):
+      grads = jax.tree.map(lambda p: jnp.sin(p + step), train)  # noqa: B023
+      train, state, _ = optimizer.update(grads, state, train, jnp.asarray(step))
+    return train, state
+
+  (exact, _), (train, state) = after_two_steps("float32"), after_two_steps("bfloat16")
+  assert {m.dtype.name for m in jax.tree.leaves(state)} == {"bfloat16"}
+  assert {p.dtype.name for p in jax.tree.leaves(train)} == {"float32"}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), train, exact)
+
+
+def test_an_unknown_moments_dtype_is_refused():
+  with pytest.raises(InputError, match="moments_dtype='float16': accepted: float32, bfloat16"):
+    make_optimizer(config(moments_dtype="float16"), params(), total_steps=1)

@@ -7,7 +7,17 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from data_pipes.errors import InputError
-from vr_jax.sharding import batch_sharding, make_mesh, match_table, param_shardings, shard_act
+from vr_jax.sharding import (
+  FSDP_RULES,
+  TENSOR_RULES,
+  act_spec,
+  batch_sharding,
+  check_rules,
+  make_mesh,
+  match_table,
+  param_shardings,
+  shard_act,
+)
 
 SHAPES = {
   "llm": {
@@ -111,3 +121,36 @@ def test_activation_names_are_looked_up_strictly():
 def test_batch_sharding_refuses_axes_the_mesh_has_not():
   with pytest.raises(InputError, match="'model'"):
     batch_sharding(make_mesh([("data", 8)]), (("batch", ("data", "model")),))
+
+
+def test_an_axis_is_split_over_what_divides_it():
+  rules = (("frame", ("data", "fsdp", "tensor")), ("kv_heads", "tensor"))
+  with jax.set_mesh(make_mesh([("data", 2), ("fsdp", 2), ("tensor", 2)])):
+    assert act_spec((16, 4), rules, "frame", None) == P(("data", "fsdp", "tensor"), None)
+    assert act_spec((12, 4), rules, "frame", None) == P(("data", "fsdp"), None)
+    assert act_spec((12, 1), rules, "frame", "kv_heads") == P(("data", "fsdp"), None)
+    assert act_spec((3, 4), rules, "frame", "kv_heads") == P(None, "tensor")
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ((*FSDP_RULES, ("lenght", None)), "no activation has an axis 'lenght'; accepted: batch"),
+    (FSDP_RULES[:-1], "config.sharding_rules has no 'table'"),
+    (TENSOR_RULES, "is on mesh axes .'tensor'., which config.mesh has not"),
+  ],
+)
+def test_rules_that_the_model_or_the_mesh_does_not_know_are_refused(rules, message):
+  with pytest.raises(InputError, match=message):
+    check_rules(rules, make_mesh([("data", 2), ("fsdp", 4)]))
+
+
+@pytest.mark.compile
+def test_the_first_axis_runs_over_the_slices():
+  from vr_jax.hardware import parse_target, target_devices
+
+  devices = target_devices(parse_target("tpu:v5e:2x2", slices=2))
+  mesh = make_mesh([("data", 2), ("fsdp", -1)], devices)
+  assert [{d.slice_index for d in row} for row in mesh.devices] == [{0}, {1}]
+  with pytest.raises(InputError, match="data=1, runs over the 2 slices; make it a multiple of 2"):
+    make_mesh([("data", 1), ("fsdp", -1)], devices)

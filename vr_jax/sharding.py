@@ -30,6 +30,7 @@ ActivationRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 #   batch   rows                          len      slots of the residual stream
 #   frame   images of all rows, joined    heads    query heads        kv_heads  key/value heads
 #   object  objects of a row              mlp      hidden units of the decoder's MLP
+#   table   width of a piece of the token table before it is gathered: as the table itself lies
 FSDP_RULES: ActivationRules = (
   ("batch", ("data", "fsdp")),
   ("frame", ("data", "fsdp")),
@@ -38,6 +39,7 @@ FSDP_RULES: ActivationRules = (
   ("heads", None),
   ("kv_heads", None),
   ("mlp", None),
+  ("table", "fsdp"),
 )
 # The decoder's heads and hidden units over "tensor"; tower and region encoder, whose weights are
 # whole, share their frames and objects out over it.
@@ -49,6 +51,7 @@ TENSOR_RULES: ActivationRules = (
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
   ("mlp", "tensor"),
+  ("table", ("fsdp", "tensor")),
 )
 # As TENSOR_RULES, and between the matmuls each device holds a part of the slots only: for long
 # videos (Megatron's sequence parallelism, arXiv 2205.05198).
@@ -229,19 +232,6 @@ def shard_act(x: Array, rules: ActivationRules, *names: str | None) -> Array:
   if not rules:
     return x
   return jax.lax.with_sharding_constraint(x, act_spec(x.shape, rules, *names))
-
-
-@jax.custom_vjp
-def gathered(x: Array) -> Array:
-  """A parameter, or a part of one, whole on every device; its gradient may lie as it likes.
-
-  Under `jax.set_mesh`. (A constraint would hold for the gradient too, which would then be summed
-  whole on every device instead of scattered.)
-  """
-  return jax.lax.with_sharding_constraint(x, P(*[None] * x.ndim))
-
-
-gathered.defvjp(lambda x: (gathered(x), None), lambda _, gradient: (gradient,))
 
 
 def act_spec(shape: Sequence[int], rules: ActivationRules, *names: str | None) -> P:

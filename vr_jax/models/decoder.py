@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vr_jax.attention import Causal, attention
 from vr_jax.remat import remat
-from vr_jax.sharding import ActivationRules, gathered, shard_act
+from vr_jax.sharding import ActivationRules, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
@@ -363,20 +363,39 @@ def lookup(
   """`table[tokens]`. A table that lies spread over a mesh is gathered a chunk at a time, so that
   neither it nor its gradient is ever whole on a device."""
   W, C = len(table), LOOKUP_CHUNK
-  if not rules:
-    return table[tokens]
-  if W <= C:
-    return gathered(table)[tokens]
+  if not rules or W <= C:
+    return whole(table, rules)[tokens]
 
   def add(x, first):
     start = jnp.minimum(first, W - C)  # the last chunk overlaps the one before it
-    part = gathered(jax.lax.dynamic_slice_in_dim(table, start, C))
+    part = whole(jax.lax.dynamic_slice_in_dim(table, start, C), rules)
     here = (tokens >= first) & (tokens < start + C)
     found = part[jnp.clip(tokens - start, 0, C - 1)]
     return shard_act(x + jnp.where(here[..., None], found, 0), rules, "batch", None, None), None
 
   zeros = jnp.zeros((*tokens.shape, table.shape[1]), table.dtype)
   return jax.lax.scan(add, shard_act(zeros, rules, "batch", None, None), jnp.arange(0, W, C))[0]
+
+
+def whole(part: Float[Array, "C D"], rules: ActivationRules) -> Float[Array, "C D"]:
+  """A piece of the token table on every device; the piece is gathered, not the table.
+
+  Its gradient is summed whole and then cut, which compilers make a reduce-scatter of; left alone,
+  gradients of slots would be exchanged to suit the table.
+  """
+  return shard_act(shard_act(part, rules, None, "table"), rules, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_head(part: Float[Array, "C D"], rules: ActivationRules) -> Float[Array, "C D"]:
+  """As `whole`; the gradient, which a matmul sums, is scattered at once."""
+  return whole(part, rules)
+
+
+whole_head.defvjp(
+  lambda part, rules: (whole(part, rules), None),
+  lambda rules, _, gradient: (shard_act(gradient, rules, None, "table"),),
+)
 
 
 class Embedder(nn.Module):
@@ -399,8 +418,7 @@ class Embedder(nn.Module):
     table = self.input_embedding if self.cfg.tied_head else self.output_embedding
     if rows is not None:
       table = jax.lax.dynamic_slice_in_dim(table, *rows)
-    table = table.astype(self.cfg.dtype)
-    table = gathered(table) if self.rules else table
+    table = whole_head(table.astype(self.cfg.dtype), self.rules)
     x = x.astype(self.cfg.dtype)
     return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)
 
