@@ -172,7 +172,7 @@ def run_ray(
   try:
     import ray
   except ImportError:
-    raise InputError("--runner ray needs Ray; pip install 'vr-jax[engine]'") from None
+    raise InputError("--runner ray needs Ray; pip install 'vr-jax[ray]'") from None
   ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
   try:
     if not any(node["Resources"].get("CPU", 0) >= cpus for node in ray.nodes() if node["Alive"]):

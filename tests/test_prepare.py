@@ -161,9 +161,8 @@ def test_an_array_of_commands_gives_the_same_bytes(many, whole, tmp_path, capsys
   assert contents(out) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ray_gives_the_same_bytes(many, whole, tmp_path):
-  pytest.importorskip("ray", reason="needs the extra [engine]")
   out = tmp_path / "s"
   done = subprocess.run(**command(many, out, "--runner", "ray"), check=False)
   assert done.returncode == 0, done.stderr

@@ -180,6 +180,8 @@ def _engine_commands(engine: argparse.ArgumentParser) -> None:
     step.add_argument("workdir")
   for step in steps.choices.values():
     step.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
 def _evaluation(command) -> None:
   """vr eval, vr score, vr report."""
   names = ("bench-d", "bench-q", "hc-stvg", "mvbench", "videomme", "perception-test")

@@ -46,8 +46,8 @@ from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
-from vr_jax.training.schedule import Params
 from vr_jax.training.loss import LossSums, model_loss
+from vr_jax.training.schedule import Params
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.task import Rows, Task
 
