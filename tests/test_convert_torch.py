@@ -230,7 +230,8 @@ def checkpoint(folder, cfg, golden, params=None):
   meta = make_meta(
     cfg.to_dict(),
     read_tokenizer_files(golden / "tiny_videorefer_qwen2"),
-    {"eos_ids": [1002, 1000], "pad_id": 1000, "repetition_penalty": 1.05},
+    # A strong penalty, so that a random model does not say one word over and over.
+    {"eos_ids": [1002, 1000], "pad_id": 1000, "repetition_penalty": 2.0},
   )
   export(folder, normal_params(cfg) if params is None else params, meta)
   return folder
