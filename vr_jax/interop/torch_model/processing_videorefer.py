@@ -40,6 +40,10 @@ class VideoReferProcessor:
     config = json.loads((Path(folder) / "config.json").read_text())
     return cls(Tokenizer.from_folder(folder), config["videorefer"])
 
+  @classmethod
+  def register_for_auto_class(cls, auto_class="AutoProcessor"):
+    """AutoProcessor calls it when it loads the class; there is nothing to remember."""
+
   def __call__(self, video, question, regions=(), scene_frames=None):
     """The inputs of one question, tensors with a leading axis of 1.
 
