@@ -18,10 +18,10 @@ from vr_jax.configs import base_config, parse_arg
 
 # stage -> (file, steps, batch, learning rate, what trains)
 STAGES = {
-  "1": ("scene_captions.json", 100, 16, 2e-3, ("connector",)),
-  "2": ("short_captions.json", 150, 16, 3e-3, ("region",)),
-  "2.5": ("detailed_captions.json", 200, 16, 1e-3, ("connector", "region", "llm")),
-  "3": ("qa.json", 400, 16, 1e-3, ("connector", "region", "llm")),
+  "1": ("scene_captions.json", 30, 16, 2e-3, ("connector",)),
+  "2": ("short_captions.json", 40, 16, 3e-3, ("region",)),
+  "2.5": ("detailed_captions.json", 50, 16, 1e-3, ("connector", "region", "llm")),
+  "3": ("qa.json", 120, 16, 1e-3, ("connector", "region", "llm")),
 }
 PARTS = ("img", "connector", "region", "llm")
 

@@ -3,11 +3,12 @@
 A dialogue is a list of messages and the things that its `<region>`s stand for, in order.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipes.bench_prompts import bench_q_prompt
+from data_pipes.bench_prompts import DESCRIBE, bench_q_prompt
 from data_pipes.embedded.captions import detailed_caption, scene_caption, short_caption
 from data_pipes.embedded.questions import TYPES, Balance, Choice, candidates
 from data_pipes.embedded.scenes import Scene
@@ -88,9 +89,17 @@ def question_dialogue(
       said = f"{question.answer} ({choice.letter})" if letters else question.answer
       pairs.append((bench_q_prompt(text, choice.options), said))
     else:
-      pairs.append((text.replace(REGION, f"[{REGION}]"), question.answer))
+      pairs.append((_asked_freely(text, rng), question.answer))
     things.extend(question.things)
   for i in rng.permutation(len(scene.things))[:captions]:
-    pairs.append((DESCRIBE_DETAIL, detailed_caption(scene, int(i))))
+    asked = DESCRIBE_DETAIL if rng.random() < 0.5 else DESCRIBE
+    pairs.append((asked, detailed_caption(scene, int(i))))
     things.append(int(i))
   return dialogue(pairs, things)
+
+
+def _asked_freely(text: str, rng: np.random.Generator) -> str:
+  """A question without options, as people write the object: `[<region>]` or `<region>` alone."""
+  if rng.random() < 0.5:
+    text = re.sub(rf"<object\d+>(?={REGION})", "", text)
+  return text.replace(REGION, f"[{REGION}]") if rng.random() < 0.5 else text
