@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
