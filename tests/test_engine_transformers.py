@@ -9,7 +9,7 @@ import pytest
 
 from data_pipes.engine.roles import Clip, Context
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 CONTEXT = Context(lambda: None, "20_segment")
 
 
