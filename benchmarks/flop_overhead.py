@@ -1,0 +1,115 @@
+"""FLOPs that our 7B step executes over those the mathematics asks for; shapes only, a minute.
+
+    python benchmarks/flop_overhead.py
+
+The step is that of configs/stage*.py: `jax.make_jaxpr` of the real loss and its gradient on one
+row, every trip of every scan counted. The rows are those of a VideoRefer-700K sample: 1 500 slots
+with 100 supervised ones, 16 scene frames and 1 or 32 mask frames, or an image of 1 420 slots.
+Needed are the FLOPs without recomputation, padding, double frames or the masked half of attention;
+the backward pass costs two forward ones where weights train, one where gradients only pass, none
+before.
+"""
+
+import functools
+import time
+
+# isort: split  (rows chooses the processors)
+import jax
+import jax.numpy as jnp
+from rows import row
+
+from vr_jax.configs import load_config
+from vr_jax.flops import count_flops
+from vr_jax.inference.generate import bucket
+from vr_jax.models.connector import scene_token_count
+from vr_jax.models.decoder import KVCache
+from vr_jax.models.variants import connector_flops, decoder_flops, prefill_flops, tower_flops
+from vr_jax.models.videorefer import VideoRefer, init_params
+from vr_jax.training.loss import model_loss
+from vr_jax.training.schedule import merge, split_by_table
+from vr_jax.training.start import model_config
+
+STAGES = {1: "stage1_align", 2: "stage2_region", 3: "stage3_instruct"}
+SUPERVISED = 100
+SAMPLES = {"video, 1 mask": (17, 1500), "video, 32 masks": (48, 1500), "image": (1, 1420)}
+
+
+def batch(cfg, frames: int, length: int, rows: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of rows with so many frames, one object and no padding."""
+  S, N = cfg.img.image_size, cfg.img.grid**2
+  shapes = {
+    "frames": ((frames, S, S, 3), jnp.uint8),
+    "scene": ((cfg.num_frames,), jnp.int32),
+    "region_masks": ((1, frames, N), jnp.uint8),
+    "region_frames": ((1, max(1, frames - cfg.num_frames)), jnp.int32),
+    "tokens": ((length,), jnp.int32),
+    "visual": ((length,), jnp.int32),
+    "valid": ((length,), jnp.bool_),
+    "supervised": ((length,), jnp.bool_),
+  }
+  return {k: jax.ShapeDtypeStruct((rows, *shape), dtype) for k, (shape, dtype) in shapes.items()}
+
+
+def executed(config, cfg, frames: int, length: int) -> int:
+  """FLOPs of the gradient of one row."""
+  shapes = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+  train, frozen = split_by_table(shapes, config.schedule)
+  loss = model_loss(VideoRefer(cfg), budget=SUPERVISED, chunk=config.loss_chunk)
+
+  def step(train, frozen, rows):
+    return jax.value_and_grad(lambda train: loss(merge(train, frozen), rows).sum)(train)
+
+  return count_flops(step, train, frozen, batch(cfg, frames, length))
+
+
+def needed(stage: int, cfg, frames: int, length: int) -> int:
+  """What that gradient needs."""
+  grid, D = cfg.img.grid, cfg.img.width
+  connector = connector_flops(cfg.connector, D, 1 if frames == 1 else cfg.num_frames, grid)
+  decoder = decoder_flops(cfg.llm, length, 0)
+  head = decoder_flops(cfg.llm, 0, SUPERVISED)
+  vision = frames * tower_flops(cfg.img)
+  if stage == 1:
+    return vision + 3 * connector + 2 * decoder + 2 * head
+  if stage == 2:
+    prefix = scene_token_count(cfg.connector, cfg.num_frames, grid)
+    suffix = decoder - decoder_flops(cfg.llm, prefix, 0)
+    return vision + connector + decoder + suffix + 2 * head
+  return vision + 3 * (connector + decoder + head)
+
+
+def inference() -> tuple[int, int]:
+  """(executed, needed) FLOPs of a prefill: 16 frames, 1 mask, 1 426 slots in their bucket."""
+  cfg = model_config(load_config(STAGES[3]))
+  length = 1426
+  slots = bucket(length)
+  cache = jax.eval_shape(functools.partial(KVCache.empty, cfg.llm, 1, slots))
+  prefill = functools.partial(VideoRefer(cfg).apply, method="prefill")
+  params = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+  flops = count_flops(prefill, {"params": params}, batch(cfg, 17, slots), cache)
+  return flops, sum(prefill_flops(cfg, 17, length).values())
+
+
+def main() -> None:
+  start = time.perf_counter()
+  for stage, name in STAGES.items():
+    config = load_config(name)
+    cfg = model_config(config)
+    worst, details = 0.0, []
+    for sample, (frames, length) in SAMPLES.items():
+      done, need = executed(config, cfg, frames, length), needed(stage, cfg, frames, length)
+      worst = max(worst, done / need)
+      details.append(f"{sample} {done / 1e12:.1f} / {need / 1e12:.1f} TF")
+    row(f"flop.overhead{stage}", worst, "<= 1.05", detail="; ".join(details))
+  done, need = inference()
+  row(
+    "flop.overhead_infer",
+    done / need,
+    "<= 1.05",
+    detail=f"{done / 1e12:.1f} / {need / 1e12:.1f} TF",
+  )
+  print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+  main()
