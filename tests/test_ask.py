@@ -66,6 +66,16 @@ def test_an_answer_names_the_frames_behind_each_object_token(model, clip):
   assert [f for token in told["tokens"] for f in token] == list(range(0, 24, 2))
 
 
+def test_the_similarity_of_an_objects_frames(model, clip):
+  cat = [box(f, name="cat") for f in range(0, 24, 2)]
+  ((similarity, segments),) = model.object_similarity(vr_jax.Request(clip, QUESTION, cat))
+  assert similarity.shape == (12, 12)
+  np.testing.assert_allclose(np.diagonal(similarity), 1, atol=1e-5)
+  np.testing.assert_allclose(similarity, similarity.T, atol=1e-6)
+  (told,) = model.ask(clip, QUESTION, cat, max_new_tokens=1).objects
+  assert [len(token) for token in told["tokens"]] == np.bincount(segments).tolist()
+
+
 def test_sampling_is_a_function_of_the_seed(model, clip):
   def ask(seed):
     return model.ask(clip, QUESTION, [box()], max_new_tokens=16, temperature=1.0, seed=seed)

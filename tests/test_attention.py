@@ -56,7 +56,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name", ["qwen2", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "qwen2")]
+)
 def test_splash_equals_xla(name):
   sizes, segments, packed, soft_cap, window = CASES[name]
   q, k, v, segments, valid = inputs(*sizes, segments)
@@ -75,6 +77,7 @@ def test_splash_equals_xla(name):
     np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_splash_works_on_each_devices_rows_and_heads():
   q, k, v, segments, _ = inputs(4, 128, 4, 2, 32, ROW[72:200])
   run = functools.partial(module._splash, interpret=True)

@@ -390,6 +390,7 @@ def test_a_changed_model_redoes_what_it_made_and_keeps_the_rest(videos, tmp_path
     assert store.path("30_annotate", 0).read_bytes() == annotated
 
 
+@pytest.mark.slow  # waits by the clock
 def test_an_endpoint_that_dies_in_between_is_waited_for(videos, tmp_path):
   down = Reply(status=503, raw="down")
   with (

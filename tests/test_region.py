@@ -173,18 +173,6 @@ def test_gradients_are_finite_and_reach_only_what_was_seen(case):
   assert of_features.any(axis=(2, 3)).tolist() == [[True] * 7, [True] * 5 + [False] * 2]
 
 
-def test_explained_similarity(case):
-  encoder, params, features, masks, frames = case
-  similarity, segment = encoder.apply(
-    {"params": params}, features, masks, frames, method="similarity"
-  )
-  assert similarity.shape == (2, 3, 6, 6)
-  np.testing.assert_allclose(np.diagonal(similarity[0, 0]), np.ones(6), atol=1e-5)
-  np.testing.assert_allclose(similarity[0, 2, 2, :5], np.zeros(5), atol=1e-6)  # the empty mask
-  _, kept = encode(*case)
-  np.testing.assert_array_equal(np.max(segment, axis=-1) + 1, kept.sum(-1))
-
-
 def test_an_empty_mask_pools_to_zero_and_soft_values_are_not_needed():
   features = np.random.default_rng(0).normal(size=(1, 1, 4, 3)).astype(np.float32)
   masks = np.array([[[[0, 0, 0, 0]], [[0, 1, 1, 0]], [[1, 1, 1, 1]]]], np.uint8)

@@ -35,11 +35,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   overrides = [a.removeprefix("--") for a in argv if a.startswith("--config.")]
   args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
   args.overrides = overrides
-  if overrides and args.command not in ("train", "config", "engine"):
-    parser.error(f"--config.… belongs to vr train, config and engine, not to vr {args.command}")
-  if overrides and args.command not in ("train", "config", "compile"):
+  takers = ("train", "config", "compile", "engine")
+  if overrides and args.command not in takers:
     parser.error(
-      f"--config.… belongs to vr train, vr config and vr compile, not to vr {args.command}"
+      f"--config.… belongs to vr {', '.join(takers[:-1])} and {takers[-1]}, not to vr {args.command}"
     )
   return args
 
