@@ -37,9 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   args.overrides = overrides
   takers = ("train", "config", "compile", "engine")
   if overrides and args.command not in takers:
-    parser.error(
-      f"--config.… belongs to vr {', '.join(takers[:-1])} and {takers[-1]}, not to vr {args.command}"
-    )
+    parser.error(f"--config.… belongs to vr {', '.join(takers)}; not to vr {args.command}")
   return args
 
 
