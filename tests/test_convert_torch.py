@@ -124,7 +124,8 @@ def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
   vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48}
   vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
   # Prefixes are shorter than the window in every PaliGemma 2; big_vision has no window at all.
-  text = DECODER_CONFIGS[family] | {"model_type": family, "sliding_window": 64}
+  text = DECODER_CONFIGS[family] | {"model_type": family}
+  text |= {"sliding_window": 64} if family == "gemma2" else {}
   config = transformers.PaliGemmaConfig(
     vision_config=vision | {"vision_use_head": False, "projection_dim": 32},
     text_config=text,
