@@ -12,6 +12,7 @@ besides.
 
 import base64
 import importlib.metadata
+import logging
 import math
 import platform
 import shutil
@@ -30,6 +31,11 @@ from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.training.schedule import Params, sub_tree
 from vr_jax.training.step import TrainState
+
+# Orbax warns of a file that items inside a step's folder never have.
+logging.getLogger("absl").addFilter(
+  lambda record: "Metadata file does not exist" not in record.getMessage()
+)
 
 ITEMS = ("state", "params", "data", "meta")
 TOKENIZER_FILES = (
