@@ -187,6 +187,7 @@ def test_sampling_does_not_depend_on_the_company(model, requests):
   assert ids(model.ask_many(requests, **(hot | {"seed": 6}))) != ids(said)
 
 
+@pytest.mark.slow  # eight simulated devices on few cores, see test_meshes.py
 def test_a_mesh_gives_the_same_answers(tiny, requests, answers):
   model = vr_jax.load(tiny, mesh=make_mesh([("data", 4), ("model", 2)]))
   w = model.params["llm"]["layers_0"]["attn"]["qkv"]["w"]
