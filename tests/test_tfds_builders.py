@@ -31,9 +31,8 @@ assert "tensorflow" not in sys.modules
 """
 
 
-@pytest.mark.slow
+@pytest.mark.tfds
 def test_builders_write_and_read_without_tensorflow(golden, tmp_path):
-  pytest.importorskip("tensorflow_datasets", reason="needs the extra [tfds]")
   files = {"qa": "train", "d": "bench_d", "q": "bench_q"}
   for name, file in files.items():
     prepare(tmp_path / "manual" / name, [golden / f"data/{file}.json"], golden / "media")
