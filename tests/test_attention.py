@@ -10,6 +10,7 @@ import pytest
 
 from vr_jax import attention as module
 from vr_jax.attention import Call, Causal, attention, choice
+from vr_jax.flops import count_flops
 from vr_jax.sharding import TENSOR_RULES, make_mesh
 
 NAMES = ("batch", "heads", "kv_heads")
@@ -75,6 +76,25 @@ def test_splash_equals_xla(name):
   )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma", "local"])
+def test_blocks_of_a_causal_call_equal_the_whole_with_its_mask(name):
+  (B, _, N, K, H), segments, packed, soft_cap, window = CASES[name]
+  segments = np.concatenate([segments, np.full(44, -1)])  # a last block that is not full
+  q, k, v, segments, valid = inputs(B, 300, N, K, H, segments)
+  mask = dense(segments, window)
+
+  def run(causal, q, k, v):
+    return attention(q, k, v, mask, scale=H**-0.5, soft_cap=soft_cap, causal=causal)
+
+  blocks, whole = (
+    functools.partial(run, causal) for causal in (Causal(segments, packed, window), None)
+  )
+  got, want = (with_gradients(f, q, k, v, valid) for f in (blocks, whole))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+  assert count_flops(blocks, q, k, v) < 0.7 * count_flops(whole, q, k, v)
 
 
 @pytest.mark.slow

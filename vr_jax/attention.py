@@ -2,7 +2,7 @@
 
     splash   TPU: blocks of scores stay on the chip; causal, windows, padding, packed rows, soft cap
     cudnn    CUDA with cuDNN, half precision: the same on Hopper; no packed rows, no soft cap
-    xla      everything else: scores in memory, any mask
+    xla      everything else: scores in memory, any mask, half of them where it is causal
 
 Letters: B batch, L query, S key, N query head, K key/value head, G query heads of one K, H head.
 """
@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vr_jax.sharding import ActivationRules, act_spec
 
 MASKED = -2.0e38  # finite, so that a padding query with no visible key gives numbers, not NaN
-BLOCK = 128  # splash works on multiples of it
+BLOCK = 128  # blocks of slots are multiples of it
+XLA_BLOCKS = 8  # at most, so that long rows do not make long programs
 log = logging.getLogger(__name__)
 
 
@@ -151,6 +152,22 @@ def _specs(q, k, rules, names):
 
 
 def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
+  """Where the mask is causal, in up to XLA_BLOCKS blocks of queries, each over the keys that it may
+  see: what lies beyond is not computed."""
+  L = q.shape[1]
+  size = BLOCK * -(-L // (BLOCK * XLA_BLOCKS))
+  if causal is None or size >= L:
+    return _masked(q, k, v, mask, scale, soft_cap)
+  parts = []
+  for start in range(0, L, size):
+    end = min(start + size, L)
+    first = 0 if causal.window is None else max(0, start - causal.window + 1)
+    seen = None if mask is None else mask[:, start:end, first:end]
+    parts.append(_masked(q[:, start:end], k[:, first:end], v[:, first:end], seen, scale, soft_cap))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _masked(q, k, v, mask, scale, soft_cap):
   B, L, N, H = q.shape
   S, K = k.shape[1:3]
   # One matmul for each key head: its G query heads stand above each other as G*L rows.
