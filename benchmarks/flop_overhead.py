@@ -28,6 +28,7 @@ from vr_jax.models.videorefer import VideoRefer, init_params
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import merge, split_by_table
 from vr_jax.training.start import model_config
+from vr_jax.training.videorefer_task import trained_parts
 
 STAGES = {1: "stage1_align", 2: "stage2_region", 3: "stage3_instruct"}
 SUPERVISED = 100
@@ -54,7 +55,8 @@ def executed(config, cfg, frames: int, length: int) -> int:
   """FLOPs of the gradient of one row."""
   shapes = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
   train, frozen = split_by_table(shapes, config.schedule)
-  loss = model_loss(VideoRefer(cfg), budget=SUPERVISED, chunk=config.loss_chunk)
+  model = VideoRefer(cfg, trained=trained_parts(config, cfg))
+  loss = model_loss(model, budget=SUPERVISED, chunk=config.loss_chunk)
 
   def step(train, frozen, rows):
     return jax.value_and_grad(lambda train: loss(merge(train, frozen), rows).sum)(train)

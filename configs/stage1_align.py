@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ("connector.dtype", "bfloat16"),
     ("region.dtype", "bfloat16"),
     ("llm.dtype", "bfloat16"),
-    ("connector.remat", "full"),
+    ("connector.remat", "dots"),
     ("llm.remat", "dots"),
   )
   config.model_init = (("img", arg.siglip), ("llm", arg.llm))

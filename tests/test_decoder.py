@@ -146,7 +146,8 @@ def test_scanned_layers_equal_a_loop_over_stacked_parameters(cfg):
     x = model.embed(tokens)
     for i, kind in enumerate(cfg.layer_kinds()):
       layer = jax.tree.map(lambda w, i=i: w[i], params["params"]["layers"])
-      (x, _), _ = Block(cfg).apply({"params": layer}, (x, None), tables, (kinds.index(kind), i))
+      of_layer = (kinds.index(kind), i, None)
+      (x, _), _ = Block(cfg).apply({"params": layer}, (x, None), tables, of_layer)
     return model.logits(model.final_norm(x))
 
   np.testing.assert_allclose(loop(params), apply(cfg, params, tokens, positions), atol=2e-5)

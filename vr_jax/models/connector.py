@@ -207,13 +207,28 @@ class Connector(nn.Module):
   cfg: ConnectorConfig
   rules: ActivationRules = ()
 
-  def __call__(self, features: Float[Array, "B T N D"]) -> Float[Array, "B V E"]:
-    """Scene tokens in `cfg.dtype`; V is `scene_token_count(cfg, T, grid)`."""
-    return self.stages(features)["tokens"]
+  def __call__(
+    self, features: Float[Array, "B T N D"], *, stands_for: int = 1
+  ) -> Float[Array, "B V E"]:
+    """Scene tokens in `cfg.dtype`; V is `scene_token_count(cfg, T * stands_for, grid)`.
+
+    An image is one frame that `stands_for` many equal ones (T = 1). Only the sampler mixes frames,
+    so that one block of them is computed and its tokens are repeated: the same tokens.
+    """
+    c = self.cfg
+    if stands_for == 1 or KINDS[c.kind].padding:  # padding makes the outer blocks differ
+      return self.stages(jnp.repeat(features, stands_for, axis=1))["tokens"]
+    frames = KINDS[c.kind].stride[0] if KINDS[c.kind].stride else 1
+    tokens = self.stages(features, min(frames, stands_for))["tokens"]
+    count = scene_token_count(c, stands_for, round(features.shape[2] ** 0.5))
+    return jnp.tile(tokens, (1, count // tokens.shape[1], 1))
 
   @nn.compact
-  def stages(self, features: Float[Array, "B T N D"]) -> dict[str, jax.Array]:
-    """What each part makes: "s1", "sampler", "s2" [B,t,h,w,C] where it has them, and "tokens"."""
+  def stages(self, features: Float[Array, "B T N D"], repeats: int = 1) -> dict[str, jax.Array]:
+    """What each part makes: "s1", "sampler", "s2" [B,t,h,w,C] where it has them, and "tokens".
+
+    The sampler sees each frame `repeats` times.
+    """
     c, kind = self.cfg, KINDS[self.cfg.kind]
     B, T, N, D = features.shape
     x, out = features.astype(c.dtype), {}
@@ -226,15 +241,15 @@ class Connector(nn.Module):
           f"the same; it is {c.width}"
         )
       side = round(N**0.5)
-      if not scene_token_count(c, T, side):
+      if not scene_token_count(c, T * repeats, side):
         raise InputError(
-          f"connector kind {c.kind} makes no scene token of {T} frames with {side}x{side} patches; "
-          f"it joins blocks of {kind.stride} (frames, rows, columns)"
+          f"connector kind {c.kind} makes no scene token of {T * repeats} frames with "
+          f"{side}x{side} patches; it joins blocks of {kind.stride} (frames, rows, columns)"
         )
       x = out["s1"] = Stage(c, kind.stage_depth, self.rules, name="s1")(
         x.reshape(B, T, side, side, D)
       )
-      x = out["sampler"] = Sampler(c, name="sampler")(x)
+      x = out["sampler"] = Sampler(c, name="sampler")(jnp.repeat(x, repeats, axis=1))
       x = out["s2"] = Stage(c, kind.stage_depth, self.rules, name="s2")(x)
       x = x.reshape(B, -1, x.shape[-1])
     out["tokens"] = Mlp(c.width, kind.readout_depth, c.dtype, name="readout")(x)

@@ -130,8 +130,9 @@ class Tables:
   """What layers of one kind share in a call: which keys are seen, and the rotary angles.
 
   mask bool [Z,B,L,S]; cos, sin f32 [Z,B,L,H/2]; end: cache slot of this call's first key;
-  fresh: the keys are those of this call alone. causal: what the masks say, for kernels that take no
-  mask; None where they say more (a prefix, earlier keys) or differ between the kinds.
+  fresh: the keys are those of this call alone (and of `past`). causal: what the masks say, for
+  kernels that take no mask; None where they say more (a prefix, earlier keys) or differ between the
+  kinds.
   """
 
   mask: Bool[Array, "Z B L S"]
@@ -250,7 +251,7 @@ class Attention(nn.Module):
   rules: ActivationRules = ()
 
   @nn.compact
-  def __call__(self, x, tables: Tables, kind, layer, kv):
+  def __call__(self, x, tables: Tables, kind, layer, past, kv):
     c = self.cfg
     N, K, H, D = c.heads, c.kv_heads, c.head_dim, c.width
 
@@ -272,6 +273,9 @@ class Attention(nn.Module):
     cos, sin = tables.cos[kind], tables.sin[kind]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
+    if past is not None:
+      past = (old.swapaxes(1, 2) for old in past)
+      k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True))
     if kv is not None:
       new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
       if layer is None:
@@ -330,7 +334,7 @@ class Block(nn.Module):
   """One layer; may be scanned, so it takes (carry, tables, what is particular to the layer).
 
   The carry is x and the cache's (k, v): of all layers with `layer` an index into them, or of this
-  layer alone with `layer` None.
+  layer alone with `layer` None. `past` is this layer's (k, v) of earlier slots, only read.
   """
 
   cfg: DecoderConfig
@@ -339,14 +343,14 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, carry, tables: Tables, of_layer):
     x, kv = carry
-    kind, layer = of_layer
+    kind, layer, past = of_layer
     c = self.cfg
 
     def post(name, y):
       return RMSNorm(c, name=name)(y) if c.post_norms else y
 
     y = RMSNorm(c, name="pre_attention_norm")(x)
-    y, kv = Attention(c, self.rules, name="attn")(y, tables, kind, layer, kv)
+    y, kv = Attention(c, self.rules, name="attn")(y, tables, kind, layer, past, kv)
     y = shard_act(y, self.rules, "batch", "len", None)
     x = x + post("post_attention_norm", y)
     y = FeedForward(c, self.rules, name="mlp")(RMSNorm(c, name="pre_ffw_norm")(x))
@@ -454,22 +458,28 @@ class Decoder(nn.Module):
     positions: Int[Array, "B L"],
     cache: KVCache | None = None,
     *,
+    past: KVCache | None = None,
     prefix: Int[Array, "B"] | None = None,
     segments: Int[Array, "B L"] | None = None,
   ) -> tuple[Float[Array, "B L D"], KVCache | None]:
     """Hidden states after the final norm, in `cfg.dtype`, and the cache with these slots added.
 
-    `positions` count from 0 in each row (or segment); -1 marks padding. Slots see each other and
-    what the cache holds, which must have L free slots. `prefix` gives the length of each row's
-    prefix (`cfg.prefix_lm`; all of it must be in one call). `segments` keeps the documents of a
-    packed row apart; it does not go with a cache.
+    `positions` count from 0 in each row (or segment), ascending; -1 marks padding. Slots see each
+    other and what the cache holds, which must have L free slots. `past` is a cache that is seen but
+    not written: no gradient reaches it. `prefix` gives the length of each row's prefix
+    (`cfg.prefix_lm`; all of it must be in one call). `segments` keeps the documents of a packed row
+    apart; it does not go with a cache.
     """
     c = self.cfg
     if prefix is not None and not c.prefix_lm:
       raise ValueError("prefix was given, but the config is causal (prefix_lm=False)")
     if segments is not None and cache is not None:
       raise ValueError("segments are for packed training rows and do not go with a KV cache")
+    if past is not None and not (cache is None and segments is None):
+      raise ValueError("past goes with neither a cache to write nor segments")
     key_positions = positions
+    if past is not None:
+      key_positions = jnp.concatenate([past.positions, positions], axis=1)
     if cache is not None:
       stored = _write(cache.positions, positions, cache.end, axis=1)
       key_positions = positions if cache.fresh else stored
@@ -478,20 +488,22 @@ class Decoder(nn.Module):
     mask, cos, sin = (jnp.stack(t) for t in zip(*tables, strict=True))
     end, fresh = (cache.end, cache.fresh) if cache is not None else (None, True)
     causal = None
-    if prefix is None and fresh:
+    if prefix is None and past is None and fresh:
       causal = self._causal(positions, segments)
     tables = Tables(mask, cos, sin, end, fresh, causal)
 
     x = shard_act(x.astype(c.dtype), self.rules, "batch", "len", None)
     kv = None if cache is None else (cache.k, cache.v)
     of_layer = [kinds.index(k) for k in c.layer_kinds()]
+    seen = None if past is None else (past.k, past.v)
     if c.layout == "fused":
       per_layer = [None] * c.depth if kv is None else list(zip(*kv, strict=True))
+      seen = [None] * c.depth if seen is None else list(zip(*seen, strict=True))
       for i, (layer, kind) in enumerate(zip(self.layers, of_layer, strict=True)):
-        (x, per_layer[i]), _ = layer((x, per_layer[i]), tables, (kind, None))
+        (x, per_layer[i]), _ = layer((x, per_layer[i]), tables, (kind, None, seen[i]))
       kv = None if kv is None else tuple(zip(*per_layer, strict=True))
     else:
-      xs = (jnp.asarray(of_layer, jnp.int32), jnp.arange(c.depth, dtype=jnp.int32))
+      xs = (jnp.asarray(of_layer, jnp.int32), jnp.arange(c.depth, dtype=jnp.int32), seen)
       (x, kv), _ = self.layers((x, kv), tables, xs)
     if cache is not None:
       end = cache.end + positions.shape[1]

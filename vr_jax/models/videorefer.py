@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from data_pipes.errors import InputError
-from vr_jax.models.connector import Connector, ConnectorConfig
+from vr_jax.models.connector import Connector, ConnectorConfig, scene_token_count
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
 from vr_jax.models.region import RegionConfig, RegionEncoder, merge_segments
 from vr_jax.models.siglip import Siglip, SiglipConfig
@@ -114,10 +114,13 @@ class VideoRefer(nn.Module):
   """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out.
 
   `rules` place the activations on the mesh (see `sharding.shard_act`); () leaves them alone.
+  `trained` names the parts that gradients are asked of; it changes no value, only what is kept for
+  the backward pass.
   """
 
   cfg: VideoReferConfig
   rules: ActivationRules = ()
+  trained: tuple[str, ...] = tuple(PARTS)
 
   def setup(self):
     self.img = Siglip(self.cfg.img, self.rules)
@@ -136,11 +139,14 @@ class VideoRefer(nn.Module):
     self, features: Float[Array, "B P N D"], batch: Batch
   ) -> tuple[Float[Array, "B X E"], Bool[Array, "B X"]]:
     """Scene tokens, then the U object tokens of each object: (rows, valid), X = C*V + R*U."""
-    T, (B, _, N, D) = batch["scene"].shape[-1], features.shape
-    index = batch["scene"].reshape(B, -1)[:, :, None, None]
-    scene_features = jnp.take_along_axis(features, index, axis=1)
-    scene = self.connector(scene_features.reshape(-1, T, N, D))
-    scene = scene.reshape(B, -1, scene.shape[-1])
+    T, (B, P, N, D) = batch["scene"].shape[-1], features.shape
+    if P == 1 and batch["scene"].ndim == 2:  # images alone
+      scene = self.connector(features, stands_for=T)
+    else:
+      index = batch["scene"].reshape(B, -1)[:, :, None, None]
+      scene_features = jnp.take_along_axis(features, index, axis=1)
+      scene = self.connector(scene_features.reshape(-1, T, N, D))
+      scene = scene.reshape(B, -1, scene.shape[-1])
     cached = "object_tokens" in batch
     objects, kept = self.region(
       features,
@@ -191,8 +197,27 @@ class VideoRefer(nn.Module):
   def __call__(self, batch: Batch) -> tuple[Float[Array, "B L E"], Spliced]:
     """Hidden states of every slot, and the spliced rows they belong to."""
     spliced = self.splice(batch)
-    hidden, _ = self.llm(spliced.embeds, spliced.positions, segments=spliced.segments)
-    return hidden, spliced
+    x, positions = spliced.embeds, spliced.positions
+    n = self.constant_slots(batch)
+    if not n:
+      return self.llm(x, positions, segments=spliced.segments)[0], spliced
+    # What no gradient passes is run once and keeps nothing but keys and values.
+    constant = jax.lax.stop_gradient(x[:, :n])
+    past = KVCache.empty(self.cfg.llm, x.shape[0], n)
+    before, past = self.llm(constant, positions[:, :n], past)
+    after, _ = self.llm(x[:, n:], positions[:, n:], past=past)
+    return jnp.concatenate([before, after], axis=1), spliced
+
+  def constant_slots(self, batch: Batch) -> int:
+    """How many slots at the start of every row depend on no trained part.
+
+    Where the region encoder alone trains (stage 2), those before the first object token; objects
+    come after the scene tokens of their media, so that their number V is a static bound. (Not so in
+    packed rows.)
+    """
+    V = scene_token_count(self.cfg.connector, batch["scene"].shape[-1], self.cfg.img.grid)
+    some = batch["tokens"].shape[1] > V and "segments" not in batch
+    return V if self.trained == ("region",) and some else 0
 
   def logits(
     self, hidden: Float[Array, "... E"], rows: tuple[Int[Array, ""], int] | None = None

@@ -96,7 +96,9 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
       state, position = initial_state(task, optimizer, target, key), 0
     first = int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    train_step = make_step(task.loss, optimizer, accum_mean=config.accum_mean, shardings=shardings)
+    train_step = make_step(
+      task.loss, optimizer, accum_mean=config.accum_mean, shardings=shardings, cuts=task.cuts
+    )
     if jax.process_index() == 0:
       (workdir / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
     meta = make_meta(task.model, task.tokenizer_files, task.generation, json.loads(to_json(config)))

@@ -4,8 +4,9 @@ Letters: A micro-batch of the step, B row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -51,12 +52,25 @@ class TrainState:
     return merge(self.params_train, self.params_frozen)
 
 
+class Cuts(NamedTuple):
+  """Smaller shapes that the rows of a micro-batch may be cut to where they need no more.
+
+  `sizes(rows)`, from shapes alone, ascend, the last is the rows' own; `needed(rows)` gives i32 [],
+  the least size that loses nothing; `cut(rows, size)` the smaller rows, with the same loss.
+  """
+
+  sizes: Callable[[Any], tuple[int, ...]]
+  needed: Callable[[Any], Int[Array, ""]]
+  cut: Callable[[Any, int], Any]
+
+
 def make_step(
   loss: Callable[[Params, Any], LossSums],
   optimizer: Optimizer,
   *,
   accum_mean: str = "tokens",
   shardings: TrainState | None = None,
+  cuts: Cuts | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The jitted step `(state, rows) -> (state, metrics)`; the state is donated.
 
@@ -67,6 +81,8 @@ def make_step(
       any number of micro-batches. "published": the mean over micro-batches of their means, as in
       transformers 4.40, which the published model was trained with.
     shardings: of the state, kept over the step; None leaves placement to the compiler.
+    cuts: a program for each of these sizes is compiled, and the least that holds a micro-batch is
+      run. The choice lies around the gradient, so that nothing is saved for the others.
 
   `rows` has a leading axis A (see `micro_batches`). Metrics: `loss` (nats, by accum_mean),
   `micro_loss` [A], `supervised_tokens`, `overflow` (tokens beyond the loss budget), `grad_norm`
@@ -87,7 +103,17 @@ def make_step(
       return part[0], (part, mean, sums)
 
     def one(totals, micro):
-      (_, aux), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.params_train, micro)
+      def gradient(micro, size=None):
+        micro = micro if size is None else cuts.cut(micro, size)
+        return jax.value_and_grad(micro_loss, has_aux=True)(state.params_train, micro)
+
+      sizes = () if cuts is None else cuts.sizes(micro)
+      if len(sizes) < 2:
+        (_, aux), grads = gradient(micro)
+      else:
+        index = jnp.searchsorted(jnp.asarray(sizes), cuts.needed(micro))
+        programs = [functools.partial(gradient, size=size) for size in sizes]
+        (_, aux), grads = jax.lax.switch(index, programs, micro)
       part, mean, sums = aux
       new = (grads, part, sums.weight, sums.overflow)
       return jax.tree.map(jnp.add, totals, new), mean

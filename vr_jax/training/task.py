@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from vr_jax.training.loss import LossSums
 from vr_jax.training.schedule import Params
+from vr_jax.training.step import Cuts
 
 Rows = Mapping[str, np.ndarray]
 TASKS = {"videorefer": "vr_jax.training.videorefer_task:videorefer_task"}
@@ -32,6 +33,7 @@ class Task:
       are initialised.
     tokenizer_files, generation: stored in checkpoints for inference.
     counts: numbers to report beside the loss, such as unreadable samples so far.
+    cuts: smaller shapes that micro-batches may be cut to (see `step.Cuts`).
     fields: top-level keys of the config that only this task knows.
   """
 
@@ -44,6 +46,7 @@ class Task:
   tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   counts: Callable[[], Mapping[str, float]] = dict
+  cuts: Cuts | None = None
   fields: tuple[str, ...] = ()
 
 

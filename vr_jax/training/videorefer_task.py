@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipes.batch import Needs, RowShape, fit_shape
+from data_pipes.batch import Needs, Row, RowShape, fit_shape
 from data_pipes.errors import InputError
 from data_pipes.feature_shards import FeatureShards
 from data_pipes.loader import (
@@ -43,12 +44,13 @@ from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.variants import get_variant
-from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
+from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
-from vr_jax.training.schedule import Params
+from vr_jax.training.schedule import Params, split_by_table
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
+from vr_jax.training.step import Cuts
 from vr_jax.training.task import Rows, Task
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,10 @@ def videorefer_task(config: ConfigDict) -> Task:
       process_count=jax.process_count(),
       failures=failures,
     )
-    return prefetched(dataset[:total_steps], position, threads=config.input.threads)
+    dataset = dataset[:total_steps]
+    if config.input.accum_steps != 1 and config.accum_mean == "tokens":
+      dataset = dataset.map(in_order_of_frames)  # the sum over a batch knows no order
+    return prefetched(dataset, position, threads=config.input.threads)
 
   caches = feature_caches(config, records)
 
@@ -108,13 +113,57 @@ def videorefer_task(config: ConfigDict) -> Task:
     tokenizer_files=files,
     generation=generation(config, tokenizer),
     counts=lambda: {"unreadable": len(failures)},
+    cuts=FRAME_CUTS if config.input.accum_steps != 1 else None,
   )
 
 
 def videorefer_loss(config: ConfigDict, cfg: VideoReferConfig) -> Callable[..., LossSums]:
   """The loss of the config as a function of (parameters, rows of a micro-batch)."""
-  model = VideoRefer(cfg, rules=config.sharding_rules)
+  model = VideoRefer(cfg, rules=config.sharding_rules, trained=trained_parts(config, cfg))
   return model_loss(model, config.loss_budget, config.loss_chunk)
+
+
+def trained_parts(config: ConfigDict, cfg: VideoReferConfig) -> tuple[str, ...]:
+  """The parts of the model of which the schedule trains something."""
+  shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+  trained, _ = split_by_table(shapes, config.schedule)
+  return tuple(part for part in PARTS if part in trained)
+
+
+def _frame_sizes(rows: Rows) -> tuple[int, ...]:
+  """Frame slots of an image, of a video with single masks, and of any row; packed rows are full."""
+  P, T = rows["frames"].shape[1], rows["scene"].shape[-1]
+  return (P,) if rows["scene"].ndim > 2 else tuple(sorted({1, min(T + 1, P), P}))
+
+
+def _last_frame(rows: Rows) -> Any:
+  """The highest frame number of each row [B]; cached objects have none."""
+  scene = rows["scene"]
+  last = scene.reshape(len(scene), -1).max(-1)
+  if "region_frames" in rows:
+    last = last.clip(min=rows["region_frames"].max((-2, -1)))
+  return last
+
+
+def _frames_needed(rows: Rows) -> jax.Array:
+  return 1 + _last_frame(rows).max()
+
+
+def _cut_frames(rows: Rows, size: int) -> Rows:
+  cut = {**rows, "frames": rows["frames"][:, :size]}
+  if "region_masks" in rows:
+    cut["region_masks"] = rows["region_masks"][:, :, :size]
+  return cut
+
+
+# The tower encodes every frame slot of a row, and an image in a row for videos leaves most empty.
+FRAME_CUTS = Cuts(_frame_sizes, _frames_needed, _cut_frames)
+
+
+def in_order_of_frames(rows: Row) -> Row:
+  """The rows of a batch by how many frames they hold, so that micro-batches can be cut."""
+  order = np.argsort(_last_frame(rows), kind="stable")
+  return {name: array[order] for name, array in rows.items()}
 
 
 def _dataset(
