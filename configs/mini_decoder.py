@@ -10,20 +10,23 @@ from vr_jax.configs import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """`steps` optimizer steps on the dialogues of `corpus` scenes."""
-  arg = parse_arg(arg, steps=6000, corpus=32_000, batch=16)
+  """`steps` optimizer steps on the dialogues of `corpus` scenes, from decoder `init` if given."""
+  arg = parse_arg(arg, steps=6000, corpus=32_000, batch=16, lr=2e-3, init="")
   config = base_config().unlock()
   config.task = "vr_jax.training.pretrain_decoder:decoder_task"
   config.model_name = "vr-mini"
   config.tokenizer = str(VR_MINI)
+  if arg.init:
+    config.model_init = (("llm", arg.init),)
+    config.dont_load = ("states/.*",)
   config.corpus = arg.corpus
   config.corpus_seed = 2_000_000
   config.total_steps = arg.steps
   config.input.batch_size = arg.batch
-  config.input.row_length = 208
+  config.input.row_length = 240
   config.input.threads = 2
   config.loss_budget = 112
-  config.lr = 2e-3
+  config.lr = arg.lr
   config.schedule = ((".*", {"warmup_steps": 200, "decay": "cosine"}),)
   config.wd = 0.01
   config.b2 = 0.98

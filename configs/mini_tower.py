@@ -9,17 +9,20 @@ from vr_jax.configs import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """`steps` optimizer steps on the pictures of `crowds` videos."""
-  arg = parse_arg(arg, steps=6000, crowds=500)
+  """`steps` optimizer steps on the pictures of `crowds` videos, from the tower `init` if given."""
+  arg = parse_arg(arg, steps=6000, crowds=500, lr=2e-3, init="")
   config = base_config().unlock()
   config.task = "vr_jax.training.pretrain_tower:tower_task"
   config.model_name = "vr-mini"
+  if arg.init:
+    config.model_init = (("img", arg.init),)
+    config.dont_load = ("(states|thing)/.*",)
   config.crowds = arg.crowds
   config.crowd_seed = 20_000_000
   config.total_steps = arg.steps
   config.input.batch_size = 32
   config.input.threads = 2
-  config.lr = 2e-3
+  config.lr = arg.lr
   config.schedule = ((".*", {"warmup_steps": 100, "decay": "cosine"}),)
   config.wd = 0.01
   config.b2 = 0.98

@@ -52,7 +52,7 @@ FREE_QUESTION = DESCRIBE_DETAIL
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """How much of everything; the defaults took 14 minutes on two busy cores.
+  """How much of everything; the defaults took 10 minutes on two cores.
 
   `steps` are the optimizer steps of each stage, 0 for the config's own.
   """

@@ -46,18 +46,6 @@ def caption_dialogue(scene: Scene, detailed: bool, rng: np.random.Generator) -> 
   return dialogue([(DESCRIBE_BRIEF, short_caption(scene.things[i])) for i in things], things)
 
 
-def lookup_dialogue(scene: Scene, balance: Balance, questions: int = 4) -> Dialogue:
-  """Words alone: which letter stands before given words. No video, no objects."""
-  found, pairs = candidates(scene), []
-  for kind in TYPES:
-    question = balance.pick(found, kind)
-    if question and len(pairs) < questions:
-      choice = balance.choose(question)
-      asked = bench_q_prompt(f"Which option says: {question.answer}?", choice.options)
-      pairs.append((asked, f"{question.answer} ({choice.letter})"))
-  return dialogue(pairs, [])
-
-
 def question_text(choice: Choice) -> str:
   """The question as VideoRefer-Bench-Q has it: `<object3><region>` for each thing."""
   mentions = [f"<object{i}>{REGION}" for i in choice.question.things]
@@ -70,13 +58,12 @@ def question_dialogue(
   rng: np.random.Generator,
   questions: int = 5,
   captions: int = 0,
-  letters: bool = False,
 ) -> Dialogue:
   """Stage 3: questions of different types, most with options, then detailed captions.
 
-  An answer says the words of the right option, which the strict parser reads as its letter; with
-  `letters` the letter stands behind them. (A decoder as small as vr-mini's takes longer to learn
-  which letter stands before given words than to see the objects.)
+  An answer says the words of the right option, which the strict parser reads as its letter. (A
+  decoder as small as vr-mini's takes longer to learn which letter stands before given words than
+  to see the objects.)
   """
   found, pairs, things = candidates(scene), [], []
   for k in rng.permutation(len(TYPES))[:questions]:
@@ -86,10 +73,10 @@ def question_dialogue(
     choice = balance.choose(question)
     text = question_text(choice)
     if rng.random() < 0.75:
-      said = f"{question.answer} ({choice.letter})" if letters else question.answer
-      pairs.append((bench_q_prompt(text, choice.options), said))
+      text = bench_q_prompt(text, choice.options)
     else:
-      pairs.append((_asked_freely(text, rng), question.answer))
+      text = _asked_freely(text, rng)
+    pairs.append((text, question.answer))
     things.extend(question.things)
   for i in rng.permutation(len(scene.things))[:captions]:
     asked = DESCRIBE_DETAIL if rng.random() < 0.5 else DESCRIBE

@@ -1,10 +1,10 @@
-"""What the package carries: the finished vr-mini and the decoder it was trained from."""
+"""What the package carries: the finished vr-mini, and the tower and decoder it was trained from."""
 
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
 VR_MINI = ASSETS / "vr-mini"  # a checkpoint with its tokenizer files beside it
-MINI_DECODER = VR_MINI / "pretrained_decoder"  # the pre-trained decoder alone
+MINI_PARTS = VR_MINI / "pretrained"  # pre-trained tower and decoder alone
 
 
 def packaged() -> list[str]:

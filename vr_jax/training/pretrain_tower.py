@@ -26,6 +26,7 @@ from vr_jax.models.siglip import Siglip, SiglipConfig
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import pixels
 from vr_jax.training.loss import LossSums
+from vr_jax.training.start import starting_params
 from vr_jax.training.task import Task
 
 PATCH_SCALE = 0.2  # of the patch kernel at the start: dull backdrops would drown everything else
@@ -124,5 +125,6 @@ def tower_task(config: ConfigDict) -> Task:
     data_size=size,
     batches=batches,
     model=cfg.to_dict(),
+    start=lambda shapes: starting_params(config, shapes),
     fields=("crowds", "crowd_seed"),
   )
