@@ -17,9 +17,9 @@ from vr_jax.assets import MINI_PARTS, VR_MINI
 from vr_jax.configs import base_config, parse_arg
 
 # stage -> (file, steps, batch, learning rate, what trains). A model this small learns by the step:
-# four rows teach it nearly what sixteen do. Stage 1 is short on purpose: with scene tokens that tell
-# more, the frozen decoder of stage 2 guesses at the object instead of reading its tokens (the loss
-# then stays at 0.4; otherwise it falls below 0.2).
+# four rows teach it nearly what sixteen do. Stage 1 is short on purpose: with scene tokens that
+# tell more, the frozen decoder of stage 2 guesses at the object instead of reading its tokens (the
+# loss then stays at 0.4; otherwise it falls below 0.2).
 STAGES = {
   "1": ("scene_captions.json", 40, 4, 2e-3, ("connector",)),
   "2": ("short_captions.json", 260, 4, 4e-3, ("region",)),
