@@ -172,6 +172,18 @@ def test_moments_in_bfloat16_take_half_and_step_nearly_the_same():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), train, exact)
 
 
+def test_the_running_mean_is_that_of_the_parameters():
+  c = config(lr=0.1, ema_decay=0.75, schedule=((".*", {"decay": "constant"}),))
+  optimizer = make_optimizer(c, params(), total_steps=4)
+  trained, mean = params(), params()
+  state = optimizer.init(trained)
+  for step in range(3):
+    grads = jax.tree.map(lambda p, n=step: jnp.cos(p + n), trained)
+    trained, state, _ = optimizer.update(grads, state, trained, jnp.asarray(step))
+    mean = jax.tree.map(lambda m, p: 0.75 * m + 0.25 * p, mean, trained)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state["ema"], mean)
+
+
 def test_an_unknown_moments_dtype_is_refused():
   with pytest.raises(InputError, match="moments_dtype='float16': accepted: float32, bfloat16"):
     make_optimizer(config(moments_dtype="float16"), params(), total_steps=1)

@@ -1,7 +1,9 @@
 """Runs that are stopped, killed and started again, and work directories of other configs."""
 
+import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -10,11 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import toy_task
 from toy_task import EXAMPLES
 
 from data_pipes.errors import InputError
 from vr_jax.configs import load_config
+from vr_jax.hardware import CHIPS
+from vr_jax.training import loop
 from vr_jax.training.checkpoint import load_for_inference, load_params
+from vr_jax.training.heartbeat import read_beats
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 
@@ -107,6 +113,10 @@ def test_the_log_tells_what_happened(straight):
   assert lines[0]["lr"] == 0  # warm-up
   assert lines[4]["epoch"] == 1.0
   assert {"grad_norm", "supervised_tokens", "seconds", "input_seconds", "rss_gb"} <= set(lines[0])
+  assert lines[0]["compile_seconds"] > lines[-1]["compile_seconds"]
+  assert max(line["checkpoint_seconds"] for line in lines) > 0
+  (beat,) = read_beats(straight / "heartbeat", 1)
+  assert beat is not None
   assert list((straight / "tensorboard").glob("events*"))
 
 
@@ -132,9 +142,53 @@ def test_another_mesh_may_go_on(straight):
   assert train(config, straight).finished
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
+  straight, tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setenv("TOY_SIGNAL", "SIGTERM:7")
+  config = load_config(CONFIG, ["keep_ckpts=2"])
+  assert train(config, tmp_path).step == 8
+  monkeypatch.delenv("TOY_SIGNAL")
+  checkpoints = tmp_path / "checkpoints"
+  assert sorted(p.name for p in checkpoints.iterdir()) == ["6", "8"]
+  (checkpoints / "8" / "data" / "metadata").write_text("{")
+  intact = (checkpoints / "6" / "data" / "metadata").read_text()
+  (checkpoints / "6" / "data" / "metadata").write_text("{")
+  with pytest.raises(InputError, match=r"checkpoints/6.*there is no older one"):
+    train(config, tmp_path)
+  (checkpoints / "6" / "data" / "metadata").write_text(intact)
+  assert train(config, tmp_path).finished
+  (line,) = [r.getMessage() for r in caplog.records if "set aside" in r.getMessage()]
+  assert str(checkpoints / "8") in line
+  assert (checkpoints / "damaged-8").is_dir()
+  assert_same_params(straight, tmp_path)
+
+
+def test_running_mean_trace_and_rates(straight, tmp_path, monkeypatch):
+  make = toy_task.make
+  monkeypatch.setattr(
+    toy_task, "make", lambda c: dataclasses.replace(make(c), work=lambda rows: (100, 3 * 10**12))
+  )
+  monkeypatch.setattr(loop, "chip_of", lambda device: CHIPS["v5e"])
+  config = load_config(CONFIG, ["ema_decay=0.5", "profile_steps=(2, 3)"])
+  assert train(config, tmp_path).finished
+  assert_same_params(straight, tmp_path)  # the mean changes nothing in the training
+  mean, last = load_params(tmp_path / "ema"), load_params(tmp_path)
+  np.testing.assert_array_equal(mean["tower"]["kernel"], last["tower"]["kernel"])  # frozen
+  distance = np.abs(mean["head"]["kernel"] - last["head"]["kernel"]).max()
+  assert 0 < distance < 0.1
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  for line in read_metrics(tmp_path):
+    np.testing.assert_allclose(line["tokens_per_second"] * line["seconds"], 100)
+    np.testing.assert_allclose(line["mfu"] * line["seconds"] * 8 * 197, 3)
+  assert train(config, tmp_path).finished  # with what is there
+
+
 @pytest.mark.parametrize(
   ("overrides", "message"),
   [
+    (["ema_decay=1.0"], "ema_decay=1.0: accepted: from 0 to less than 1"),
+    (["profile_steps=(3, 2)"], r"profile_steps=\(3, 2\): accepted: \(first, last\)"),
     (["total_epochs=0"], "set one of total_steps, total_examples, total_epochs"),
     (["total_steps=3"], "config: set only one of total_steps, total_epochs"),
     (["task=toy_task:mke"], "config.task='toy_task:mke': .*no attribute 'mke'"),
@@ -151,6 +205,29 @@ def test_a_config_that_does_not_fit_writes_nothing(tmp_path, overrides, message)
   with pytest.raises(InputError, match=message):
     train(load_config(CONFIG, overrides), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_work_directory_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="cannot be written: Not a directory"):
+    train(load_config(CONFIG), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(straight, tmp_path, monkeypatch):
+  """No file may grow beyond a limit that checkpoints pass, as on a disk that is full."""
+  monkeypatch.setenv("TOY_SIGNAL", "SIGTERM:2")
+  assert train(load_config(CONFIG), tmp_path).step == 3
+  monkeypatch.delenv("TOY_SIGNAL")
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(InputError, match="could not be saved: File too large; those before") as e:
+      train(load_config(CONFIG), tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert "\n" not in str(e.value)
+  assert train(load_config(CONFIG), tmp_path).finished
+  assert_same_params(straight, tmp_path)
 
 
 def test_an_unknown_field_is_refused(tmp_path):

@@ -14,10 +14,11 @@ import pytest
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config, to_json
 from vr_jax.interop import videorefer as published
+from vr_jax.models.variants import training_flops
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.training.checkpoint import export, load_for_inference, make_meta, read_tokenizer_files
 from vr_jax.training.metrics import read_metrics
-from vr_jax.training.videorefer_task import videorefer_task
+from vr_jax.training.videorefer_task import videorefer_task, work_of
 
 RUN = """
 import sys
@@ -82,6 +83,8 @@ def test_the_first_loss_is_the_published_one_and_the_checkpoint_answers_for_itse
   pair = next(c for c in stage["cases"] if c["id"] == "b_pair")
   np.testing.assert_allclose(line["loss"], pair["meta"]["loss"], atol=2e-5)
   assert line["unreadable"] == 0
+  assert line["tokens_per_second"] > 0
+  assert "mfu" not in line  # of a CPU the peak is not known
 
   before, after = load_for_inference(model), load_for_inference(tmp_path / "run")
   assert VideoReferConfig.from_dict(after.model) == VideoReferConfig.from_dict(before.model)
@@ -94,6 +97,30 @@ def test_the_first_loss_is_the_published_one_and_the_checkpoint_answers_for_itse
       after.params[part],
     )
     assert all(jax.tree.leaves(same)) == (part in ("img", "llm")), part
+
+
+def test_the_work_of_rows_is_that_of_their_samples(config_of):
+  """An image, a video and text alone, each in a row of its own, and all in one packed row."""
+  config = config_of([0, 1])
+  task = videorefer_task(config)
+  rows = next(task.batches(0, 1))
+  cfg = VideoReferConfig.from_dict(task.model)
+  tokens, flops = work_of(rows, cfg, ("connector", "region"))
+  assert tokens == rows["valid"].sum()
+  want = 0
+  for b in range(len(rows["valid"])):
+    if slots := int(rows["valid"][b].sum()):
+      frames = 1 + max(rows["scene"][b].max(), rows["region_frames"][b].max())
+      scene = 1 if rows["scene"][b].max() == 0 else cfg.num_frames
+      supervised = int(rows["supervised"][b].sum())
+      sizes = (int(frames), slots, supervised, scene)
+      want += training_flops(cfg, ("connector", "region"), *sizes)
+  assert flops == want > 0
+
+  packed = videorefer_task(config_of([0, 1], input={"pack": 256}))
+  rows = next(packed.batches(0, 1))
+  assert set(np.unique(rows["segments"])) == {-1, 0, 1}
+  assert work_of(rows, cfg, ("connector", "region")) == (tokens, flops)
 
 
 LOST = {

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 from toy import LENGTH, ToyModel, init_params, make_rows
 
@@ -16,11 +17,12 @@ EXAMPLES = 80
 def make(config):
   """Rows of `EXAMPLES` examples, in an order that each epoch shuffles anew.
 
-  TOY_LOG: a file to which [position, examples] of each batch is added. TOY_SIGNAL: "SIGTERM:3",
-  the process
-  sends itself that signal when it is asked for that batch.
+  TOY_LOG: a file to which [position, examples] of each batch is added, those of this process.
+  TOY_SIGNAL: "SIGTERM:3", the process sends itself that signal when it is asked for that batch;
+  "SIGTERM:3:1", only process 1 does.
   """
   rows = make_rows(EXAMPLES)
+  mine = slice(jax.process_index(), None, jax.process_count())
   size = config.input.batch_size
 
   def batches(position, total_steps):
@@ -30,9 +32,10 @@ def make(config):
         int(np.random.default_rng((config.seed, n // EXAMPLES)).permutation(EXAMPLES)[n % EXAMPLES])
         for n in numbers
       ]
-      number, _, position = os.environ.get("TOY_SIGNAL", "").partition(":")
-      if position == str(index):
-        os.kill(os.getpid(), signal.Signals[number])
+      order = order[mine]
+      name, *where = os.environ.get("TOY_SIGNAL", "").split(":")
+      if where in ([str(index)], [str(index), str(jax.process_index())]):
+        os.kill(os.getpid(), signal.Signals[name])
       if log := os.environ.get("TOY_LOG"):
         with open(log, "a") as file:
           file.write(json.dumps([index, order]) + "\n")

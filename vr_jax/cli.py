@@ -1,6 +1,7 @@
 """The `vr` command: parses and hands over; nothing else.
 
-Exit codes: 0 done, 1 our fault (a traceback), 2 the user's input is wrong (one line on stderr).
+Exit codes: 0 done, 1 our fault (a traceback), 2 the user's input is wrong (one line on stderr), 143
+training was stopped and has saved.
 """
 
 import argparse
@@ -63,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
   )
   train.add_argument("--workdir", required=True)
   train.epilog = "Any field of the config: --config.key=value"
+
+  sweep = command("sweep", _sweep, "run a config's sweep, or what is left of it, and compare")
+  sweep.add_argument("config", metavar="F.py[:ARGS]", help="a config file with sweep(add)")
+  sweep.add_argument("--workdir", help="default: sweeps/F")
+  sweep.add_argument("--via", choices=["local", "slurm", "print"], default="local")
+  sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time (local)")
+  sweep.add_argument("--seeds", type=int, default=1, metavar="N", help="of every member")
+  sweep.add_argument("--slurm", default="", metavar="OPTIONS", help="of sbatch, in one string")
+  sweep.add_argument("--only", metavar="NAME", help="one member, without the table")
+  sweep.add_argument("--table", action="store_true", help="the table alone, of what is there")
 
   for name, summary in (
     ("ask", "answer a question about objects in a video"),
@@ -434,13 +445,22 @@ def _quickstart(args: argparse.Namespace) -> int | None:
   return None
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
   logging.basicConfig(format="%(message)s")
   logging.getLogger("vr_jax").setLevel(logging.INFO)
   from vr_jax.configs import load_config
   from vr_jax.training.loop import train
+  from vr_jax.training.processes import join
 
-  train(load_config(args.config, args.overrides), args.workdir)
+  config = load_config(args.config, args.overrides)
+  join()
+  return 0 if train(config, args.workdir).finished else 143
+
+
+def _sweep(args: argparse.Namespace) -> int:
+  from vr_jax import sweep
+
+  return sweep.command(args)
 
 
 def _ask(args: argparse.Namespace) -> int | None:

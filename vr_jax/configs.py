@@ -18,6 +18,7 @@ import traceback
 from ast import literal_eval
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -112,6 +113,8 @@ def base_config() -> ConfigDict:
   config.eps = 1e-8
   config.moments_dtype = "float32"  # of AdamW's moments in memory: "float32" or "bfloat16"
   config.grad_clip_norm = 1.0  # 0: no clipping
+  # Such as 0.9999: a running mean of the trained parameters, in the end written to W/ema; 0: none.
+  config.ema_decay = 0.0
 
   # Devices.
   config.mesh = (("data", -1), ("fsdp", 1))  # outermost first; one size may be -1
@@ -120,6 +123,8 @@ def base_config() -> ConfigDict:
 
   # What is written, and when.
   config.log_steps = 10
+  config.profile_steps = ()  # (first, last), from 1: traced to W/profile, for XProf or Perfetto
+  config.stall_seconds = 600.0  # without progress, after which the process at fault is named
   config.ckpt_steps = 1000
   config.keep_ckpts = 1
   config.keep_ckpt_steps = placeholder(int)  # keep every so-many-th step's for good
@@ -139,7 +144,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     InputError: no such config, an error in the file, an unknown key or argument (the nearest one
       is named), a value of the wrong type.
   """
-  name, arg = _split_spec(spec)
+  name, arg = split_spec(spec)
   path = find_config(name)
   try:
     config = _call(path, arg)
@@ -201,6 +206,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       )
     values[key] = _parse(text if equals else "true", defaults[key], f"argument {key}")
   return ConfigDict(values)
+
+
+def arg(**values: Any) -> dict[str, str]:
+  """Arguments of `get_config`, for `add` of a sweep: `add(lr=1e-5, **arg(tokens=4))`."""
+  return {"config_arg": as_arg(ConfigDict(values), values)}
 
 
 def as_arg(arg: ConfigDict, names: Iterable[str]) -> str:
@@ -265,14 +275,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _split_spec(spec: str) -> tuple[str, str | None]:
+def split_spec(spec: str) -> tuple[str, str | None]:
+  """The file and the argument string of a spec; see `load_config`."""
   match = re.fullmatch(r"(.+?\.py|[^:]+)(?::(.*))?", spec, re.DOTALL)
   if not match:
     raise InputError(f"config {spec!r}: expected FILE.py, NAME or either with :key=value,flag")
   return match[1], match[2]
 
 
-def _call(path: Path, arg: str | None) -> Any:
+def load_module(path: Path) -> ModuleType:
+  """The module of a config file.
+
+  Raises:
+    InputError: it defines no `get_config`.
+  """
   # The module's name must not shadow anything a config imports.
   module_spec = importlib.util.spec_from_file_location(f"_vr_config_{path.stem}", path)
   assert module_spec is not None  # the file is there
@@ -286,6 +302,11 @@ def _call(path: Path, arg: str | None) -> Any:
     sys.dont_write_bytecode = before
   if not callable(getattr(module, "get_config", None)):
     raise InputError("the file defines no get_config()")
+  return module
+
+
+def _call(path: Path, arg: str | None) -> Any:
+  module = load_module(path)
   if inspect.signature(module.get_config).parameters:
     return module.get_config(arg)
   if arg:

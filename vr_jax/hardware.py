@@ -41,6 +41,11 @@ CHIPS = {
     Chip("h200", "gpu", 989, 0.9 * 131.3, 4800, 450, 0.50),
   )
 }
+# What JAX calls them (`Device.device_kind`), the more particular name first.
+_KINDS = {
+  "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e",
+  "NVIDIA H100": "h100", "NVIDIA H200": "h200",
+}  # fmt: skip
 NETWORK_GBS = 50  # of one GPU to other hosts, and of one TPU host to other slices
 # Topologies that exist, by number of chips.
 TOPOLOGIES = {
@@ -75,6 +80,12 @@ class Target:
     hosts, local = map(int, self.topology.split("x"))
     # Between hosts all GPUs of one share in what each of them needs.
     return self.chip.link_gbs if hosts == 1 else min(self.chip.link_gbs, NETWORK_GBS * local)
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+  """The chip that a device is, None where it is none of CHIPS (a CPU, say)."""
+  names = (name for kind, name in _KINDS.items() if device.device_kind.startswith(kind))
+  return CHIPS.get(next(names, ""))
 
 
 def parse_target(text: str, slices: int = 1) -> Target:

@@ -8,6 +8,7 @@ slots; no padding, no recomputation); element-wise work is not counted.
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -227,3 +228,37 @@ def prefill_flops(cfg: VideoReferConfig, frames: int, slots: int) -> dict[str, i
     "connector": connector_flops(cfg.connector, cfg.img.width, cfg.num_frames, cfg.img.grid),
     "llm": decoder_flops(cfg.llm, slots, 1),
   }
+
+
+def training_flops(
+  cfg: VideoReferConfig,
+  trained: Collection[str],
+  frames: int,
+  slots: int,
+  supervised: int,
+  scene_frames: int | None = None,
+) -> int:
+  """What the mathematics asks of forward and backward for a row: no recomputation, no padding.
+
+  Forward once; gradients of activations and of weights only where something behind or in it trains;
+  before the first object token nothing where the region encoder alone trains.
+
+  Args:
+    trained: the parts that train.
+    frames: different frames that the tower sees.
+    scene_frames: of the connector, 1 for an image, 0 for text alone (default: the model's).
+  """
+  scene_frames = cfg.num_frames if scene_frames is None else scene_frames
+  tower = frames * tower_flops(cfg.img) * (3 if "img" in trained else 1)
+  connector = 0
+  if scene_frames:
+    connector = connector_flops(cfg.connector, cfg.img.width, scene_frames, cfg.img.grid)
+  decoder = decoder_flops(cfg.llm, slots, supervised)
+  if "llm" in trained:
+    decoder *= 3
+  elif "connector" in trained:
+    decoder *= 2
+  elif scene_frames:
+    prefix = scene_token_count(cfg.connector, cfg.num_frames, cfg.img.grid)
+    decoder = 2 * decoder - decoder_flops(cfg.llm, min(prefix, slots), 0)
+  return tower + connector * (3 if "connector" in trained else 1) + decoder

@@ -23,7 +23,7 @@ from vr_jax.hardware import Target, target_devices
 from vr_jax.hlo import Collectives, Program
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import DecoderConfig
-from vr_jax.models.variants import connector_flops, decoder_flops, tower_flops
+from vr_jax.models.variants import training_flops
 from vr_jax.models.videorefer import VideoReferConfig, init_params
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.loop import accum_steps, state_target
@@ -240,26 +240,11 @@ def saved_bytes(cfg: DecoderConfig, tokens: int, policy: str, tensor: int = 1) -
 
 
 def needed_flops(step: Step) -> int:
-  """FLOPs that the mathematics asks of a step: no recomputation, no padding of the row.
-
-  Forward once; gradients of activations and of weights only where something behind or in it trains;
-  before the first object token nothing where the region encoder alone trains.
-  """
-  cfg, shape = step.cfg, step.shape
-  trained = set(step.state.params_train)
+  """FLOPs that the mathematics asks of a step whose rows are all full."""
+  shape, trained = step.shape, set(step.state.params_train)
   supervised = min(step.config.loss_budget or shape.length, 100)
-  tower = shape.frames * tower_flops(cfg.img) * (3 if "img" in trained else 1)
-  connector = connector_flops(cfg.connector, cfg.img.width, cfg.num_frames, cfg.img.grid)
-  whole, head = (decoder_flops(cfg.llm, shape.length, n) for n in (0, supervised))
-  head -= whole
-  if "llm" in trained:
-    decoder = 3 * (whole + head)
-  elif "connector" in trained:
-    decoder = 2 * (whole + head)
-  else:
-    decoder = 2 * (whole + head) - decoder_flops(cfg.llm, shape.scene_tokens, 0)
-  rows = step.config.input.batch_size
-  return rows * (tower + connector * (3 if "connector" in trained else 1) + decoder)
+  row = training_flops(step.cfg, trained, shape.frames, shape.length, supervised)
+  return step.config.input.batch_size * row
 
 
 def executed_flops(step: Step) -> int:

@@ -11,13 +11,14 @@ besides.
 """
 
 import base64
+import contextlib
 import importlib.metadata
 import logging
 import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.experimental import multihost_utils
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
@@ -49,6 +51,20 @@ TOKENIZER_FILES = (
   "chat_template.jinja",
   "chat_template.json",
 )
+
+
+log = logging.getLogger(__name__)
+_STORAGE = (
+  "No space left on device",
+  "Disk quota exceeded",
+  "File too large",
+  "Read-only file system",
+  "Permission denied",
+)
+
+
+class Damaged(InputError):
+  """A checkpoint that cannot be read."""
 
 
 class Inference(NamedTuple):
@@ -90,6 +106,8 @@ class Checkpoints:
   def save(self, state: TrainState, position: int, meta: Mapping[str, Any]) -> None:
     """Starts to save the state; nothing happens if its step is saved already.
 
+    Raises InputError where the disk is full or refuses, for the save before this one too.
+
     Args:
       position: global batches used so far.
       meta: JSON, see `make_meta`.
@@ -97,15 +115,39 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest_step():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        params=ocp.args.StandardSave(state.params()),
-        data=ocp.args.JsonSave({"next_index": position}),
-        meta=ocp.args.JsonSave(dict(meta)),
-      ),
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+      params=ocp.args.StandardSave(state.params()),
+      data=ocp.args.JsonSave({"next_index": position}),
+      meta=ocp.args.JsonSave(dict(meta)),
     )
+    with self._storage():
+      self._manager.save(step, args=args)
+
+  def restore_latest(self, target: TrainState) -> tuple[TrainState, int] | None:
+    """The newest checkpoint that can be read, see `restore`; None if there is none at all.
+
+    A damaged one is named in the log and set aside under another name, so that its step can be
+    saved again.
+
+    Raises:
+      InputError: one that does not fit the target, or the only one is damaged.
+    """
+    while (step := self.latest_step()) is not None:
+      try:
+        return self.restore(step, target)
+      except Damaged as error:
+        if len(self._manager.all_steps()) == 1:
+          raise InputError(f"{error}; there is no older one") from error
+        aside = self.folder / f"damaged-{step}"
+        log.warning("%s; set aside as %s, going back to the one before", error, aside.name)
+      if jax.process_index() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"set aside {step}")
+      self._manager.reload()
+    return None
 
   def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
     """The state and the data position of a step.
@@ -136,8 +178,22 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits until the last save is complete."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    with self._storage():
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _storage(self) -> Iterator[None]:
+    """A disk that is full or refuses is no fault of ours: one line, also from a save's thread."""
+    try:
+      yield
+    except Exception as error:  # orbax and tensorstore raise all kinds
+      text = " ".join(str(error).split())
+      if found := next((words for words in _STORAGE if words in text), None):
+        raise InputError(
+          f"{self.folder}: a checkpoint could not be saved: {found}; those before it are intact"
+        ) from error
+      raise
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -422,9 +478,9 @@ def _saved_shapes(path: Path, item: str) -> Any:
     raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def _damaged(path: Path, error: Exception) -> Damaged:
   reason = " ".join(str(error).split())[:200]
-  return InputError(
+  return Damaged(
     f"{path}: the checkpoint is truncated, damaged or not one of vr_jax "
     f"({type(error).__name__}: {reason})"
   )

@@ -3,16 +3,21 @@
 W/config.json         the resolved config; the same command resumes, another config is refused
 W/checkpoints/<step>  see checkpoint.py
 W/metrics.jsonl       a line per logged step, also in W/tensorboard
+W/ema                 checkpoint for inference of the running mean, where there is one (ema_decay)
+W/heartbeat           what each process does, see heartbeat.py
+W/profile             a trace of the steps of config.profile_steps
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +28,15 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
+from vr_jax.hardware import chip_of
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings
-from vr_jax.training.checkpoint import Checkpoints, make_meta
-from vr_jax.training.metrics import MetricsWriter, Progress, resident_gb
+from vr_jax.training.checkpoint import Checkpoints, export, make_meta
+from vr_jax.training.heartbeat import Heartbeat
+from vr_jax.training.metrics import Ledger, MetricsWriter, Profiler, Progress, resident_gb
+from vr_jax.training.processes import agree
 from vr_jax.training.schedule import Optimizer, Params, count_steps, make_optimizer, merge, sub_tree
 from vr_jax.training.step import Metrics, TrainState, check_metrics, make_step, micro_batches
-from vr_jax.training.task import Task, make_task
+from vr_jax.training.task import Rows, Task, make_task
 
 # Fields that may change between the runs of one work directory: they decide where things lie and
 # what is reported, not what is computed (up to the order of sums on another mesh).
@@ -40,6 +48,8 @@ MAY_CHANGE = (
   "ckpt_steps",
   "keep_ckpts",
   "keep_ckpt_steps",
+  "profile_steps",
+  "stall_seconds",
   "input.threads",
   "input.media",
   "input.max_unreadable",
@@ -66,9 +76,10 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
 
   Raises:
     InputError: a config that does not fit, a work directory of another config, data that cannot be
-      trained on.
+      trained on, processes that were not started alike.
   """
   workdir = Path(workdir)
+  agree(config)
   _check_workdir(workdir, config)
   task = make_task(config)
   check_keys(config, [*base_config(), *task.fields], "config")
@@ -79,6 +90,7 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
   rows_sharding = batch_sharding(mesh, config.sharding_rules, leading=1)
   parts = accum_steps(config, rows_sharding)
   with contextlib.ExitStack() as stack:
+    profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile"))
     stack.enter_context(jax.set_mesh(mesh))
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(task.init, key)
@@ -89,11 +101,8 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
         workdir / "checkpoints", keep=config.keep_ckpts, keep_every=config.keep_ckpt_steps
       )
     )
-    saved = checkpoints.latest_step()
-    if saved is not None:
-      state, position = checkpoints.restore(saved, target)
-    else:
-      state, position = initial_state(task, optimizer, target, key), 0
+    restored = checkpoints.restore_latest(target)
+    state, position = restored or (initial_state(task, optimizer, target, key), 0)
     first = int(state.step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = make_step(
@@ -104,6 +113,11 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
     meta = make_meta(task.model, task.tokenizer_files, task.generation, json.loads(to_json(config)))
     batches = task.batches(position, total) if first < total else iter(())
     report = stack.enter_context(Report(config, task, workdir, first, total))
+    heartbeat = stack.enter_context(
+      Heartbeat(
+        workdir / "heartbeat", jax.process_index(), jax.process_count(), config.stall_seconds
+      )
+    )
     stopped = stack.enter_context(stop_signals(checkpoints))
 
     for step in range(first, total):
@@ -111,17 +125,23 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
       # Save, then draw: drawing moves the position, which must be that of the saved state.
       if stop or (step % config.ckpt_steps == 0 and step > first):
         report.flush()
-        checkpoints.save(state, position, meta)
+        heartbeat.at(step, "checkpoint")
+        report.ledger.timed("checkpoint", checkpoints.save, state, position, meta)
       if stop:
         return Result(step, False, report.last)
-      rows = report.timed(next, batches)
-      rows = micro_batches(rows, parts)
+      profiler.before(step + 1, report.flush)
+      heartbeat.at(step + 1, "input")
+      drawn = report.ledger.timed("input", next, batches)
+      heartbeat.at(step + 1, "step")
+      rows = micro_batches(drawn, parts)
       rows = {k: jax.make_array_from_process_local_data(rows_sharding, v) for k, v in rows.items()}
       position += 1
       state, metrics = train_step(state, rows)
-      report.add(step + 1, metrics)
+      report.add(step + 1, metrics, drawn)
     report.flush()
     checkpoints.save(state, position, meta)
+    if "ema" in state.opt_state and not (workdir / "ema").exists():
+      export(workdir / "ema", merge(state.opt_state["ema"], state.params_frozen), meta)
     return Result(total, True, report.last)
 
 
@@ -147,10 +167,18 @@ def accum_steps(config: ConfigDict, rows: NamedSharding) -> int:
     rows: sharding of the rows [A, B/A, ...].
 
   Raises:
-    InputError: the batch does not spread evenly over micro-batches and devices.
+    InputError: the batch does not spread evenly over micro-batches and devices, or two processes
+      would hold the same rows.
   """
   size, parts = config.input.batch_size, config.input.accum_steps
   devices = rows.mesh.size // rows.shard_shape((1, rows.mesh.size))[1]
+  mine = {str(at) for at in rows.addressable_devices_indices_map((1, rows.mesh.size)).values()}
+  if len(mine) * jax.process_count() != devices:
+    raise InputError(
+      f"config.mesh: the batch falls into {devices} parts, of which this one of "
+      f"{jax.process_count()} processes holds {len(mine)}; accepted: a mesh whose axes that do not "
+      "split the batch lie within a process"
+    )
   if not parts:
     parts = max(1, size // (devices * max(1, config.input.device_rows)))
   if size % (parts * devices):
@@ -225,9 +253,10 @@ class Report:
   def __init__(self, config: ConfigDict, task: Task, workdir: Path, first: int, total: int):
     self.last: dict[str, float] = {}
     self._config, self._task, self._total = config, task, total
-    self._pending: tuple[int, Metrics] | None = None
-    self._input_seconds = 0.0
-    self._since = time.perf_counter()
+    self._pending: tuple[int, Metrics, tuple[int, int] | None] | None = None
+    self.ledger = Ledger()
+    self._spent, self._since = self.ledger.seconds(), time.perf_counter()
+    self._chip = chip_of(jax.devices()[0])
     self._first = first
     self._leader = jax.process_index() == 0
     if self._leader:
@@ -236,17 +265,10 @@ class Report:
       done = f"resuming after step {first} of {total}" if first else f"{total} steps"
       self._progress.say(f"{workdir}: {done}, {task.data_size} examples")
 
-  def timed(self, fn: Callable, *args: Any) -> Any:
-    """Calls `fn`, counting the time as waiting for input."""
-    start = time.perf_counter()
-    result = fn(*args)
-    self._input_seconds += time.perf_counter() - start
-    return result
-
-  def add(self, step: int, metrics: Metrics) -> None:
-    """Takes the metrics of step `step` (from 1); reads those of the step before."""
+  def add(self, step: int, metrics: Metrics, rows: Rows) -> None:
+    """Takes the metrics of step `step` (from 1) on these host rows; reads those before them."""
     self.flush()
-    self._pending = (step, metrics)
+    self._pending = (step, metrics, self._task.work(rows) if self._task.work else None)
 
   def flush(self) -> None:
     """Waits for the step that is under way and reports it.
@@ -256,61 +278,86 @@ class Report:
     """
     if self._pending is None:
       return
-    step, metrics = self._pending
+    step, metrics, work = self._pending
     self._pending = None
     metrics = jax.device_get(metrics)
     check_metrics(step, metrics)
-    now = time.perf_counter()
+    now, spent = time.perf_counter(), self.ledger.seconds()
+    seconds = now - self._since
     self.last = {
       **{k: v.item() for k, v in metrics.items() if v.ndim == 0 and k != "overflow"},
-      "seconds": now - self._since,
-      "input_seconds": self._input_seconds,
+      "seconds": seconds,
+      **{f"{part}_seconds": spent[part] - self._spent[part] for part in spent if part != "step"},
+      **(self._rates(*work, seconds) if work else {}),
       "epoch": step * self._config.input.batch_size / self._task.data_size,
       "rss_gb": resident_gb(),
       **self._task.counts(),
     }
-    self._since, self._input_seconds = now, 0.0
+    self._since, self._spent = now, spent
     logged = step % self._config.log_steps == 0 or step in (self._first + 1, self._total)
     if self._leader:
       if logged:
         self._writer.write(step, self.last)
       self._progress.update(step, self.last, line=logged)
 
+  def _rates(self, tokens: int, flops: int, seconds: float) -> dict[str, float]:
+    """Of all processes, taking the others' rows to be like these; MFU where the chip is known."""
+    count = jax.process_count()
+    rates = {"tokens_per_second": tokens * count / seconds}
+    if self._chip:
+      peak = self._chip.tflops * 1e12 * jax.device_count()
+      rates["mfu"] = flops * count / seconds / peak
+    return rates
+
   def __enter__(self) -> "Report":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, error, *_) -> None:
     if self._leader:
+      spent = self.ledger.seconds()
+      shares = (f"{part} {s / sum(spent.values()):.0%}" for part, s in spent.items())
+      if error is None:
+        self._progress.say(f"{sum(spent.values()):.0f} s: {', '.join(shares)}")
       self._progress.close()
       self._writer.close()
 
 
 @contextlib.contextmanager
 def stop_signals(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
-  """Gives `stopped(step)`: SIGTERM or Ctrl-C came. A second Ctrl-C interrupts at once."""
+  """Gives `stopped(step)`: SIGTERM or Ctrl-C came. A second Ctrl-C interrupts at once.
+
+  Of several processes all stop at the same step, whichever got the signal.
+  """
   came: list[int] = []
+  several = jax.process_count() > 1
 
   def note(number, frame):
     came.append(number)
     signal.signal(number, before[number])
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)
 
+  # Of several, JAX itself watches for SIGTERM and tells the others.
+  watched = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
   try:
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, note) for s in watched}
   except ValueError:  # not the main thread; signals are somebody else's
     before = {}
   try:
-    if jax.process_count() == 1:
-      yield lambda step: bool(came)
-    else:  # all processes must stop at the same step
-      yield checkpoints.reached_preemption
+    yield checkpoints.reached_preemption if several else lambda step: bool(came)
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
 
 
 def _check_workdir(workdir: Path, config: ConfigDict) -> None:
-  """Refuses a work directory with checkpoints of another config."""
-  workdir.mkdir(parents=True, exist_ok=True)
+  """Refuses a work directory that cannot be written, or with checkpoints of another config."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from error
   file = workdir / "config.json"
   if not any((workdir / "checkpoints").glob("[0-9]*")):
     return

@@ -1,17 +1,20 @@
-"""What a run reports: JSON lines always, TensorBoard, and progress on the terminal."""
+"""What a run reports: JSON lines always, TensorBoard, progress, where the time went, traces."""
 
+import functools
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import rich.console
 import rich.progress
 
+from data_pipes.errors import InputError
 from vr_jax.training.tensorboard import EventWriter
 
 
@@ -75,6 +78,10 @@ class Progress:
   def update(self, step: int, values: Mapping[str, float], line: bool) -> None:
     """Step `step` is done; `line` asks for a log line where there is no bar."""
     shown = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+    if "tokens_per_second" in values:
+      shown += f"  {values['tokens_per_second']:.0f} tok/s"
+    if "mfu" in values:
+      shown += f"  MFU {values['mfu']:.1%}"
     if self._bar:
       self._bar.update(self._task, completed=step, shown=shown)
     elif line:
@@ -107,6 +114,81 @@ class Progress:
     minutes, seconds = divmod(round(per_step * (self._total - step)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Ledger:
+  """Where the wall time of this process went, in seconds.
+
+  Waiting for input and for checkpoints is timed, compiling is what JAX says it took, and the rest
+  is the step's.
+  """
+
+  def __init__(self):
+    _listen()
+    self._began, self._compiled = time.perf_counter(), _compiled[0]
+    self._parts = {"input": 0.0, "checkpoint": 0.0}
+
+  def timed(self, part: str, fn: Callable, *args: Any) -> Any:
+    """Calls `fn`, counting its time as "input" or "checkpoint"."""
+    start = time.perf_counter()
+    result = fn(*args)
+    self._parts[part] += time.perf_counter() - start
+    return result
+
+  def seconds(self) -> dict[str, float]:
+    """So far: step, input, checkpoint, compile."""
+    known = {**self._parts, "compile": _compiled[0] - self._compiled}
+    step = time.perf_counter() - self._began - sum(known.values())
+    return {"step": max(step, 0.0), **known}
+
+
+_compiled = [0.0]
+
+
+@functools.cache
+def _listen() -> None:
+  """Has JAX tell how long it compiles; a listener stays for the life of the process."""
+
+  def listen(event: str, seconds: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/backend_compile"):
+      _compiled[0] += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+class Profiler:
+  """Traces the steps from `window[0]` to `window[1]` (from 1) to a folder; none where it is ().
+
+  Raises:
+    InputError: a window that is neither.
+  """
+
+  def __init__(self, window: Sequence[int], folder: Path):
+    pair = [n for n in window if isinstance(n, int) and n > 0]
+    if window and (len(window) != 2 or len(pair) != 2 or pair[0] > pair[1]):
+      raise InputError(f"config.profile_steps={window!r}: accepted: (first, last), from 1, or ()")
+    self._window, self._folder, self._running = tuple(window), folder, False
+
+  def before(self, step: int, wait: Callable[[], None]) -> None:
+    """Step `step` is about to be drawn; `wait` waits for the one before it."""
+    if self._running and step > self._window[1]:
+      wait()
+      self.close()
+    if self._window and step == self._window[0]:
+      wait()
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+
+  def close(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
 
 def resident_gb() -> float:

@@ -39,7 +39,8 @@ class Optimizer(NamedTuple):
   """AdamW over the trained parameters.
 
   `init(params_train)` gives the state {"mu": tree, "nu": tree}, zeros of the parameters' shapes and
-  of `moments_dtype`; the arithmetic is float32 whatever it is.
+  of `moments_dtype`; the arithmetic is float32 whatever it is. With `ema_decay` it has "ema" too,
+  the running mean of the parameters, which starts as they do.
   `update(grads, state, params_train, step)` gives (params_train, state, metrics) after optimizer
   step `step` (i32, 0-based); metrics: `grad_norm` before clipping, and `lr` (with several groups
   also `lr/<regex>`, `lr` being the first group's). `lrs(step)` gives the latter alone.
@@ -88,8 +89,8 @@ def make_optimizer(
   """The optimizer that a config describes.
 
   Args:
-    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, moments_dtype,
-      input.batch_size.
+    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, ema_decay,
+      moments_dtype, input.batch_size.
     params: all parameters (or their shapes), frozen ones too: the tables are checked against them.
     total_steps: optimizer steps of the whole run.
     data_size: examples in an epoch; only `warmup_epochs` needs it.
@@ -99,6 +100,8 @@ def make_optimizer(
   """
   if config.moments_dtype not in ("float32", "bfloat16"):
     raise InputError(f"config.moments_dtype={config.moments_dtype!r}: accepted: float32, bfloat16")
+  if not 0 <= config.ema_decay < 1:
+    raise InputError(f"config.ema_decay={config.ema_decay}: accepted: from 0 to less than 1")
   table = list(config.schedule)
   rules = _rule_indices(params, table)
   schedules = {}
@@ -123,7 +126,8 @@ def make_optimizer(
 
   def init(params_train):
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.moments_dtype), params_train)
-    return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros)}
+    mean = {"ema": jax.tree.map(jnp.copy, params_train)} if config.ema_decay else {}
+    return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), **mean}
 
   def update(grads, state, params_train, step):
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
@@ -140,11 +144,15 @@ def make_optimizer(
       return p - rate[group_of[path]] * (direction + wd * p)
 
     params_train = jax.tree_util.tree_map_with_path(stepped, params_train, directions)
-    state = {
+    new = {
       name: jax.tree.map(lambda m: m.astype(config.moments_dtype), of)
       for name, of in (("mu", moments.mu), ("nu", moments.nu))
     }
-    return params_train, state, {"grad_norm": norm, **lrs(step)}
+    if config.ema_decay:
+      new["ema"] = jax.tree.map(
+        lambda mean, p: mean + (1 - config.ema_decay) * (p - mean), state["ema"], params_train
+      )
+    return params_train, new, {"grad_norm": norm, **lrs(step)}
 
   return Optimizer(init, update, lrs)
 

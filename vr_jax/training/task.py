@@ -33,6 +33,7 @@ class Task:
       are initialised.
     tokenizer_files, generation: stored in checkpoints for inference.
     counts: numbers to report beside the loss, such as unreadable samples so far.
+    work: rows of a step -> (slots that are not empty, FLOPs that they need), for rates.
     cuts: smaller shapes that micro-batches may be cut to (see `step.Cuts`).
     fields: top-level keys of the config that only this task knows.
   """
@@ -46,6 +47,7 @@ class Task:
   tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   counts: Callable[[], Mapping[str, float]] = dict
+  work: Callable[[Rows], tuple[int, int]] | None = None
   cuts: Cuts | None = None
   fields: tuple[str, ...] = ()
 

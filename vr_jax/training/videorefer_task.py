@@ -43,7 +43,7 @@ from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.variants import get_variant
+from vr_jax.models.variants import get_variant, training_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
@@ -113,6 +113,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     tokenizer_files=files,
     generation=generation(config, tokenizer),
     counts=lambda: {"unreadable": len(failures)},
+    work=functools.partial(work_of, cfg=cfg, trained=trained_parts(config, cfg)),
     cuts=FRAME_CUTS if config.input.accum_steps != 1 else None,
   )
 
@@ -128,6 +129,23 @@ def trained_parts(config: ConfigDict, cfg: VideoReferConfig) -> tuple[str, ...]:
   shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
   trained, _ = split_by_table(shapes, config.schedule)
   return tuple(part for part in PARTS if part in trained)
+
+
+def work_of(rows: Rows, cfg: VideoReferConfig, trained: Sequence[str]) -> tuple[int, int]:
+  """Text and visual slots of host rows [B, ...], and the FLOPs that a step needs for them."""
+  flops = 0
+  for b, frames in enumerate(1 + _last_frame(rows)):
+    segments = rows["segments"][b] if "segments" in rows else np.where(rows["valid"][b], 0, -1)
+    clips = iter(rows["scene"][b].reshape(-1, cfg.num_frames))  # of the samples that have one
+    for number in np.unique(segments[segments >= 0]):
+      slots = segments == number
+      scene_frames = 0
+      if (rows["visual"][b][slots] >= 0).any():
+        scene_frames = 1 if np.ptp(next(clips)) == 0 else cfg.num_frames
+      encoded, frames = (int(frames), 0) if scene_frames else (0, frames)  # once a row
+      supervised = int(rows["supervised"][b][slots].sum())
+      flops += training_flops(cfg, trained, encoded, int(slots.sum()), supervised, scene_frames)
+  return int(rows["valid"].sum()), flops
 
 
 def _frame_sizes(rows: Rows) -> tuple[int, ...]:

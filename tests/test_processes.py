@@ -1,0 +1,179 @@
+"""Runs of several real processes on this machine, started as launch/local.sh starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy_task import EXAMPLES
+
+from data_pipes.errors import InputError
+from vr_jax.configs import load_config
+from vr_jax.training.checkpoint import load_params
+from vr_jax.training.loop import train
+from vr_jax.training.metrics import read_metrics
+from vr_jax.training.processes import differences, found
+
+TESTS = Path(__file__).parent
+CONFIG = str(TESTS / "toy_config.py")
+STEPS = 10
+BATCH = 16
+
+
+def test_found_reads_the_environment():
+  plain = {"VR_COORDINATOR": "10.0.0.1:80", "VR_PROCESSES": "4", "VR_PROCESS": "3"}
+  assert found({}) is None
+  assert found(plain) == {
+    "coordinator_address": "10.0.0.1:80",
+    "num_processes": 4,
+    "process_id": 3,
+  }
+  assert found(plain | {"VR_PROCESSES": "1", "VR_PROCESS": "0"}) is None
+  assert found({"VR_COORDINATOR": "auto", "VR_PROCESSES": ""}) == {}
+  # A step of `srun`, a shell in an allocation, a pod of two hosts, a single TPU host.
+  assert found({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}) == {}
+  assert found({"SLURM_NTASKS": "2"}) is None
+  assert found({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
+  assert found({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"VR_PROCESS": ""}, "VR_COORDINATOR, VR_PROCESSES without VR_PROCESS; accepted: all three"),
+    ({"VR_PROCESS": "2"}, "VR_PROCESS='2' of VR_PROCESSES='2'"),
+    ({"VR_PROCESSES": "two"}, "VR_PROCESSES='two'"),
+    ({"VR_COORDINATOR": "localhost"}, "VR_COORDINATOR='localhost': accepted: HOST:PORT, or auto"),
+  ],
+)
+def test_settings_that_do_not_fit(changed, message):
+  plain = {"VR_COORDINATOR": "localhost:80", "VR_PROCESSES": "2", "VR_PROCESS": "1"}
+  with pytest.raises(InputError, match=message):
+    found(plain | changed)
+
+
+def test_differences_are_named():
+  first = {"config": {"lr": 1.0, "n": {"a": 2}}, "code": "x", "versions": {"jax": "1", "flax": "2"}}
+  assert differences(first, first) == []
+  other = {"config": {"lr": 2.0, "n": {"a": 2}}, "code": "y", "versions": {"jax": "3", "flax": "2"}}
+  assert differences(first, other) == [
+    "config.lr is 2.0, not 1.0",
+    "jax is 3, not 1",
+    "the files of vr_jax, data_pipes or of the task differ",
+  ]
+
+
+def two_processes(tmp_path, workdir, configs=(CONFIG, CONFIG), paths=("", ""), **environment):
+  """(exit codes, stderrs) of `vr train` in two processes of two devices each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes, logs = [], [tmp_path / f"stderr{i}" for i in range(2)]
+  for i, log in enumerate(logs):
+    env = os.environ | {"VR_COORDINATOR": f"localhost:{port}", "VR_PROCESSES": "2"}
+    env |= {"VR_PROCESS": str(i), "VR_HEARTBEAT_SECONDS": "10"}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **environment}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [paths[i], str(TESTS.parent), str(TESTS)]))
+    command = [sys.executable, "-m", "vr_jax", "train", "--config", configs[i]]
+    with open(log, "w") as file:
+      processes.append(
+        subprocess.Popen([*command, "--workdir", workdir], env=env, stderr=file, stdout=file)
+      )
+  try:
+    codes = [process.wait(timeout=300) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return codes, [log.read_text() for log in logs]
+
+
+def drawn(log):
+  """position -> the examples of that global batch, of all processes; the last drawing counts."""
+  batches = {}
+  for line in log.read_text().splitlines():
+    position, examples = json.loads(line)
+    batches.setdefault(position, []).extend(examples)
+  return batches
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """The run of one process that nothing interrupts."""
+  workdir = tmp_path_factory.mktemp("straight")
+  assert train(load_config(CONFIG), workdir).finished
+  return workdir
+
+
+def assert_ends_like(straight, workdir):
+  """The same parameters and losses, up to the order of sums on another number of devices."""
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    load_params(straight),
+    load_params(workdir),
+  )
+  ours, theirs = read_metrics(straight), read_metrics(workdir)
+  assert [m["step"] for m in theirs] == list(range(1, STEPS + 1))
+  np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_one_killed_resume_as_one(straight, tmp_path, monkeypatch):
+  run, before, after = (tmp_path / name for name in ("run", "before", "after"))
+  codes, errors = two_processes(
+    tmp_path, run, TOY_LOG=str(before), TOY_SIGNAL="SIGKILL:7:1", VR_HEARTBEAT_SECONDS="5"
+  )
+  assert codes[1] == -9, errors[1]
+  assert codes[0] != 0, errors[0]
+  # That of step 6 may have been cut short; that of step 3 was complete before 6 was begun.
+  saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+  assert saved in (3, 6)
+
+  monkeypatch.setenv("TOY_LOG", str(after))
+  assert train(load_config(CONFIG), run).finished
+  first, rest = drawn(before), drawn(after)
+  assert sorted(rest) == list(range(saved, STEPS))
+  # Each example once an epoch: before the checkpoint by two processes, after it by one.
+  seen = [n for position in range(saved) for n in first[position]]
+  seen += [n for position in range(saved, STEPS) for n in rest[position]]
+  assert len(seen) == STEPS * BATCH
+  assert [Counter(seen[i : i + EXAMPLES]) for i in (0, EXAMPLES)] == [Counter(range(EXAMPLES))] * 2
+  # What was drawn and lost is drawn again, as the same global batches.
+  for position in range(saved, 7):
+    assert sorted(first[position]) == sorted(rest[position])
+  assert_ends_like(straight, run)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_stop_signal_to_one_process_saves_in_both(straight, tmp_path):
+  codes, errors = two_processes(tmp_path, tmp_path / "run", TOY_SIGNAL="SIGTERM:4:1")
+  assert codes == [143, 143], errors
+  (saved,) = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+  assert 5 <= int(saved) < STEPS
+  assert train(load_config(CONFIG), tmp_path / "run").finished
+  assert_ends_like(straight, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_that_were_not_started_alike_are_refused(tmp_path):
+  other = tmp_path / "other"
+  other.mkdir()
+  for name in ("toy_task.py", "toy.py"):
+    (other / name).write_text((TESTS / name).read_text() + "# changed\n")
+  codes, errors = two_processes(
+    tmp_path, tmp_path / "run", configs=(CONFIG, f"{CONFIG}:lr=0.5"), paths=("", str(other))
+  )
+  assert codes == [2, 2], errors
+  for text in errors:
+    line = next(line for line in text.splitlines() if line.startswith("vr train:"))
+    assert "config.lr is 0.5, not 0.01; the files of vr_jax, data_pipes or of the task" in line
+    assert "Traceback" not in text
+  assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,168 @@
+"""Sweeps: what the members are, that they run, fail, stop and go on, and the table."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipes.errors import InputError
+from vr_jax import cli
+from vr_jax.configs import load_config
+from vr_jax.evaluation.results import Metric, Result, save
+from vr_jax.sweep import read_sweep, unfinished, write_table
+
+TESTS = Path(__file__).parent
+SWEEP = str(TESTS / "sweep_config.py")
+NAMES = ["lr=0.02", "lr=0.02,b2=0.99", "lr=0.005", "lr=0.005,b2=0.99"]
+
+
+def test_members_have_the_configs_that_were_added():
+  members = read_sweep(f"{SWEEP}:epochs=2.0")
+  assert [m.name for m in members] == NAMES
+  config = load_config(members[3].spec, members[3].overrides)
+  assert (config.lr, config.b2, config.total_epochs) == (0.005, 0.99, 2.0)
+  seeds = read_sweep(SWEEP, seeds=2)
+  assert [m.name for m in seeds[:2]] == ["lr=0.02,seed=42", "lr=0.02,seed=43"]
+  assert [load_config(m.spec, m.overrides).seed for m in seeds[:2]] == [42, 43]
+
+
+def sweep_file(tmp_path, body):
+  path = tmp_path / "s.py"
+  config = (
+    "from vr_jax.configs import base_config\ndef get_config(arg=None): return base_config()\n"
+  )
+  path.write_text(config + body)
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  ("body", "message"),
+  [
+    ("", r"s\.py: the file defines no sweep"),
+    ("def sweep(add): pass", "added nothing"),
+    ("def sweep(add):\n  add(lr=1.0)\n  add(lr=1.0)", "added lr=1.0 twice"),
+    ("def sweep(add): add(lrr=1.0)", r"config.lrr is not known; did you mean 'lr'"),
+    ("def sweep(add): add(lr='x')", "config.lr='x': expected float"),
+    (
+      "def sweep(add): add(lr=1.0)\ndef metrics(): return {'m': ('bench-z',)}",
+      "bench-z",
+    ),
+  ],
+)
+def test_a_sweep_that_does_not_fit(tmp_path, body, message):
+  with pytest.raises(InputError, match=message):
+    read_sweep(sweep_file(tmp_path, body))
+
+
+def test_print_gives_commands_that_the_parser_takes(tmp_path, capsys):
+  spec = "ablations:table=7,data=my set"
+  assert cli.main(["sweep", spec, "--workdir", str(tmp_path / "W"), "--via", "print"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line for line in lines if line[0] == "#"] == ["# tokens=8", "# tokens=4", "# tokens=1"]
+  words = [shlex.split(line) for line in lines if line[0] != "#"]
+  assert [w[1] for w in words] == ["train", "eval", "score", "eval", "score"] * 3
+  for line in words:
+    cli.parse(line[1:])
+  assert not (tmp_path / "W").exists()
+
+
+@pytest.mark.parametrize(
+  ("table", "recipe", "count"),
+  [(5, "mini_stages", 1), (6, "mini_stages", 4), (7, "mini_stages", 3), (7, "stage3_instruct", 5)],
+)
+def test_the_ablations_resolve(table, recipe, count):
+  members = read_sweep(f"ablations:table={table},recipe={recipe},data=D")
+  assert len(members) == count
+  first = load_config(members[0].spec, members[0].overrides)
+  assert dict(first.model)["region.tokens"] == (max(8, 32 * (count == 5)) if table == 7 else 4)
+  if table == 6:
+    files = [load_config(m.spec).input.files for m in members]
+    assert [len(names) for names in files] == [1, 2, 3, 4]
+    assert files[0] == ("D/scene_captions.json",)
+
+
+def result(value):
+  of = {"n": 100, "unit": "share"}
+  metrics = [Metric("accuracy", "All", value, ci_low=value - 0.1, ci_high=value + 0.1, **of)]
+  metrics = [Metric(**{**vars(m), "ci_method": "wilson"}) for m in metrics]
+  return Result("bench-q", {}, "strict", metrics, {"total": 100}, [])
+
+
+def test_the_table_has_results_and_reasons(tmp_path):
+  members = read_sweep("ablations:table=7")
+  for member, value in zip(members[:2], (0.5, 0.625), strict=True):
+    home = tmp_path / member.name
+    for mode in ("single", "multi"):
+      save(result(value), home / mode / "strict")
+    (home / "done.json").write_text(json.dumps(member.commands(tmp_path)))
+  failed = tmp_path / members[2].name
+  failed.mkdir()
+  (failed / "failed.json").write_text(json.dumps({"command": [], "code": 2, "line": "no | file"}))
+  assert unfinished(members, tmp_path) == members[2:]
+  text, page = (path.read_text() for path in write_table(members, tmp_path))
+  rows = [line for line in text.splitlines() if line.startswith("| tokens=")]
+  assert rows[2] == "| tokens=1 | failed: no / file |  |  |"
+  assert rows[3:5] == ["| tokens=8 | 50.0 (40.0 – 60.0) |", "| tokens=4 | 62.5 (52.5 – 72.5) |"]
+  assert len(rows) == 7
+  assert page.count("62.5") >= 2
+  assert "no | file" in page
+
+
+def vr(*args):
+  env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+  env |= {"JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(
+    [sys.executable, "-m", "vr_jax", *args],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_sweep_runs_stops_goes_on_and_survives_a_failed_member(tmp_path):
+  sweep = ("sweep", f"{SWEEP}:broken", "--workdir", str(tmp_path))
+  first = vr(*sweep)
+  while not (tmp_path / NAMES[0] / "done.json").exists():
+    assert first.poll() is None, first.communicate()
+    time.sleep(0.1)
+  first.terminate()
+  _, told = first.communicate(timeout=120)
+  assert first.returncode == 143, told
+  assert not (tmp_path / NAMES[2]).exists()
+
+  when = (tmp_path / NAMES[0] / "done.json").stat().st_mtime_ns
+  table, told = (second := vr(*sweep, "--jobs", "2")).communicate(timeout=600)
+  assert second.returncode == 2, told
+  assert (tmp_path / NAMES[0] / "done.json").stat().st_mtime_ns == when
+  rows = dict(line[2:].split(" | ", 1) for line in table.splitlines() if line.startswith("| "))
+  for name in NAMES:
+    assert rows[name].startswith("done | 5 | ")
+  assert "input.batch_size=5 is not divisible" in rows["batch_size=5"]
+  losses = {name: float(rows[name].split(" | ")[2].strip(" |")) for name in NAMES}
+  assert len(set(losses.values())) == 4
+
+
+def test_slurm_queues_members_once_and_the_table_after_them(tmp_path, monkeypatch):
+  for name, script in {
+    "squeue": f'echo "W/{NAMES[0]}"',
+    "sbatch": f'printf "%s\\n" "$*" >> {tmp_path}/queued; wc -l < {tmp_path}/queued',
+  }.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+  options = ("--via", "slurm", "--slurm=--gres=gpu:1")
+  monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+  assert cli.main(["sweep", SWEEP, "--workdir", str(tmp_path / "W"), *options]) == 0
+  *members, table = (tmp_path / "queued").read_text().splitlines()
+  assert [name in line for name, line in zip(NAMES[1:], members, strict=True)] == [True] * 3
+  assert all("--gres=gpu:1" in line for line in members)
+  assert "--dependency=afterany:1:2:3" in table
+  wrapped = shlex.split(members[0].partition("--wrap=exec vr ")[2])
+  assert cli.parse(wrapped).only == NAMES[1]

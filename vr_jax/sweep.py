@@ -1,0 +1,409 @@
+"""`vr sweep`: the members of a config's `sweep(add)`, trained, evaluated and set side by side.
+
+A sweep is a config file with one function more, in big_vision's style, and an optional second one:
+
+    def sweep(add, arg=None):            # each add(...) is a member
+      for lr in (1e-3, 1e-4):
+        add(lr=lr, **{"input.masks": "single"}, **vr_jax.configs.arg(tokens=4))
+
+    def metrics(arg=None):               # what is measured of each: {name: arguments of vr eval}
+      return {"single": ("bench-q", "--data", "set", "--mode", "single")}
+
+`add` takes fields of the config; `arg(...)` gives arguments of `get_config`, after those of the
+sweep itself. W/<name>/ is the work directory of a member, W/<name>/<metric>/ a run of `vr eval`:
+
+W/<name>/log.txt      what its commands printed
+W/<name>/done.json    its commands, when the last of them has ended well
+W/<name>/failed.json  the command that did not, and its last line
+W/sweep.md, .html     the table (and plots) of all members
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipes.errors import InputError
+from vr_jax.configs import find_config, load_config, load_module, nearest, split_spec
+from vr_jax.evaluation.benchmarks import benchmark
+from vr_jax.evaluation.report import render
+from vr_jax.evaluation.report_results import Line, bar_rows, headline_table
+from vr_jax.evaluation.results import Result, load, write
+from vr_jax.training.metrics import read_metrics
+
+TAKEN = ("checkpoints", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
+STOPPED = 143  # what `vr train` ends with when it was told to stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One run of a sweep.
+
+  spec: the config with its arguments. overrides: "config.key=value". metrics: see the module.
+  """
+
+  name: str
+  spec: str
+  overrides: tuple[str, ...]
+  metrics: Mapping[str, Sequence[str]]
+
+  def commands(self, workdir: Path) -> list[list[str]]:
+    """Arguments of `vr`, in order; each goes on where it was stopped."""
+    home = workdir / self.name
+    train = ["train", "--config", self.spec, "--workdir", str(home)]
+    out = [train + [f"--{override}" for override in self.overrides]]
+    for name, args in self.metrics.items():
+      run = str(home / name)
+      out.append(["eval", *args, "--checkpoint", str(home), "--out", run])
+      out.append(["score", args[0], run])
+    return out
+
+
+def command(args: argparse.Namespace) -> int:
+  """`vr sweep`: 0, or the exit code of the first member that failed or was stopped."""
+  members = read_sweep(args.config, args.seeds)
+  path = find_config(split_spec(args.config)[0])
+  workdir = Path(args.workdir or Path("sweeps") / path.stem)
+  if min(args.jobs, args.seeds) < 1:
+    raise InputError("--jobs and --seeds: accepted: at least 1")
+  left = unfinished(members, workdir)
+  if args.via == "print":
+    for member in left:
+      print(f"# {member.name}")
+      print("\n".join(f"vr {shlex.join(words)}" for words in member.commands(workdir)))
+    return 0
+  if args.only:
+    names = [member.name for member in members]
+    if args.only not in names:
+      raise InputError(
+        f"--only {args.only}{nearest(args.only, names)}; members: {', '.join(names)}"
+      )
+    left = [member for member in left if member.name == args.only]
+    return next((code for code in run_local(left, workdir, 1, say) if code), 0)
+  codes = []
+  if not args.table:
+    say(f"{workdir}: {len(members)} members, {len(left)} of them to run")
+    if args.via == "slurm":
+      numbers = run_slurm(args.config, left, workdir, shlex.split(args.slurm), args.seeds)
+      say(f"jobs {', '.join(numbers) or 'none'}; the table follows them: {workdir / 'sweep.md'}")
+      if left:
+        return 0
+    else:
+      codes = run_local(left, workdir, args.jobs, say)
+  table, page = write_table(members, workdir)
+  print(table.read_text(encoding="utf-8"), end="")
+  say(f"{table}, {page}")
+  return next((code for code in codes if code), 0)
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
+  """The members of a sweep: its names are what was added, and `seed=` where there are several.
+
+  Raises:
+    InputError: no sweep in the file, two members of one name, a member whose config does not
+      resolve, a metric that is not one of `vr eval`.
+  """
+  name, own = split_spec(spec)
+  path = find_config(name)
+  module = load_module(path)
+  if not callable(getattr(module, "sweep", None)):
+    raise InputError(f"{path}: the file defines no sweep(add)")
+  added: list[dict[str, Any]] = []
+  _call(module.sweep, own, lambda **values: added.append(values))
+  if not added:
+    raise InputError(f"{path}: sweep(add) added nothing")
+  metrics = _call(module.metrics, own) if hasattr(module, "metrics") else {}
+  for key, args in metrics.items():
+    if re.search(r"[^\w.-]", key) or not args or key in TAKEN:
+      raise InputError(
+        f"{path}: metrics: {key!r}: {args!r}; accepted: a name, arguments of vr eval"
+      )
+    benchmark(args[0])
+  members = []
+  for values in added:
+    arg = values.pop("config_arg", "")
+    words = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
+    base = load_config(_with_arg(path, own, arg), _overrides(values))
+    for n in range(seeds):
+      both = {**values, "seed": base.seed + n} if seeds > 1 else values
+      seed = [f"seed={base.seed + n}"] if seeds > 1 else []
+      title = ",".join([*filter(None, [arg]), *words, *seed])
+      title = re.sub(r"[^\w.,=+-]+", "_", title) or "base"
+      members.append(Member(title, _with_arg(path, own, arg), _overrides(both), dict(metrics)))
+  names = [member.name for member in members]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise InputError(f"{path}: sweep(add) added {', '.join(twice)} twice")
+  return members
+
+
+def run_member(
+  member: Member, workdir: Path, watch: Callable[[subprocess.Popen | None], None] = lambda p: None
+) -> int:
+  """Runs what is left of a member's commands; the exit code of the one that failed, or 0.
+
+  `watch` is told the process that runs, and None when it has ended.
+  """
+  home, commands = workdir / member.name, member.commands(workdir)
+  home.mkdir(parents=True, exist_ok=True)
+  (home / "failed.json").unlink(missing_ok=True)
+  for command in commands:
+    with open(home / "log.txt", "a+b") as log:
+      log.write(f"$ vr {shlex.join(command)}\n".encode())
+      log.flush()
+      process = subprocess.Popen(
+        [sys.executable, "-m", "vr_jax", *command], stdout=log, stderr=subprocess.STDOUT
+      )
+      watch(process)
+      code = process.wait()
+      code = 128 - code if code < 0 else code  # of a signal, as a shell tells it
+      watch(None)
+    if code:
+      if code not in (STOPPED, 130):
+        failure = {"command": command, "code": code, "line": _last_line(home / "log.txt")}
+        write(home / "failed.json", json.dumps(failure, indent=2) + "\n")
+      return code
+  write(home / "done.json", json.dumps(commands, indent=2) + "\n")
+  return 0
+
+
+def unfinished(members: Sequence[Member], workdir: Path) -> list[Member]:
+  """The members that have not ended well, or did so with other commands."""
+
+  def done(member: Member) -> bool:
+    file = workdir / member.name / "done.json"
+    return file.is_file() and json.loads(file.read_text()) == member.commands(workdir)
+
+  return [member for member in members if not done(member)]
+
+
+def run_local(
+  members: Sequence[Member], workdir: Path, jobs: int, say: Callable[[str], None]
+) -> list[int]:
+  """Runs members in processes of this machine, `jobs` at a time; their exit codes.
+
+  One that fails does not stop the others. SIGTERM and Ctrl-C stop all, which save.
+  """
+  running: dict[int, subprocess.Popen] = {}
+  stopping = threading.Event()
+
+  def stop(*_) -> None:
+    stopping.set()
+    for process in list(running.values()):
+      process.terminate()
+
+  def one(index: int) -> int:
+    member = members[index]
+
+    def watch(process: subprocess.Popen | None) -> None:
+      if process is None:
+        running.pop(index, None)
+      else:
+        running[index] = process
+        if stopping.is_set():
+          process.terminate()
+
+    if stopping.is_set():
+      return STOPPED
+    say(f"{member.name}: {workdir / member.name / 'log.txt'}")
+    code = run_member(member, workdir, watch)
+    ended = {0: "done", STOPPED: "stopped"}.get(code, f"failed with exit code {code}")
+    say(f"{member.name}: {ended}")
+    return code
+
+  with _handled(stop), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    return list(pool.map(one, range(len(members))))
+
+
+@contextlib.contextmanager
+def _handled(stop: Callable) -> Iterator[None]:
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  main = threading.current_thread() is threading.main_thread()
+  before = {number: signal.signal(number, stop) for number in numbers} if main else {}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def slurm_commands(
+  spec: str, members: Sequence[Member], workdir: Path, options: Sequence[str], seeds: int
+) -> list[list[str]]:
+  """`sbatch` of each member; what it wraps is `vr sweep` with `--only`."""
+  again = ["vr", "sweep", spec, "--workdir", str(workdir), "--seeds", str(seeds)]
+  return [
+    [
+      "sbatch", "--parsable", "--requeue", "--open-mode=append", "--signal=B:TERM@300",
+      f"--job-name={job_name(member, workdir)}", f"--output={workdir / member.name / 'slurm.log'}",
+      *options, f"--wrap={shlex.join(['exec', *again, '--only', member.name])}",
+    ]
+    for member in members
+  ]  # fmt: skip
+
+
+def job_name(member: Member, workdir: Path) -> str:
+  return f"{workdir.resolve().name}/{member.name}"
+
+
+def run_slurm(
+  spec: str, members: Sequence[Member], workdir: Path, options: Sequence[str], seeds: int
+) -> list[str]:
+  """Queues the members that are not in the queue yet; the numbers of their jobs.
+
+  The table is made by a job that waits for them.
+
+  Raises:
+    InputError: no Slurm here, or it refuses a job.
+  """
+  listed = _slurm(["squeue", "--me", "--noheader", "--format=%j"]).splitlines()
+  members = [m for m in members if job_name(m, workdir) not in {line.strip() for line in listed}]
+  numbers = []
+  for member, command in zip(
+    members, slurm_commands(spec, members, workdir, options, seeds), strict=True
+  ):
+    (workdir / member.name).mkdir(parents=True, exist_ok=True)
+    numbers.append(_slurm(command).strip().partition(";")[0])
+  if numbers:
+    table = ["vr", "sweep", spec, "--workdir", str(workdir), "--seeds", str(seeds), "--table"]
+    after = f"--dependency=afterany:{':'.join(numbers)}"
+    log = f"--output={workdir / 'table.log'}"
+    _slurm(["sbatch", after, log, *options, f"--wrap={shlex.join(table)}"])
+  return numbers
+
+
+def _slurm(command: Sequence[str]) -> str:
+  try:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+  except FileNotFoundError:
+    raise InputError(f"--via slurm: no {command[0]} here; accepted: local, print") from None
+  except subprocess.CalledProcessError as error:
+    said = " ".join(error.stderr.split())
+    raise InputError(f"--via slurm: {command[0]} ended with {error.returncode}: {said}") from None
+
+
+# --- The table.
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """One metric: what `vr report` shows of the members' results, without the paper's rows."""
+
+  name: str
+  title: str
+  columns: Sequence[str]
+  lines: Sequence[Line]
+  bars: Sequence[tuple[str, Sequence[Any]]]
+  top: str
+
+
+def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
+  """Writes sweep.md and sweep.html; the members that have no results are listed with the reason."""
+  states = [(member.name, *_state(member, workdir)) for member in members]
+  sections = [s for s in (_section(n, members, workdir) for n in _metric_names(members)) if s]
+  text = "\n".join(_markdown(workdir.resolve().name, states, sections)) + "\n"
+  write(workdir / "sweep.md", text)
+  page = render(
+    workdir / "sweep.html",
+    "sweep.html.j2",
+    title=workdir.resolve().name,
+    states=states,
+    sections=sections,
+    count=len(members),
+  )
+  return [workdir / "sweep.md", page]
+
+
+def _metric_names(members: Sequence[Member]) -> list[str]:
+  return list(dict.fromkeys(name for member in members for name in member.metrics))
+
+
+def _state(member: Member, workdir: Path) -> tuple[str, str, str]:
+  """(how far a member is, its steps, its last loss)."""
+  home = workdir / member.name
+  lines = read_metrics(home) if (home / "metrics.jsonl").is_file() else []
+  steps, loss = (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("", "")
+  if (home / "failed.json").is_file():
+    failure = json.loads((home / "failed.json").read_text())
+    return f"failed: {failure['line']}", steps, loss
+  if not unfinished([member], workdir):
+    return "done", steps, loss
+  return "under way" if lines else "not started", steps, loss
+
+
+def _section(metric: str, members: Sequence[Member], workdir: Path) -> Section | None:
+  found: list[tuple[str, Result]] = []
+  for member in members:
+    folders = sorted((workdir / member.name / metric).glob("*/result.json"))
+    if folders and (workdir / member.name / "done.json").is_file():
+      found.append((member.name, load(folders[0].parent)))
+  if not found:
+    return None
+  labels, results = [name for name, _ in found], [result for _, result in found]
+  of = benchmark(results[0].benchmark)
+  columns, lines = headline_table(of, results, labels)
+  top = "5 points" if of.kind == "judged" else "100 %"
+  ours = [line for line in lines if not line.paper]
+  # The paper's values are of other questions, or stand in the paper's own table.
+  bars = [
+    (name, [dataclasses.replace(bar, reference=None) for bar in row])
+    for name, row in bar_rows(of, results, labels)
+  ]
+  return Section(metric, of.title, columns, ours, bars, top)
+
+
+def _markdown(
+  title: str, states: Sequence[tuple[str, str, str, str]], sections: Sequence[Section]
+) -> Iterator[str]:
+  yield f"# {title}"
+  yield ""
+  yield "| member | state | steps | last loss |"
+  yield "|---|---|---|---|"
+  for state in states:
+    yield f"| {' | '.join(cell.replace('|', '/') for cell in state)} |"
+  for section in sections:
+    yield ""
+    yield f"## {section.name}: {section.title}"
+    yield ""
+    yield f"| member | {' | '.join(section.columns)} |"
+    yield "|---|" + "---|" * len(section.columns)
+    for line in section.lines:
+      cells = [f"{c.text} ({c.note})" if c.note else c.text for c in line.cells]
+      yield f"| {line.name} | {' | '.join(cells)} |"
+
+
+# --- Reading the file.
+
+
+def _call(function: Callable, arg: str | None, *args: Any) -> Any:
+  """`function(*args)`, with the sweep's argument where it takes one more."""
+  takes = len(inspect.signature(function).parameters) > len(args)
+  return function(*args, arg) if takes else function(*args)
+
+
+def _with_arg(path: Path, *args: str | None) -> str:
+  joined = ",".join(filter(None, args))
+  return f"{path}:{joined}" if joined else str(path)
+
+
+def _overrides(values: Mapping[str, Any]) -> tuple[str, ...]:
+  return tuple(f"config.{key}={value}" for key, value in values.items())
+
+
+def _last_line(log: Path) -> str:
+  lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+  return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]

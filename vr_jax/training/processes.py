@@ -1,0 +1,140 @@
+"""The processes of one run: how they find each other, and that they all run the same thing.
+
+    VR_COORDINATOR=HOST:PORT VR_PROCESSES=N VR_PROCESS=I   process I of N; process 0 listens there
+    VR_COORDINATOR=auto                                    JAX asks the machine: TPU pod, Slurm, MPI
+    a Slurm step of several tasks, several TPU workers     the same, without being told
+    none of these                                          one process
+
+Process 0 holds the coordination service. A process that is not heard of for VR_HEARTBEAT_SECONDS
+(default 100) ends all of them; the run goes on from its last checkpoint when it is started again.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from data_pipes.errors import InputError
+from vr_jax.configs import diff, from_json, to_json
+from vr_jax.training.checkpoint import package_versions
+
+_PLAIN = ("VR_COORDINATOR", "VR_PROCESSES", "VR_PROCESS")
+
+
+def join(environ: Mapping[str, str] = os.environ) -> None:
+  """Joins the other processes of the run, if there are any; before JAX looks at its devices.
+
+  Raises:
+    InputError: settings that say something impossible.
+  """
+  arguments = found(environ)
+  if arguments is None:
+    return
+  seconds = environ.get("VR_HEARTBEAT_SECONDS", "100")
+  if not seconds.isdecimal() or int(seconds) < 1:
+    raise InputError(f"VR_HEARTBEAT_SECONDS={seconds!r}: accepted: whole seconds, at least 1")
+  jax.distributed.initialize(
+    **arguments, heartbeat_timeout_seconds=int(seconds), shutdown_timeout_seconds=60
+  )
+
+
+def found(environ: Mapping[str, str]) -> dict[str, Any] | None:
+  """What the environment says, as arguments of `jax.distributed.initialize`; None: one process.
+
+  Raises:
+    InputError: some of the VR_ variables are missing, or out of range.
+  """
+  coordinator = environ.get("VR_COORDINATOR")
+  if coordinator == "auto":
+    return {}
+  if given := [name for name in _PLAIN if environ.get(name)]:
+    if len(given) < len(_PLAIN):
+      missing = ", ".join(name for name in _PLAIN if name not in given)
+      raise InputError(
+        f"{', '.join(given)} without {missing}; accepted: all three, or VR_COORDINATOR=auto"
+      )
+    count, index = environ["VR_PROCESSES"], environ["VR_PROCESS"]
+    host, colon, port = environ["VR_COORDINATOR"].rpartition(":")
+    if not (host and colon and port.isdecimal()):
+      raise InputError(f"VR_COORDINATOR={coordinator!r}: accepted: HOST:PORT, or auto")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+      raise InputError(
+        f"VR_PROCESS={index!r} of VR_PROCESSES={count!r}: accepted: 0 to VR_PROCESSES - 1"
+      )
+    numbers = {"num_processes": int(count), "process_id": int(index)}
+    return {"coordinator_address": coordinator, **numbers} if int(count) > 1 else None
+  tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")  # of `srun`; a shell in an allocation has none
+  workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  return {} if tasks != "1" or len(workers) > 1 else None
+
+
+def agree(config: ConfigDict) -> None:
+  """Waits for all processes, and refuses to run where they were not started alike.
+
+  Raises:
+    InputError: they have different configs, code or versions; the same line in all of them.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = {
+    "host": socket.gethostname(),
+    "config": json.loads(to_json(config)),
+    "code": code_digest(config.task),
+    "versions": package_versions(),
+  }
+  first, *others = (json.loads(text) for text in gather(json.dumps(mine)))
+  for index, other in enumerate(others, 1):
+    if found := differences(first, other):
+      raise InputError(
+        f"process {index} ({other['host']}) does not run what process 0 ({first['host']}) runs: "
+        f"{'; '.join(found)}; start all with the same command and the same installation"
+      )
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+  """What two processes told `agree`, compared, in words; the host aside."""
+  a, b = (from_json(json.dumps(told["config"])) for told in (first, other))
+  lines = [f"config.{key} is {there!r}, not {here!r}" for key, (here, there) in diff(a, b).items()]
+  versions = {*first["versions"].items()} ^ {*other["versions"].items()}
+  for package in sorted({name for name, _ in versions}):
+    here, there = (told["versions"].get(package) for told in (first, other))
+    lines.append(f"{package} is {there}, not {here}")
+  if first["code"] != other["code"]:
+    lines.append("the files of vr_jax, data_pipes or of the task differ")
+  return lines
+
+
+def gather(text: str) -> list[str]:
+  """The texts that the processes give, in their order, in each of them."""
+  data = np.frombuffer(text.encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.asarray(len(data), np.int32)).ravel()
+  padded = np.zeros(lengths.max(), np.uint8)
+  padded[: len(data)] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [bytes(row[:n]).decode() for row, n in zip(np.asarray(rows), lengths, strict=True)]
+
+
+def code_digest(task: str) -> str:
+  """A digest of all Python files of this package, of data_pipes and of the module of a task."""
+  code = hashlib.blake2b(digest_size=16)
+  for package in ("vr_jax", "data_pipes"):
+    spec = importlib.util.find_spec(package)
+    _digest(code, Path(spec.submodule_search_locations[0]).rglob("*.py"))
+  module = importlib.util.find_spec(task.partition(":")[0]) if ":" in task else None
+  if module is not None and module.origin:
+    _digest(code, [Path(module.origin)])
+  return code.hexdigest()
+
+
+def _digest(code: Any, files: Sequence[Path]) -> None:
+  for file in sorted(files):
+    code.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
