@@ -11,7 +11,7 @@ say which it did. Bench-D needs a judge: `vr eval bench-d` on the members (W/tab
 
 On the embedded set (the default; W/set is that of `vr quickstart`) a member starts from the
 packaged vr-mini without its region encoder, which learns anew, so that no u has a head start. Its
-rows have 8 mask frames at most, which bounds u. Time and result: docs/scaling.md.
+rows have 8 mask frames at most, which bounds u. Not run to its end yet (2026-11-24).
 """
 
 from ml_collections import ConfigDict
