@@ -1,5 +1,6 @@
 """Asking the tiny published checkpoint through Python and through the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax import cli
+from vr_jax.interop.convert import convert
 
 QUESTION = "What is <region> doing?"
 
@@ -141,6 +143,34 @@ def test_a_checkpoint_that_is_none(tmp_path, capsys):
   assert "vr-mini" in capsys.readouterr().err
   assert cli.main([*command, str(tmp_path)]) == 2
   assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def convert_quietly(golden):
+  def run(dst, to):
+    source = golden / "tiny_videorefer_qwen2"
+    convert(source, dst, to, logits="never", report=lambda line: None)
+    return dst
+
+  return run
+
+
+@pytest.mark.parametrize("to", ["vr", "torch"])
+def test_every_folder_with_a_whole_model_gives_the_same_answer(
+  to, convert_quietly, model, clip, tmp_path
+):
+  converted = vr_jax.load(convert_quietly(tmp_path / "out", to))
+  assert converted.cfg == dataclasses.replace(model.cfg, name=converted.cfg.name)
+  one, other = (m.ask(clip, QUESTION, [box()], max_new_tokens=16) for m in (model, converted))
+  assert (one.text, one.token_ids) == (other.text, other.token_ids)
+
+
+def test_weights_that_are_no_whole_model_are_refused(convert_quietly, golden, tmp_path):
+  tower = golden / "tiny_videorefer_qwen2" / "siglip_vision_tower"
+  with pytest.raises(InputError, match="holds img and no connector, region, llm: not a whole"):
+    vr_jax.load(tower)
+  with pytest.raises(InputError, match=r"big_vision npz without tokenizer files; accepted: a work"):
+    vr_jax.load(convert_quietly(tmp_path / "out.npz", "big_vision"))
 
 
 def test_a_truncated_published_checkpoint_is_named(golden, tmp_path):

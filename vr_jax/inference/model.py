@@ -35,6 +35,10 @@ from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.sharding import path_names
 
 WEIGHTS = ("float32", "bfloat16", "int8")
+MODELS = (
+  "a work directory or checkpoint of vr train, a folder of the published VideoRefer or of "
+  "vr convert --to torch, or a packaged model"
+)
 TOGETHER = 32  # questions about one video that are read and encoded together
 READERS = min(8, os.cpu_count() or 1)  # threads that decode videos ahead
 
@@ -579,14 +583,17 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   """Loads a model.
 
   Args:
-    source: a work directory of `vr train` or one of its checkpoints, a folder of the published
-      VideoRefer, or the name of a packaged model. None is the packaged `vr-mini`.
+    source: any weights that hold a whole model and its tokenizer (`interop.sources.open_source`): a
+      work directory of `vr train` or one of its checkpoints, a folder of the published VideoRefer
+      or of `vr convert --to torch`; or the name of a packaged model. None is the packaged
+      `vr-mini`.
     **options: weights, mesh and memory_limit of `Model`.
 
   Raises:
-    InputError: nothing there that is a model.
+    InputError: nothing there that is a model, parts of one alone, or no tokenizer.
   """
-  from vr_jax.interop import videorefer
+  from vr_jax.interop.sources import open_source
+  from vr_jax.interop.table import arrays, nested
   from vr_jax.training import checkpoint
 
   name = VR_MINI.name if source is None else str(source)
@@ -598,21 +605,17 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
       f"{name} is a demonstration model, trained on small synthetic videos of moving shapes; "
       "its answers about other videos mean nothing"
     )
-  if videorefer.is_published(path):
-    published = videorefer.load(path)
-    return Model(
-      published.config,
-      published.params,
-      Tokenizer.from_folder(path),
-      dataclasses.asdict(published.generation),
-      **options,
-    )
   if not path.exists():
     raise InputError(
-      f"checkpoint {name!r}: no such folder; accepted: a work directory or checkpoint of vr train, "
-      f"a folder of the published VideoRefer, or a packaged model ({', '.join(packaged())})"
+      f"checkpoint {name!r}: no such folder; accepted: {MODELS} ({', '.join(packaged())})"
     )
-  read = checkpoint.load_for_inference(path)
-  cfg = VideoReferConfig.from_dict(read.model)
-  tokenizer = checkpoint.make_tokenizer(read.tokenizer_files)
-  return Model(cfg, read.params, tokenizer, read.generation, notice, **options)
+  opened = open_source(path)
+  cfg = opened.model_config()
+  if not opened.tokenizer_files:
+    raise InputError(f"{path}: {opened.kind} without tokenizer files; accepted: {MODELS}")
+  if checkpoint.is_checkpoint(path):  # whose arrays Orbax reads side by side
+    params = checkpoint.load_for_inference(path).params
+  else:
+    params = nested(arrays(opened.params))
+  tokenizer = checkpoint.make_tokenizer(opened.tokenizer_files)
+  return Model(cfg, params, tokenizer, opened.generation, notice, **options)
