@@ -17,6 +17,7 @@ from test_interop_videorefer import model, random_params, write
 
 from data_pipes.errors import InputError
 from vr_jax import cli
+from vr_jax.evaluation.parity import PASS, run_parity
 from vr_jax.interop import convert as conversion
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
@@ -64,6 +65,23 @@ def test_the_golden_folder_goes_in_and_out_and_back_bit_identically(golden, ours
   a, b = load_params(ours), load_params(tmp_path / "again")
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert {str(x.dtype) for x in jax.tree.leaves(a)} == {"bfloat16"}
+
+
+def test_the_written_folder_gives_the_recorded_logits_and_tokens(golden, ours, tmp_path):
+  """`vr parity` of the published code's outputs on what `--to videorefer` wrote."""
+  convert(ours, tmp_path / "tiny_videorefer_qwen2", "videorefer", logits="never", **QUIET)
+  (tmp_path / "arrays").symlink_to(golden / "arrays")
+  index = json.loads((golden / "cases.json").read_text())
+  stages = [stage for stage in index["stages"] if stage["stage"] in ("05_forward", "07_generate")]
+  for stage in stages:
+    stage["npz"] = f"arrays/{stage['stage']}_complete.npz"
+    held = {key.split("/")[0] for key in np.load(golden / stage["npz"])}
+    stage["cases"] = [case for case in stage["cases"] if case["id"] in held]
+  (tmp_path / "cases.json").write_text(json.dumps(index | {"stages": stages}))
+  results = run_parity(tmp_path, ["05_forward", "07_generate"])
+  assert [result for result in results if result.status != PASS] == []
+  cases = "i_multi_frame i_two_regions multi_frame multi_object image_region long"
+  assert [result.case for result in results] == cases.split()
 
 
 def test_a_converted_checkpoint_is_one_like_any_other(golden, ours):
