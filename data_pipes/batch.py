@@ -7,7 +7,6 @@ size in pixels, L sequence slots, U tokens kept per object, V scene tokens.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from data_pipes.errors import InputError
@@ -192,6 +191,8 @@ def empty_row(shape: RowShape) -> Row:
   """A row with nothing in it: no valid slot, nothing supervised."""
   packed = {"segments": np.full(shape.length, -1, np.int32)} if shape.clips else {}
   if shape.feature_width:
+    import ml_dtypes  # here, as environments with PyTorch alone lack it
+
     kept = (shape.objects, shape.tokens_per_object)
     objects = {
       "object_tokens": np.zeros((*kept, shape.feature_width), ml_dtypes.bfloat16),

@@ -1,7 +1,9 @@
 """Every format's table is a bijection with the parameters of every registered variant."""
 
+import ast
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -148,3 +150,21 @@ def test_adapters_survive_the_peft_format_and_merge_as_their_product(name, tmp_p
     else:
       np.testing.assert_array_equal(new[tensor], old[tensor], err_msg=tensor)
   assert adapted == 2 * 7
+
+
+# --- The folder for PyTorch -------------------------------------------------------------------
+
+
+def test_the_code_of_a_torch_folder_imports_what_the_docs_name_and_nothing_else():
+  code = torch_folder.code()
+  needed = set()
+  for name, text in code.items():
+    for node in ast.parse(text).body:
+      if isinstance(node, ast.ImportFrom) and node.level:
+        assert f"{node.module}.py" in code, name
+      elif isinstance(node, ast.ImportFrom):
+        needed.add(node.module.split(".")[0])
+      elif isinstance(node, ast.Import):
+        needed |= {alias.name.split(".")[0] for alias in node.names}
+  needed -= sys.stdlib_module_names
+  assert needed == {"torch", "transformers", "numpy", "av", "PIL", "tokenizers", "jinja2"}
