@@ -193,6 +193,10 @@ def test_prefix_sees_itself_and_the_rest_is_causal():
   expected = np.tri(5, dtype=bool)
   expected[:3, :3] = True
   np.testing.assert_array_equal(mask, expected)
+  # A window cuts what comes behind the prefix, not the prefix.
+  mask = visible(positions, positions, window=2, prefix=jnp.array([3]))[0]
+  expected[3:] &= ~np.tri(5, k=-2, dtype=bool)[3:]
+  np.testing.assert_array_equal(mask, expected)
 
   cfg = dataclasses.replace(FAMILIES["gemma"], prefix_lm=True)
   params, (tokens, positions) = init(cfg), example(cfg)

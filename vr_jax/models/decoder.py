@@ -152,12 +152,16 @@ def visible(
 ) -> Bool[Array, "B L S"]:
   """Which keys a query sees, from positions alone (-1: padding or empty, never seen).
 
-  Causal; slots below `prefix` see all slots below it; `window` w keeps keys closer than w.
+  Causal; `window` w keeps keys closer than w; slots below `prefix` see all slots below it, however
+  far: no window cuts a prefix (as transformers runs PaliGemma 2).
   """
-  horizon = positions if prefix is None else jnp.maximum(positions, prefix[:, None] - 1)
   q, k = positions[:, :, None], key_positions[:, None, :]
-  mask = (k >= 0) & (k <= horizon[:, :, None])
-  return mask if window is None else mask & (jnp.abs(q - k) < window)
+  mask = k <= q
+  if window is not None:
+    mask &= q - k < window
+  if prefix is not None:
+    mask |= jnp.maximum(q, k) < prefix[:, None, None]
+  return mask & (k >= 0)
 
 
 def rotate(
