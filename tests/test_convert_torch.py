@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -13,10 +13,10 @@ import pytest
 from test_interop_videorefer import model, random_params
 
 from data_pipes.errors import InputError
-from vr_jax.interop import proof
+from vr_jax.interop import hf_decoder, peft, proof
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import Safetensors, arrays, nested
+from vr_jax.interop.table import Safetensors, Tree, arrays, nested
 from vr_jax.models.connector import KINDS
 from vr_jax.models.variants import DECODERS
 from vr_jax.training.checkpoint import export, make_meta, read_tokenizer_files
@@ -74,13 +74,111 @@ def test_decoders_of_transformers_go_in_and_out_with_equal_logits(family, tmp_pa
   assert found["greedy_equal"] == 32
   parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
   assert parity["bit_identical"]
+  assert parity["logits"]["decoder"]["tolerance"] == TOLERANCE
   assert parity["logits"]["decoder"]["max_abs"] < TOLERANCE
   assert parity["logits"]["decoder"]["greedy_equal"] == 32
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_siglip_goes_in_and_out_with_equal_features(whole, tmp_path):
-  """SigLIP 2 of fixed resolution has the same architecture and model_type."""
+def test_a_cast_to_half_precision_is_held_to_its_own_tolerance(tmp_path):
+  import transformers
+
+  config = transformers.AutoConfig.for_model("qwen2", **DECODER_CONFIGS["qwen2"])
+  randomised(transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "a")
+  parity = convert(tmp_path / "a", tmp_path / "b", "hf", dtype="bfloat16", **QUIET)
+  assert parity["passed"]
+  found = parity["logits"]["decoder"]
+  assert found["tolerance"] == proof.TOLERANCE["half"]
+  assert TOLERANCE < found["relative"] < found["tolerance"]
+
+
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def merge_with_peft(folder, adapter, merged):
+  """peft's own merge of a base and an adapter as a folder, which has the logits of the two."""
+  import torch
+  import transformers
+  from peft import PeftModel
+
+  base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  ids = torch.arange(12)[None]
+  with torch.no_grad():
+    before = base(ids).logits
+    both = PeftModel.from_pretrained(base, adapter).eval()
+    after = both(ids).logits
+  assert (after - before).abs().max() > 0.1
+  both.merge_and_unload().save_pretrained(merged)
+  again = transformers.AutoModelForCausalLM.from_pretrained(merged)
+  with torch.no_grad():
+    np.testing.assert_allclose(again(ids).logits, after, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  ("family", "options"),
+  [
+    ("qwen2", {"target_modules": MATRICES}),
+    ("qwen2", {}),  # peft's own choice: q_proj and v_proj
+    ("gemma3_text", {"target_modules": MATRICES, "layers_to_transform": [0, 2]}),
+  ],
+)
+def test_an_adapter_of_peft_merges_to_its_logits(family, options, tmp_path):
+  import torch
+  import transformers
+  from peft import LoraConfig, get_peft_model
+
+  config = transformers.AutoConfig.for_model(family, **DECODER_CONFIGS[family])
+  module = randomised(transformers.AutoModelForCausalLM.from_config(config))
+  module.save_pretrained(tmp_path / "base")
+  options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12} | options
+  adapted = get_peft_model(module, LoraConfig(**options))
+  with torch.no_grad():
+    for name, parameter in adapted.named_parameters():
+      if "lora_" in name:
+        parameter.copy_(torch.randn_like(parameter) * 0.1)
+  adapted.save_pretrained(tmp_path / "adapter")
+  merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
+  convert(
+    tmp_path / "base", tmp_path / "vr", "vr", adapter=tmp_path / "adapter", logits="never", **QUIET
+  )
+  found = proof.decoder_logits(open_source(tmp_path / "vr"), tmp_path / "theirs")
+  assert found["max_abs"] < TOLERANCE
+  assert found["greedy_equal"] == 32
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_peft_reads_our_adapter(family, tmp_path):
+  import transformers
+
+  config = transformers.AutoConfig.for_model(family, **DECODER_CONFIGS[family])
+  module = randomised(transformers.AutoModelForCausalLM.from_config(config))
+  module.save_pretrained(tmp_path / "base")
+  source = open_source(tmp_path / "base")
+  cfg = source.parts["llm"]
+  rng = np.random.default_rng(0)
+  paths = [
+    path for path in hf_decoder.decoder_shapes(cfg) if re.search(r"einsum(/w)?$|linear", path)
+  ]
+  shapes = peft.adapter_shapes(cfg, 4, dict.fromkeys(paths))
+  factors = {p: (rng.normal(size=s) * 0.1).astype(np.float32) for p, s in shapes.items()}
+  peft.write_adapter(tmp_path / "adapter", cfg, factors, alpha=12)
+  merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
+  merged = peft.Merged(source.params, cfg, peft.Adapter(Tree(factors), 4, 12))
+  found = proof.decoder_logits(dataclasses.replace(source, params=merged), tmp_path / "theirs")
+  assert found["max_abs"] < TOLERANCE
+  assert found["greedy_equal"] == 32
+
+
+TEXT_HALVES = {
+  "a tower alone": None,
+  "SigLIP": {"hidden_size": 32, "vocab_size": 50},
+  # Of fixed resolution: transformers' SiglipModel as well, with Gemma's vocabulary and, in the
+  # largest, a text half of another width than the tower's.
+  "SigLIP 2": {"hidden_size": 24, "projection_size": 32, "vocab_size": 99},
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_HALVES)
+def test_siglip_goes_in_and_out_with_equal_features(kind, tmp_path):
   import transformers
 
   vision = {
@@ -91,14 +189,22 @@ def test_siglip_goes_in_and_out_with_equal_features(whole, tmp_path):
     "image_size": 40,
     "patch_size": 8,
   }
-  if whole:
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
-    text |= {"intermediate_size": 40, "num_attention_heads": 2}
+  text = TEXT_HALVES[kind]
+  if whole := text is not None:
+    text = text | {"intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = transformers.SiglipConfig(vision_config=vision, text_config=text)
     module = transformers.SiglipModel(config)
   else:
     module = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
   randomised(module).save_pretrained(tmp_path / "theirs")
+  if whole:  # released files name the model types and what differs from the defaults
+    fields = {
+      "architectures": ["SiglipModel"],
+      "model_type": "siglip",
+      "text_config": {"model_type": "siglip_text_model"} | text,
+      "vision_config": {"model_type": "siglip_vision_model"} | vision,
+    }
+    (tmp_path / "theirs/config.json").write_text(json.dumps(fields))
   convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)
   source = open_source(tmp_path / "vr")
   assert source.parts["img"].pool
@@ -123,9 +229,7 @@ def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
 
   vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48}
   vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-  # Prefixes are shorter than the window in every PaliGemma 2; big_vision has no window at all.
   text = DECODER_CONFIGS[family] | {"model_type": family}
-  text |= {"sliding_window": 64} if family == "gemma2" else {}
   config = transformers.PaliGemmaConfig(
     vision_config=vision | {"vision_use_head": False, "projection_dim": 32},
     text_config=text,
@@ -141,8 +245,9 @@ def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
   assert list(source.parts) == ["img", "connector", "llm"]
   assert source.parts["llm"].prefix_lm
   pixels = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
-  words = np.random.default_rng(1).integers(0, 90, (1, 6))
-  ours = paligemma_logits(source, pixels, words)
+  words = np.random.default_rng(1).integers(0, 90, (1, 14))
+  prefix = 16 + 4  # of 30 slots; Gemma 2's window here is 8
+  ours = paligemma_logits(source, pixels, words, prefix)
   convert(tmp_path / "vr", tmp_path / "out", "hf", logits="never", **QUIET)
   again = kind.from_pretrained(tmp_path / "out", **eager)
   ids = torch.cat([torch.full((1, 16), 95), torch.from_numpy(words)], 1)
@@ -152,12 +257,12 @@ def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
         input_ids=ids,
         pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2)),
         attention_mask=torch.ones_like(ids),
-        token_type_ids=torch.zeros_like(ids),
+        token_type_ids=(torch.arange(ids.shape[1]) >= prefix).long()[None],
       ).logits
     np.testing.assert_allclose(ours, logits.numpy(), atol=TOLERANCE)
 
 
-def paligemma_logits(source, pixels, words):
+def paligemma_logits(source, pixels, words, prefix):
   """The three parts of a PaliGemma, run by our modules."""
   import jax.numpy as jnp
 
@@ -174,8 +279,7 @@ def paligemma_logits(source, pixels, words):
   text = decoder.apply(llm, jnp.asarray(words), method="embed")
   x = jnp.concatenate([image, text], 1)
   positions = jnp.arange(x.shape[1])[None]
-  prefix = jnp.array([x.shape[1]])
-  hidden, _ = decoder.apply(llm, x, positions, prefix=prefix)
+  hidden, _ = decoder.apply(llm, x, positions, prefix=jnp.array([prefix]))
   return np.asarray(decoder.apply(llm, hidden, method="logits"))
 
 
@@ -274,9 +378,16 @@ WITHOUT_JAX = """
 import sys
 class NoJax:
   def find_spec(self, name, path=None, target=None):
-    if name.split(".")[0] in ("jax", "jaxlib", "flax", "orbax", "vr_jax", "data_pipes"):
+    if name.split(".")[0] in ("jax", "jaxlib", "ml_dtypes", "flax", "vr_jax", "data_pipes"):
       raise ImportError(f"{name} is not here")
 sys.meta_path.insert(0, NoJax())
+"""
+PYTORCH_ONLY = os.environ.get("PYTORCH_ONLY")  # a Python with PyTorch that has never seen JAX
+IS_WITHOUT_JAX = """
+import importlib.util, sys
+assert not any(map(importlib.util.find_spec, ("jax", "ml_dtypes", "flax", "vr_jax", "data_pipes")))
+"""
+ANSWER = """
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 folder, video, question, *regions = sys.argv[1:]
@@ -290,7 +401,11 @@ assert not {"jax", "flax", "vr_jax", "data_pipes"} & {name.split(".")[0] for nam
 """
 
 
-def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(golden, tmp_path, capsys):
+@pytest.mark.parametrize("clip", ["clip_mp4.mp4", "dog.mp4"])
+def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
+  clip, golden, tmp_path, capsys, request
+):
+  """The second clip is a real one, in VR_MEDIA_DIR."""
   from vr_jax import cli
 
   small = model("stc_connector_v35", heads=4, kv_heads=4, aspect="square")
@@ -298,7 +413,9 @@ def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(golden, tmp_path, c
   cfg = dataclasses.replace(small, llm=llm)
   folder = checkpoint(tmp_path / "vr", cfg, golden)
   convert(folder, tmp_path / "out", "torch", logits="never", **QUIET)
-  video = str(golden / "media" / "clip_mp4.mp4")
+  made_here = (golden / "media" / clip).is_file()
+  media = golden / "media" if made_here else request.getfixturevalue("media_dir")
+  video = str(media / clip)
   question = "What is [<region>] doing with [<region>]?"
   regions = ["cat=box:10,10,60,50@3", "cat=box:12,10,62,50@9", "point:40,40@5"]
   command = ["ask", "--checkpoint", str(tmp_path / "vr"), "--video", video, "--json"]
@@ -306,8 +423,9 @@ def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(golden, tmp_path, c
   assert cli.main([*command, "--question", question, "--max-new-tokens", "24"]) == 0
   answer = json.loads(capsys.readouterr().out)
   environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+  program = (IS_WITHOUT_JAX if PYTORCH_ONLY else WITHOUT_JAX) + ANSWER
   done = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(WITHOUT_JAX), str(tmp_path / "out"), video, question,
+    [PYTORCH_ONLY or sys.executable, "-c", program, str(tmp_path / "out"), video, question,
      *regions],
     capture_output=True,
     text=True,

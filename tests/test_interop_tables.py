@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from data_pipes.errors import InputError
 from vr_jax.interop import big_vision, hf_decoder, peft, torch_folder, videorefer
 from vr_jax.interop.table import Mapped, Tree, arrays, outputs, slots
 from vr_jax.models.variants import DECODERS, VARIANTS, get_variant
@@ -150,6 +152,27 @@ def test_adapters_survive_the_peft_format_and_merge_as_their_product(name, tmp_p
     else:
       np.testing.assert_array_equal(new[tensor], old[tensor], err_msg=tensor)
   assert adapted == 2 * 7
+
+
+def test_an_adapter_of_some_matrices_leaves_the_others_alone(tmp_path):
+  """PEFT's own choice is q_proj and v_proj; k_proj lies in one parameter of ours with v_proj."""
+  cfg = small("qwen2-7b")
+  adapter = random_adapter(cfg, 3, [f"layers/attn/{name}_einsum/w" for name in ("q", "kv")])
+  peft.write_adapter(tmp_path, cfg, adapter, alpha=6)
+  file = tmp_path / "adapter_model.safetensors"
+  tensors = load_file(file)
+  gone = [name for name in tensors if "k_proj" in name or "layers.0." in name]
+  save_file({name: tensors[name] for name in tensors if name not in gone}, file)
+  back = arrays(peft.open_adapter(tmp_path, cfg).params)
+  for path, wanted in adapter.items():
+    wanted[0] = 0
+    if "kv_einsum" in path:
+      wanted[:, 0] = 0
+    np.testing.assert_array_equal(back[path], wanted, err_msg=path)
+  (half,) = [name for name in tensors if "layers.1.self_attn.v_proj.lora_B" in name]
+  save_file({name: tensors[name] for name in tensors if name not in [*gone, half]}, file)
+  with pytest.raises(InputError, match=r"1 missing .*v_proj\.lora_B"):
+    peft.open_adapter(tmp_path, cfg)
 
 
 # --- The folder for PyTorch -------------------------------------------------------------------

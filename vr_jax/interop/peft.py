@@ -11,7 +11,7 @@ adapter_model.safetensors).
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from vr_jax.interop.table import (
   outputs,
   read_json,
   slots,
+  their_shape,
 )
 from vr_jax.interop.writers import ShardWriter
 from vr_jax.models.decoder import DecoderConfig
@@ -126,7 +127,40 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
   adapted = _adapted(tensors, cfg)
   shapes = adapter_shapes(cfg, rank, dict.fromkeys(adapted))
   wanted = list(slots(shapes, rows(cfg)))
-  return Adapter(Mapped(tensors, wanted, shapes), rank, float(alpha))
+  return Adapter(Mapped(_Completed(tensors, wanted, shapes), wanted, shapes), rank, float(alpha))
+
+
+class _Completed:
+  """An adapter's tensors, and zeros for what it leaves alone of a parameter of ours.
+
+  We stack what the file may adapt apart: k_proj and v_proj, gate_proj and up_proj, the layers.
+  """
+
+  def __init__(self, tensors: Safetensors, wanted: list[Slot], shapes: Shapes):
+    self.path, self._tensors = tensors.path, tensors
+    self._zeros = {}
+    for slot in wanted:
+      pair = (re.sub(r"\.lora_[AB]\.", f".lora_{letter}.", slot.theirs) for letter in "AB")
+      if not any(name in tensors for name in pair):
+        self._zeros[slot.theirs] = their_shape(slot, shapes[slot.ours])
+    self._dtype = next((tensors.dtype(name) for name in tensors), np.dtype(np.float32))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(sorted([*self._tensors, *self._zeros]))
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._zeros or name in self._tensors
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._zeros[name] if name in self._zeros else self._tensors.shape(name)
+
+  def dtype(self, name: str) -> np.dtype:
+    return self._dtype if name in self._zeros else self._tensors.dtype(name)
+
+  def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    if name in self._zeros:
+      return np.zeros(self._zeros[name], self._dtype)[index]
+    return self._tensors.read(name, index)
 
 
 def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:

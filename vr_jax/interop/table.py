@@ -205,7 +205,7 @@ def read_json(file: Path) -> dict[str, Any]:
   return fields
 
 
-def _their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape their tensor must have to fill a slot of an array of ours."""
   theirs = _saved_shape(slot.transform, tuple(shape[len(slot.index) :]))
   return theirs if slot.part is None else (3 * theirs[0], *theirs[1:])
@@ -270,7 +270,7 @@ class Mapped:
   def _check(self, unused: Callable[[str], bool]) -> tuple[str, ...]:
     tensors = self.tensors
     expected = {
-      slot.theirs: _their_shape(slot, self.shapes[path])
+      slot.theirs: their_shape(slot, self.shapes[path])
       for path, own in self._slots.items()
       for slot in own.values()
     }
@@ -415,7 +415,7 @@ def outputs(wanted: Iterable[Slot], shapes: Shapes) -> list[Output]:
   for slot in wanted:
     by_name.setdefault(slot.theirs, []).append(slot)
   return [
-    Output(name, _their_shape(own[0], shapes[own[0].ours]), tuple(own))
+    Output(name, their_shape(own[0], shapes[own[0].ours]), tuple(own))
     for name, own in by_name.items()
   ]
 
