@@ -134,7 +134,7 @@ def test_packaged_configs_are_found_by_name_in_checkouts_and_wheels(tmp_path, mo
 def test_every_packaged_config_loads_and_describes_itself(name):
   config = load_config(name)
   assert config.is_locked
-  command = rf"vr (train|engine run) --config (configs/)?{name}\b"
+  command = rf"vr (train --config|engine run --config|sweep) (configs/)?{name}\b"
   assert re.search(command, find_config(name).read_text()), "the docstring holds the command"
 
 
