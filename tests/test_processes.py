@@ -153,7 +153,9 @@ def test_two_processes_one_killed_resume_as_one(straight, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stop_signal_to_one_process_saves_in_both(straight, tmp_path):
-  codes, errors = two_processes(tmp_path, tmp_path / "run", TOY_SIGNAL="SIGTERM:4:1")
+  codes, errors = two_processes(
+    tmp_path, tmp_path / "run", TOY_SIGNAL="SIGTERM:4:1", TOY_SECONDS="1"
+  )
   assert codes == [143, 143], errors
   (saved,) = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
   assert 5 <= int(saved) < STEPS

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ EXAMPLES = 80
 def make(config):
   """Rows of `EXAMPLES` examples, in an order that each epoch shuffles anew.
 
-  TOY_LOG: a file to which [position, examples] of each batch is added, those of this process.
+  TOY_LOG: a file to which [position, examples] of each batch is added, those of this process;
+  TOY_SECONDS: how long a batch takes, for what comes by the clock;
   TOY_SIGNAL: "SIGTERM:3", the process sends itself that signal when it is asked for that batch;
   "SIGTERM:3:1", only process 1 does.
   """
@@ -36,6 +38,7 @@ def make(config):
       name, *where = os.environ.get("TOY_SIGNAL", "").split(":")
       if where in ([str(index)], [str(index), str(jax.process_index())]):
         os.kill(os.getpid(), signal.Signals[name])
+      time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
       if log := os.environ.get("TOY_LOG"):
         with open(log, "a") as file:
           file.write(json.dumps([index, order]) + "\n")
