@@ -21,9 +21,8 @@ from rows import row
 from vr_jax.configs import load_config
 from vr_jax.flops import count_flops
 from vr_jax.inference.generate import bucket
-from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import KVCache
-from vr_jax.models.variants import connector_flops, decoder_flops, prefill_flops, tower_flops
+from vr_jax.models.variants import prefill_flops, training_flops
 from vr_jax.models.videorefer import VideoRefer, init_params
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import merge, split_by_table
@@ -64,20 +63,10 @@ def executed(config, cfg, frames: int, length: int) -> int:
   return count_flops(step, train, frozen, batch(cfg, frames, length))
 
 
-def needed(stage: int, cfg, frames: int, length: int) -> int:
+def needed(config, cfg, frames: int, length: int) -> int:
   """What that gradient needs."""
-  grid, D = cfg.img.grid, cfg.img.width
-  connector = connector_flops(cfg.connector, D, 1 if frames == 1 else cfg.num_frames, grid)
-  decoder = decoder_flops(cfg.llm, length, 0)
-  head = decoder_flops(cfg.llm, 0, SUPERVISED)
-  vision = frames * tower_flops(cfg.img)
-  if stage == 1:
-    return vision + 3 * connector + 2 * decoder + 2 * head
-  if stage == 2:
-    prefix = scene_token_count(cfg.connector, cfg.num_frames, grid)
-    suffix = decoder - decoder_flops(cfg.llm, prefix, 0)
-    return vision + connector + decoder + suffix + 2 * head
-  return vision + 3 * (connector + decoder + head)
+  scene = 1 if frames == 1 else cfg.num_frames
+  return training_flops(cfg, trained_parts(config, cfg), frames, length, SUPERVISED, scene)
 
 
 def inference() -> tuple[int, int]:
@@ -99,7 +88,7 @@ def main() -> None:
     cfg = model_config(config)
     worst, details = 0.0, []
     for sample, (frames, length) in SAMPLES.items():
-      done, need = executed(config, cfg, frames, length), needed(stage, cfg, frames, length)
+      done, need = executed(config, cfg, frames, length), needed(config, cfg, frames, length)
       worst = max(worst, done / need)
       details.append(f"{sample} {done / 1e12:.1f} / {need / 1e12:.1f} TF")
     row(f"flop.overhead{stage}", worst, "<= 1.05", detail="; ".join(details))
