@@ -40,7 +40,7 @@ from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import score
 from vr_jax.evaluation.statistics import Summary
 from vr_jax.inference.model import Model, Request, load
-from vr_jax.training.loop import train
+from vr_jax.training.loop import make_workdir, train
 from vr_jax.training.metrics import read_metrics
 
 STAGES = ("1", "2", "2.5", "3")
@@ -71,7 +71,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
   question's `answer`, `minutes` of each part, and the `report`'s path.
   """
   sizes, workdir = sizes or Sizes(), Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_workdir(workdir)
   clock = Clock(workdir / "minutes.json")
 
   with clock.part("set"):

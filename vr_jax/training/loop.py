@@ -350,14 +350,19 @@ def stop_signals(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
       signal.signal(number, handler)
 
 
-def _check_workdir(workdir: Path, config: ConfigDict) -> None:
-  """Refuses a work directory that cannot be written, or with checkpoints of another config."""
+def make_workdir(workdir: Path) -> None:
+  """Makes a work directory; raises InputError if it cannot be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as error:
     raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from error
+
+
+def _check_workdir(workdir: Path, config: ConfigDict) -> None:
+  """Refuses a work directory that cannot be written, or with checkpoints of another config."""
+  make_workdir(workdir)
   file = workdir / "config.json"
   if not any((workdir / "checkpoints").glob("[0-9]*")):
     return
