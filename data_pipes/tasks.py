@@ -11,10 +11,11 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Protocol
 
@@ -131,6 +132,21 @@ class Journal:
       self.close()
 
 
+def die_with_parent() -> None:
+  """Initializer of a worker process: it ends when the process that started it was killed.
+
+  Otherwise it would go on with its item, and hold or write files that a new run needs.
+  """
+  parent = parent_process()
+  assert parent is not None
+
+  def watch() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -147,7 +163,9 @@ def run_local(
         job.run(stage, shard)
         progress(stage, total - len(left) + count, total)
       continue
-    with ProcessPoolExecutor(min(workers, max(len(left), 1)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+      min(workers, max(len(left), 1)), get_context("spawn"), die_with_parent
+    ) as pool:
       futures = [pool.submit(job.run, stage, shard) for shard in left]
       try:
         for count, future in enumerate(as_completed(futures), 1):

@@ -6,8 +6,10 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 
@@ -342,7 +344,7 @@ def test_the_engine_runs_on_an_endpoint(videos, tmp_path, order):
   with ChatServer(sensible) as server:
     summary = command.run(config(videos, server.url, order=order), tmp_path / "w")
     table = {e["stage"]: e for e in summary["stages"]}
-    assert table["60_assemble"]["kept"] >= 8
+    assert table["60_assemble"]["kept"] >= 8, summary["stages"]
     count = len(server.bodies)
     assert count == sum(c["calls"] for c in summary["calls"])
     command.run(config(videos, server.url, order=order), tmp_path / "w")
@@ -403,6 +405,21 @@ def test_an_endpoint_that_dies_in_between_is_waited_for(videos, tmp_path):
   table = {e["stage"]: e for e in summary["stages"]}
   assert sum(e["quarantined"] for e in table.values()) == 0
   assert table["60_assemble"]["kept"] >= 8
+
+
+def test_threads_that_begin_together_share_one_ledger(tmp_path):
+  threads, workdirs = 8, [str(tmp_path / str(i)) for i in range(20)]
+  together = threading.Barrier(threads)
+
+  def first_calls(_):
+    together.wait()
+    return [stages.calls_of(workdir) for workdir in workdirs]
+
+  with ThreadPoolExecutor(threads) as pool:
+    found = list(pool.map(first_calls, range(threads)))
+  assert all(calls == found[0] for calls in found)
+  for workdir in workdirs:
+    stages.close_calls(workdir)
 
 
 RUN = """

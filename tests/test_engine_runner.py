@@ -130,6 +130,68 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
   assert again <= hits * 4 * 3  # stages times workers
 
 
+LINK = """
+import sys
+from pathlib import Path
+from data_pipes.engine.agents.ingest import _link
+media, source = Path(sys.argv[1]), Path(sys.argv[2])
+while not (media / "go").exists():
+  pass
+for i in range(300):
+  _link(media, {"name": f"{i}.mp4", "key": "k"}, source)
+"""
+
+
+def test_a_worker_that_a_killed_run_left_is_in_nobodys_way(tmp_path):
+  """Two processes make the same links at the same time, and neither fails."""
+  (tmp_path / "a.mp4").touch()
+  command = [sys.executable, "-c", LINK, str(tmp_path), str(tmp_path / "a.mp4")]
+  processes = [subprocess.Popen(command) for _ in range(3)]
+  (tmp_path / "go").touch()
+  assert [p.wait() for p in processes] == [0, 0, 0]
+  links = sorted((tmp_path / "videos").iterdir())
+  assert len(links) == 300
+  assert all(link.resolve() == (tmp_path / "a.mp4").resolve() for link in links)
+
+
+WORKER = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from data_pipes.tasks import die_with_parent
+if __name__ == "__main__":
+  with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_run_is_killed(tmp_path):
+  (tmp_path / "run.py").write_text(WORKER)
+  command = [sys.executable, str(tmp_path / "run.py")]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  assert process.stdout
+  worker = int(process.stdout.readline())
+  os.kill(worker, 0)  # it is there
+  process.kill()
+  process.wait()
+  process.stdout.close()
+  deadline = time.monotonic() + 30
+  while _alive(worker) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not _alive(worker)
+
+
+def _alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  stat = Path(f"/proc/{pid}/stat")  # one that nobody waits for stays as a zombie
+  return not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_torn_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
   with pytest.raises(StopRun, match="budget"):
     run(tmp_path, shards=1, stop_at=30, workers=1)

@@ -62,12 +62,12 @@ class Calls:
     folder.mkdir(parents=True, exist_ok=True)
     self.folder, self.budget = folder, budget_usd
     self._lock = threading.Lock()
-    self._db = self._connect(folder / f"{name}.sqlite")
-    self._others = [
-      self._connect(path) for path in sorted(folder.glob("*.sqlite")) if path.stem != name
-    ]
-    # Whoever had this name is gone: what it left open was cut off.
-    self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
+    others = [path for path in sorted(folder.glob("*.sqlite")) if path.stem != name]
+    with _stop_if_full(folder):
+      self._db = self._connect(folder / f"{name}.sqlite")
+      self._others = [db for path in others if (db := _connect_to_read(path))]
+      # Whoever had this name is gone: what it left open was cut off.
+      self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
     self._spent = sum(_sum_usd(db) for db in (self._db, *(() if own else self._others)))
     self._reserved = 0.0
     self._dearest: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Calls:
 
   def answer(self, request: str) -> Any:
     """The stored answer to a request (its `request_key`), None if there is none."""
-    with self._lock:
+    with self._lock, _stop_if_full(self.folder):
       for db in (self._db, *self._others):
         found = db.execute(
           "select answer from calls where request = ? and status = ?", (request, ANSWERED)
@@ -160,9 +160,9 @@ def spent_by_file(folder: Path) -> dict[str, float]:
   """US dollars that each process name has spent."""
   out = {}
   for path in sorted(folder.glob("*.sqlite")):
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
-    out[path.stem] = _sum_usd(db)
-    db.close()
+    if db := _connect_to_read(path):
+      out[path.stem] = _sum_usd(db)
+      db.close()
   return out
 
 
@@ -170,7 +170,9 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
   """Calls by stage, model and status: how many, tokens, US dollars, mean seconds."""
   sums: dict[tuple[str, str, str], list[float]] = {}
   for path in sorted(folder.glob("*.sqlite")):
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
+    db = _connect_to_read(path)
+    if db is None:
+      continue
     rows = db.execute(
       "select stage, model, status, count(*), coalesce(sum(input_tokens), 0), "
       "coalesce(sum(output_tokens), 0), coalesce(sum(usd), 0), coalesce(sum(seconds), 0) "
@@ -194,6 +196,15 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     }
     for (stage, model, status), (calls, tokens_in, tokens_out, usd, seconds) in sorted(sums.items())
   ]
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection | None:
+  """To another process's file; None while that has no table yet."""
+  db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False, timeout=60)
+  if db.execute("select 1 from sqlite_master where name = 'calls'").fetchone():
+    return db
+  db.close()
+  return None
 
 
 def _sum_usd(db: sqlite3.Connection) -> float:

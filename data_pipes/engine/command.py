@@ -70,6 +70,8 @@ def run(
         ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
       )
     if only is None:
+      for part in (store.folder / "media").rglob(".*.tmp"):
+        part.unlink(missing_ok=True)  # a kill left it
       export.export(store)
       _write_manifest(store, ref)
   finally:

@@ -1,6 +1,7 @@
 """The engine's graph: which stages a path has, in which order, and what decides their rows."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -363,13 +364,15 @@ class _Builder:
 
 
 _open_calls: dict[str, Calls] = {}
+_opening = threading.Lock()  # the threads of a stage make their first calls at the same time
 
 
 def calls_of(workdir: str) -> Calls:
   """The calls of this process in a work directory, opened on first use."""
-  if workdir not in _open_calls:
-    _open_calls[workdir] = Calls(Path(workdir) / "calls", *_calls_options.get(workdir, ()))
-  return _open_calls[workdir]
+  with _opening:
+    if workdir not in _open_calls:
+      _open_calls[workdir] = Calls(Path(workdir) / "calls", *_calls_options.get(workdir, ()))
+    return _open_calls[workdir]
 
 
 _calls_options: dict[str, tuple[str, float | None, bool]] = {}

@@ -448,12 +448,14 @@ def _write_parquet(path: Path, stage: Stage, records: list[Record], meta: dict[s
 
 
 @contextlib.contextmanager
-def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
+def atomic(path: Path, durable: bool = True, alone: bool = True) -> Iterator[Path]:
   """Gives a path to write to; on success it takes the place of `path`.
 
   `durable`: it is on the disk before it does, so that a power cut leaves the old file or the new.
+  `alone`: no other process writes this path meanwhile, not even one that a killed run left behind;
+  then the part has one name, and a kill leaves nothing for good.
   """
-  part = path.with_name(f".{path.name}.tmp")  # one name, so that a kill leaves nothing for good
+  part = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
     yield part

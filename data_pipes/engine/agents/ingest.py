@@ -127,8 +127,8 @@ def _link(media: Path, row: Mapping[str, Any], source: Path) -> str:
   target, link = source.resolve(), media / name
   link.parent.mkdir(parents=True, exist_ok=True)
   if not link.is_symlink() or Path(os.readlink(link)) != target:
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
+    with atomic(link, durable=False, alone=False) as part:
+      part.symlink_to(target)
   return str(name)
 
 
@@ -137,7 +137,7 @@ def _cut(media: Path, video: Video, video_id: str, shot: Shot) -> str:
   name = f"clips/{video_id}_{shot.start:06d}_{shot.end:06d}.mp4"
   path = media / name
   if not path.is_file():
-    with stop_if_full(path), atomic(path) as part:
+    with stop_if_full(path), atomic(path, alone=False) as part:
       write_clip(part, video, shot.start, shot.end)
   return name
 

@@ -39,6 +39,7 @@ from data_pipes.engine.graph import (
 )
 from data_pipes.engine.store import Store, Task, journal_line, stop_if_full
 from data_pipes.errors import InputError
+from data_pipes.tasks import die_with_parent
 
 Wanted = tuple[str, int]  # (stage name, shard)
 Line = tuple[bytes, list[str]]
@@ -381,6 +382,7 @@ _opened: tuple[Stage, Process] | Exception | None = None
 
 def _open_stage(ref: GraphRef, name: str) -> None:
   global _opened
+  die_with_parent()
   try:
     stage = ref.build()[name]
     _opened = stage, stage.make()
