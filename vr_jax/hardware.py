@@ -6,6 +6,7 @@ of its slice while all of them do, all links together.
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -157,6 +158,7 @@ def target_devices(target: Target) -> Sequence[jax.Device]:
 def quiet() -> None:
   """Keeps eager work on the CPU and the compilers from looking for their hardware."""
   jax.config.update("jax_platforms", "cpu")
+  logging.getLogger("jax_plugins").setLevel(logging.ERROR)  # of a driver that nobody needs here
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",

@@ -172,12 +172,14 @@ def accum_steps(config: ConfigDict, rows: NamedSharding) -> int:
   """
   size, parts = config.input.batch_size, config.input.accum_steps
   devices = rows.mesh.size // rows.shard_shape((1, rows.mesh.size))[1]
-  mine = {str(at) for at in rows.addressable_devices_indices_map((1, rows.mesh.size)).values()}
-  if len(mine) * jax.process_count() != devices:
+  held: dict[int, set[str]] = {}  # parts of the batch by process
+  for device, at in rows.devices_indices_map((1, rows.mesh.size)).items():
+    held.setdefault(device.process_index, set()).add(str(at))
+  if sum(map(len, held.values())) != devices:
     raise InputError(
-      f"config.mesh: the batch falls into {devices} parts, of which this one of "
-      f"{jax.process_count()} processes holds {len(mine)}; accepted: a mesh whose axes that do not "
-      "split the batch lie within a process"
+      f"config.mesh: the batch falls into {devices} parts, of which each of {len(held)} processes "
+      f"holds {max(map(len, held.values()))}; accepted: a mesh whose axes that do not split the "
+      "batch lie within a process"
     )
   if not parts:
     parts = max(1, size // (devices * max(1, config.input.device_rows)))
