@@ -61,7 +61,7 @@ def vocabulary_buffer(decoder: str, size: int) -> tuple[float, str]:
       jax.grad(loss, (0, 1)), out_shardings=(args[0]["input_embedding"].sharding, None)
     )
     text = step.lower(*args).compile().as_text()
-  bytes_, shape = Program(text).largest(chunk)
+  bytes_, shape = Program(text).largest(size, chunk)
   return bytes_ / GIB, shape
 
 

@@ -73,6 +73,7 @@ def make_dataset(
   process_index: int = 0,
   process_count: int = 1,
   failures: Failures | None = None,
+  names: bool = False,
 ) -> grain.MapDataset:
   """The batches of one process: element k is its part of global batch k.
 
@@ -90,6 +91,7 @@ def make_dataset(
     epochs: passes over the samples; None goes on for ever.
     weights: shares in which to draw from the sets; ends when one of them has given its epochs.
     failures: where unreadable samples are counted; by default the first one raises.
+    names: give a list of the samples' names in place of each batch; no media is read.
   """
   if batch_size % process_count:
     raise InputError(
@@ -123,11 +125,20 @@ def make_dataset(
     missing = batch_size - len(order) % batch_size
     order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
 
+  def located(number: int) -> tuple[int, int]:
+    of = next(i for i in range(len(samples)) if number < ends[i + 1])
+    return of, number - ends[of]
+
+  def name(number: int) -> list[str]:
+    if number < 0:
+      return []
+    of, index = located(number)
+    return samples[of].names(index)
+
   def load(number: int) -> Row:
     if number < 0:
       return empty_row(shape)
-    of = next(i for i in range(len(samples)) if number < ends[i + 1])
-    index = number - ends[of]
+    of, index = located(number)
     try:
       return samples[of][index]
     except InputError as error:
@@ -140,8 +151,9 @@ def make_dataset(
       f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
       "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
     )
-  rows = order[process_index::process_count].map(load)
-  return rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=collate)
+  rows = order[process_index::process_count].map(name if names else load)
+  together = _joined if names else collate
+  return rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=together)
 
 
 def make_bucketed_dataset(
@@ -154,6 +166,7 @@ def make_bucketed_dataset(
   process_index: int = 0,
   process_count: int = 1,
   failures: Failures | None = None,
+  names: bool = False,
 ) -> grain.MapDataset:
   """As `make_dataset`, for rows of a few shapes: each global batch is of one bucket.
 
@@ -184,10 +197,12 @@ def make_bucketed_dataset(
       failures.add(int(bucket.numbers[index]), str(error), total)
       return empty_row(bucket.shape)
 
-  def load(position: int) -> Row:
+  def load(position: int) -> Row | list[str]:
     epoch, at = divmod(position, per_epoch)
     b, rows = order(epoch)[at]
     mine = range(process_index, batch_size, process_count)
+    if names:
+      return _joined([buckets[b].names(rows[i]) for i in mine if i < len(rows)])
     return collate(
       [
         load_row(buckets[b], rows[i]) if i < len(rows) else empty_row(buckets[b].shape)
@@ -196,6 +211,10 @@ def make_bucketed_dataset(
     )
 
   return grain.MapDataset.range(per_epoch * (_ENDLESS if epochs is None else epochs)).map(load)
+
+
+def _joined(names: Sequence[list[str]]) -> list[str]:
+  return [name for row in names for name in row]
 
 
 def batches_of(buckets: "Sequence[BucketSamples]", batch_size: int) -> int:

@@ -152,6 +152,11 @@ class PackedSamples:
   def __len__(self) -> int:
     return len(self._plan.rows)
 
+  def names(self, index: int) -> list[str]:
+    """How messages name the samples of row `index`."""
+    located = (_locate(self._ends, number) for number in self._plan.rows[index])
+    return [name for of, own in located for name in self._sets[of].names(own)]
+
   def __getitem__(self, index: int) -> Row:
     parts = []
     for number in self._plan.rows[index]:
@@ -182,6 +187,11 @@ class BucketSamples:
 
   def __len__(self) -> int:
     return len(self.numbers)
+
+  def names(self, index: int) -> list[str]:
+    """How messages name the samples of row `index`."""
+    of, own = _locate(self._ends, self.numbers[index])
+    return self._sets[of].names(own)
 
   def __getitem__(self, index: int) -> Row:
     of, own = _locate(self._ends, self.numbers[index])

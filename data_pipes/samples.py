@@ -144,6 +144,10 @@ class Samples:
     text, clip, where = self.part(index)
     return build_row(text, clip, self.shape, self.tokenizer.region_id, where)
 
+  def names(self, index: int) -> list[str]:
+    """How messages name the samples of row `index`."""
+    return [self.records[index].where]
+
   def part(self, index: int) -> tuple[Text, Clip | None, str]:
     """Sample `index` before it is laid out: its text, its decoded clip, and how messages name it.
 

@@ -134,7 +134,7 @@ def test_targets_beyond_the_budget_are_refused():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-  with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+  with pytest.raises(InputError, match="step 3: the loss is nan"):
     check_metrics(3, {"supervised_tokens": 5.0, "overflow": 0, "loss": np.nan})
 
 

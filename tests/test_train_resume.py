@@ -98,6 +98,21 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(straight, tmp_path, mo
   assert_same_params(straight, tmp_path)
 
 
+def test_a_batch_that_cannot_be_trained_on_is_named_and_the_checkpoint_before_stays(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("TOY_EMPTY", "4")
+  with pytest.raises(InputError) as found:
+    train(load_config(CONFIG), tmp_path)
+  drawn = toy_task.make(load_config(CONFIG)).names(4, STEPS)
+  assert len(drawn) == 16
+  assert str(found.value) == (
+    "step 5: the batch has no supervised token, so there is nothing to learn from; expected "
+    f"answers ('gpt' turns) that fit the row length; the batch holds {', '.join(drawn)}"
+  )
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
 def test_a_finished_run_is_left_alone(straight):
   before = sorted(p.name for p in (straight / "checkpoints").iterdir())
   result = train(load_config(CONFIG), straight)

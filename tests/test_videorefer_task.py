@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -179,6 +180,26 @@ def test_batches_go_on_from_any_position(config_of):
   epochs = [np.concatenate([b["tokens"] for b in all_of_them[i : i + 2]]) for i in (0, 2, 4)]
   assert (np.sort(epochs[0], axis=0) == np.sort(epochs[1], axis=0)).all()
   assert (epochs[0] != epochs[1]).any()
+
+
+@pytest.mark.parametrize("layout", [{}, {"pack": 512}, {"buckets": (256, 512)}])
+def test_the_samples_of_a_batch_have_names(config_of, layout):
+  """Each batch's names are of the records whose answers it holds."""
+  config = config_of(range(6), total_epochs=2.0, input=layout)
+  config.input.batch_size = 2
+  task = videorefer_task(config)
+  steps = 2 * task.data_size // 2
+  held = Counter()
+  for position, batch in enumerate(task.batches(0, steps)):
+    names = task.names(position, steps)
+    samples = sum(
+      len(set(row[row >= 0])) if "segments" in batch else int(valid.any())
+      for row, valid in zip(batch.get("segments", batch["valid"]), batch["valid"], strict=True)
+    )
+    assert len(names) == samples
+    held.update(names)
+  file = config.input.files[0]
+  assert held == {f"{file}: item {i} (id {i})": 2 for i in range(6)}
 
 
 def test_the_row_shape_fits_the_largest_record_or_is_given(config_of):

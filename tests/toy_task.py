@@ -21,20 +21,23 @@ def make(config):
   TOY_LOG: a file to which [position, examples] of each batch is added, those of this process;
   TOY_SECONDS: how long a batch takes, for what comes by the clock;
   TOY_SIGNAL: "SIGTERM:3", the process sends itself that signal when it is asked for that batch;
-  "SIGTERM:3:1", only process 1 does.
+  "SIGTERM:3:1", only process 1 does;
+  TOY_EMPTY: the number of the batch in which nothing is supervised.
   """
   rows = make_rows(EXAMPLES)
   mine = slice(jax.process_index(), None, jax.process_count())
   size = config.input.batch_size
 
+  def drawn(index):
+    numbers = range(index * size, (index + 1) * size)
+    return [
+      int(np.random.default_rng((config.seed, n // EXAMPLES)).permutation(EXAMPLES)[n % EXAMPLES])
+      for n in numbers
+    ][mine]
+
   def batches(position, total_steps):
     for index in range(position, total_steps):
-      numbers = range(index * size, (index + 1) * size)
-      order = [
-        int(np.random.default_rng((config.seed, n // EXAMPLES)).permutation(EXAMPLES)[n % EXAMPLES])
-        for n in numbers
-      ]
-      order = order[mine]
+      order = drawn(index)
       name, *where = os.environ.get("TOY_SIGNAL", "").split(":")
       if where in ([str(index)], [str(index), str(jax.process_index())]):
         os.kill(os.getpid(), signal.Signals[name])
@@ -42,12 +45,16 @@ def make(config):
       if log := os.environ.get("TOY_LOG"):
         with open(log, "a") as file:
           file.write(json.dumps([index, order]) + "\n")
-      yield {k: v[order] for k, v in rows.items()}
+      batch = {k: v[order] for k, v in rows.items()}
+      if os.environ.get("TOY_EMPTY") == str(index):
+        batch["supervised"] = np.zeros_like(batch["supervised"])
+      yield batch
 
   return Task(
     init=init_params,
     loss=model_loss(ToyModel()),
     data_size=EXAMPLES,
     batches=batches,
+    names=lambda position, total_steps: [f"example {n}" for n in drawn(position)],
     model={"name": "toy", "length": LENGTH},
   )

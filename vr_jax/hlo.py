@@ -102,8 +102,8 @@ class Program:
       found[kind][1] += times * moved
     return {kind: Collectives(*pair) for kind, pair in found.items() if pair[0]}
 
-  def largest(self, length: int) -> tuple[int, str]:
-    """(bytes, type) of the largest array with an axis of at least that length; (0, "") if none.
+  def largest(self, *lengths: int) -> tuple[int, str]:
+    """(bytes, type) of the largest array with an axis of one of these lengths; (0, "") if none.
 
     What exists only inside a fusion takes no memory and does not count.
     """
@@ -114,7 +114,7 @@ class Program:
         continue
       for instruction in instructions:
         for found in _TYPE.finditer(instruction.type):
-          if any(int(n) >= length for n in found[2].split(",") if n):
+          if any(int(n) in lengths for n in found[2].split(",") if n):
             best = max(best, (_bytes(found[0]), found[0]))
     return best
 

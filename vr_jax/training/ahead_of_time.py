@@ -166,8 +166,9 @@ def measure(step: Step) -> Measured:
     + memory.temp_size_in_bytes
   )
   program = Program(compiled.as_text())
-  chunk = min(step.config.loss_chunk, step.cfg.llm.vocab_size)
-  return Measured(peak, program.collectives(), program.largest(chunk))
+  size = step.cfg.llm.vocab_size
+  vocabulary = program.largest(size, min(step.config.loss_chunk, size))
+  return Measured(peak, program.collectives(), vocabulary)
 
 
 def measure_quickly(config: ConfigDict, mesh: Mesh) -> Measured:

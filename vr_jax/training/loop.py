@@ -276,14 +276,20 @@ class Report:
     """Waits for the step that is under way and reports it.
 
     Raises:
-      InputError, FloatingPointError: see `step.check_metrics`.
+      InputError: see `step.check_metrics`; names what the batch holds.
     """
     if self._pending is None:
       return
     step, metrics, work = self._pending
     self._pending = None
     metrics = jax.device_get(metrics)
-    check_metrics(step, metrics)
+    try:
+      check_metrics(step, metrics)
+    except InputError as error:
+      if names := self._task.names(step - 1, self._total):
+        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if names[16:] else "")
+        raise InputError(f"{error}; the batch holds {shown}") from None
+      raise
     now, spent = time.perf_counter(), self.ledger.seconds()
     seconds = now - self._since
     self.last = {

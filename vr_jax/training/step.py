@@ -161,8 +161,8 @@ def check_metrics(step: int, metrics: Mapping[str, Any]) -> None:
   """Refuses a step whose batch could not be trained on; `step` counts from 1.
 
   Raises:
-    InputError: no supervised token, or more of them in a row than the loss has room for.
-    FloatingPointError: the loss is not finite.
+    InputError: no supervised token, more of them in a row than the loss has room for, or a loss
+      that is not finite.
   """
   if not metrics["supervised_tokens"]:
     raise InputError(
@@ -175,4 +175,7 @@ def check_metrics(step: int, metrics: Mapping[str, Any]) -> None:
       "config.loss_budget tokens a row; raise it (0 takes the row's length)"
     )
   if not np.isfinite(metrics["loss"]):
-    raise FloatingPointError(f"step {step}: the loss is {float(metrics['loss'])}")
+    raise InputError(
+      f"step {step}: the loss is {float(metrics['loss'])}, and what was learned is lost from here "
+      "on; go on from the last checkpoint with a smaller config.lr, or without what the batch holds"
+    )

@@ -28,6 +28,7 @@ class Task:
     data_size: examples in an epoch.
     batches: (position, total steps) -> this process's part of the global batches from that one on,
       host arrays [B / processes, ...]; there are as many as total steps.
+    names: (position, total steps) -> what is in this process's part of that batch, for messages.
     model: JSON fields of the model, stored in checkpoints.
     start: shapes of the parameters -> those the run starts from, a part of the tree; the others
       are initialised.
@@ -43,6 +44,7 @@ class Task:
   data_size: int
   batches: Callable[[int, int], Iterator[Rows]]
   model: Mapping[str, Any]
+  names: Callable[[int, int], list[str]] = lambda position, total: []
   start: Callable[[Params], Params] = lambda shapes: {}
   tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -76,10 +77,10 @@ def videorefer_task(config: ConfigDict) -> Task:
   failures = Failures(config.input.max_unreadable)
   size, dataset_of = _dataset(config, cfg, records, tokenizer, rules, failures, files)
 
-  def batches(position: int, total_steps: int) -> Iterator[Rows]:
+  def dataset(total_steps: int, **options: Any) -> grain.MapDataset:
     # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
     epochs = config.total_epochs or total_steps * config.input.batch_size / size
-    dataset = dataset_of(
+    return dataset_of(
       batch_size=config.input.batch_size,
       seed=config.seed,
       shuffle=config.input.shuffle,
@@ -87,11 +88,14 @@ def videorefer_task(config: ConfigDict) -> Task:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       failures=failures,
-    )
-    dataset = dataset[:total_steps]
+      **options,
+    )[:total_steps]
+
+  def batches(position: int, total_steps: int) -> Iterator[Rows]:
+    rows = dataset(total_steps)
     if config.input.accum_steps != 1 and config.accum_mean == "tokens":
-      dataset = dataset.map(in_order_of_frames)  # the sum over a batch knows no order
-    return prefetched(dataset, position, threads=config.input.threads)
+      rows = rows.map(in_order_of_frames)  # the sum over a batch knows no order
+    return prefetched(rows, position, threads=config.input.threads)
 
   caches = feature_caches(config, records)
 
@@ -108,6 +112,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     loss=videorefer_loss(config, cfg),
     data_size=size,
     batches=batches,
+    names=lambda position, total_steps: dataset(total_steps, names=True)[position],
     model=cfg.to_dict(),
     start=start,
     tokenizer_files=files,
