@@ -9,7 +9,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import vr_jax
 from data_pipes.errors import InputError
-from vr_jax.inference.programs import compilations, keep_on_disk
+from vr_jax.inference.programs import compilations
+from vr_jax.program_cache import keep_on_disk
 from vr_jax.sharding import make_mesh
 
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4}

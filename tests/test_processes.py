@@ -69,17 +69,21 @@ def test_differences_are_named():
   ]
 
 
-def two_processes(tmp_path, workdir, configs=(CONFIG, CONFIG), paths=("", ""), **environment):
-  """(exit codes, stderrs) of `vr train` in two processes of two devices each."""
+def run_processes(
+  tmp_path, workdir, configs=(CONFIG, CONFIG), paths=("", ""), devices=2, **environment
+):
+  """(exit codes, stderrs) of `vr train` in a process for each config, of `devices` each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  processes, logs = [], [tmp_path / f"stderr{i}" for i in range(2)]
+  processes, logs = [], [tmp_path / f"stderr{i}" for i in range(len(configs))]
   for i, log in enumerate(logs):
-    env = os.environ | {"VR_COORDINATOR": f"localhost:{port}", "VR_PROCESSES": "2"}
+    env = os.environ | {"VR_COORDINATOR": f"localhost:{port}", "VR_PROCESSES": str(len(configs))}
     env |= {"VR_PROCESS": str(i), "VR_HEARTBEAT_SECONDS": "10"}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **environment}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [paths[i], str(TESTS.parent), str(TESTS)]))
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **environment}
+    env["PYTHONPATH"] = os.pathsep.join(
+      filter(None, [*paths[i : i + 1], str(TESTS.parent), str(TESTS)])
+    )
     command = [sys.executable, "-m", "vr_jax", "train", "--config", configs[i]]
     with open(log, "w") as file:
       processes.append(
@@ -126,7 +130,7 @@ def assert_ends_like(straight, workdir):
 @pytest.mark.multiprocess
 def test_two_processes_one_killed_resume_as_one(straight, tmp_path, monkeypatch):
   run, before, after = (tmp_path / name for name in ("run", "before", "after"))
-  codes, errors = two_processes(
+  codes, errors = run_processes(
     tmp_path, run, TOY_LOG=str(before), TOY_SIGNAL="SIGKILL:7:1", VR_HEARTBEAT_SECONDS="5"
   )
   assert codes[1] == -9, errors[1]
@@ -152,8 +156,21 @@ def test_two_processes_one_killed_resume_as_one(straight, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_four_processes_end_like_one(straight, tmp_path):
+  run, log = tmp_path / "run", tmp_path / "log"
+  codes, errors = run_processes(tmp_path, run, configs=[CONFIG] * 4, devices=1, TOY_LOG=str(log))
+  assert codes == [0] * 4, errors
+  batches = drawn(log)
+  assert all(len(examples) == BATCH for examples in batches.values())
+  seen = [n for position in range(STEPS) for n in batches[position]]
+  assert [Counter(seen[i : i + EXAMPLES]) for i in (0, EXAMPLES)] == [Counter(range(EXAMPLES))] * 2
+  assert_ends_like(straight, run)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_stop_signal_to_one_process_saves_in_both(straight, tmp_path):
-  codes, errors = two_processes(
+  codes, errors = run_processes(
     tmp_path, tmp_path / "run", TOY_SIGNAL="SIGTERM:4:1", TOY_SECONDS="1"
   )
   assert codes == [143, 143], errors
@@ -170,7 +187,7 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
   other.mkdir()
   for name in ("toy_task.py", "toy.py"):
     (other / name).write_text((TESTS / name).read_text() + "# changed\n")
-  codes, errors = two_processes(
+  codes, errors = run_processes(
     tmp_path, tmp_path / "run", configs=(CONFIG, f"{CONFIG}:lr=0.5"), paths=("", str(other))
   )
   assert codes == [2, 2], errors

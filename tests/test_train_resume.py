@@ -245,6 +245,26 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(straight, tmp_
   assert_same_params(straight, tmp_path)
 
 
+@pytest.mark.wandb
+def test_metrics_go_to_weights_and_biases_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("TOY_SIGNAL", "SIGTERM:4")
+  config = load_config(CONFIG, ["config.wandb=toy"])
+  assert not train(config, tmp_path).finished
+  monkeypatch.delenv("TOY_SIGNAL")
+  assert train(config, tmp_path).finished
+  name = (tmp_path / "wandb_id").read_text()
+  runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
+  assert len(runs) == 2  # parts of one run
+  assert all(list(run.glob("*.wandb")) for run in runs)
+
+
+def test_weights_and_biases_that_is_not_there_is_said(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(InputError, match=r"config.wandb='toy': wandb is not installed; pip install"):
+    train(load_config(CONFIG, ["config.wandb=toy"]), tmp_path)
+
+
 def test_an_unknown_field_is_refused(tmp_path):
   config = load_config(CONFIG).unlock()
   config.learning_rate = 1.0

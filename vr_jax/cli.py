@@ -449,11 +449,13 @@ def _train(args: argparse.Namespace) -> int:
   logging.basicConfig(format="%(message)s")
   logging.getLogger("vr_jax").setLevel(logging.INFO)
   from vr_jax.configs import load_config
+  from vr_jax.program_cache import keep_on_disk
   from vr_jax.training.loop import train
   from vr_jax.training.processes import join
 
   config = load_config(args.config, args.overrides)
   join()
+  keep_on_disk()
   return 0 if train(config, args.workdir).finished else 143
 
 
@@ -466,8 +468,8 @@ def _sweep(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int | None:
   from vr_jax.inference import annotated_video, bulk
   from vr_jax.inference.model import DESCRIBE, Request, load
-  from vr_jax.inference.programs import keep_on_disk
   from vr_jax.inference.regions import parse_regions
+  from vr_jax.program_cache import keep_on_disk
 
   jsonl, question = getattr(args, "jsonl", None), getattr(args, "question", DESCRIBE)
   given = args.video or args.region or args.save_video or (question and args.command == "ask")

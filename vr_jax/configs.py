@@ -123,6 +123,7 @@ def base_config() -> ConfigDict:
 
   # What is written, and when.
   config.log_steps = 10
+  config.wandb = ""  # project of Weights & Biases that the metrics go to as well; extra [wandb]
   config.profile_steps = ()  # (first, last), from 1: traced to W/profile, for XProf or Perfetto
   config.stall_seconds = 600.0  # without progress, after which the process at fault is named
   config.ckpt_steps = 1000

@@ -1,12 +1,9 @@
-"""Programs compiled ahead of time: counted, measured, and kept on disk from one run to the next."""
+"""Programs compiled ahead of time, counted and measured."""
 
-import os
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 _compiled = 0
 
@@ -22,19 +19,6 @@ def _count(event: str, duration: float, **_) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
-
-
-def keep_on_disk(folder: str | os.PathLike | None = None) -> Path:
-  """Keeps compiled programs in `folder`, so that the next process need not compile them.
-
-  By default that of JAX_COMPILATION_CACHE_DIR, or else `vr_jax/programs` in the user's cache.
-  """
-  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache / "vr_jax" / "programs"
-  jax.config.update("jax_compilation_cache_dir", str(chosen))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  compilation_cache.reset_cache()  # a folder given after the first program is heeded too
-  return Path(chosen)
 
 
 class Programs:

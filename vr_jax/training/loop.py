@@ -2,7 +2,7 @@
 
 W/config.json         the resolved config; the same command resumes, another config is refused
 W/checkpoints/<step>  see checkpoint.py
-W/metrics.jsonl       a line per logged step, also in W/tensorboard
+W/metrics.jsonl       a line per logged step, also in W/tensorboard (and config.wandb, if set)
 W/ema                 checkpoint for inference of the running mean, where there is one (ema_decay)
 W/heartbeat           what each process does, see heartbeat.py
 W/profile             a trace of the steps of config.profile_steps
@@ -50,6 +50,7 @@ MAY_CHANGE = (
   "keep_ckpt_steps",
   "profile_steps",
   "stall_seconds",
+  "wandb",
   "input.threads",
   "input.media",
   "input.max_unreadable",
@@ -262,7 +263,7 @@ class Report:
     self._first = first
     self._leader = jax.process_index() == 0
     if self._leader:
-      self._writer = MetricsWriter(workdir, first)
+      self._writer = MetricsWriter(workdir, first, config.wandb, json.loads(to_json(config)))
       self._progress = Progress(total, first)
       done = f"resuming after step {first} of {total}" if first else f"{total} steps"
       self._progress.say(f"{workdir}: {done}, {task.data_size} examples")

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,10 +23,25 @@ class MetricsWriter:
   """Appends to W/metrics.jsonl (one object a line, with `step`) and to W/tensorboard.
 
   Made for step `first_step`, it forgets what was written for later steps: a run that was killed
-  after its last checkpoint does them again.
+  after its last checkpoint does them again. (Weights & Biases keeps the first numbers of a step;
+  they are the same.)
+
+  Args:
+    wandb: project there to which the numbers go too; "": none.
+    config: what Weights & Biases shows of the run.
+
+  Raises:
+    InputError: Weights & Biases is asked for and not installed, or does not let the run in.
   """
 
-  def __init__(self, workdir: Path | str, first_step: int = 0):
+  def __init__(
+    self,
+    workdir: Path | str,
+    first_step: int = 0,
+    wandb: str = "",
+    config: Mapping[str, Any] | None = None,
+  ):
+    self._wandb = _wandb_run(wandb, Path(workdir), config) if wandb else None
     path = Path(workdir) / "metrics.jsonl"
     if path.exists():
       _forget_after(path, first_step)
@@ -37,16 +53,49 @@ class MetricsWriter:
     self._file.write(json.dumps({"step": step, **values}) + "\n")
     self._file.flush()
     self._events.scalars(step, values)
+    if self._wandb:
+      self._wandb.log(dict(values), step=step)
 
   def close(self) -> None:
     self._file.close()
     self._events.close()
+    if self._wandb:
+      self._wandb.finish()
 
   def __enter__(self) -> "MetricsWriter":
     return self
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
+  """The run of this work directory, which a resumed one goes on with."""
+  try:
+    import wandb
+  except ImportError:
+    raise InputError(
+      f"config.wandb={project!r}: wandb is not installed; pip install 'vr-jax[wandb]'"
+    ) from None
+  file = workdir / "wandb_id"
+  if not file.exists():
+    file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+  try:
+    return wandb.init(
+      project=project,
+      id=file.read_text(encoding="utf-8"),
+      name=workdir.name,
+      dir=workdir,
+      config=config,
+      resume="allow",
+      settings=wandb.Settings(silent=True),
+    )
+  except (wandb.errors.Error, OSError) as error:
+    raise InputError(f"config.wandb={project!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
