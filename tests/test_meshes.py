@@ -105,10 +105,8 @@ def test_meshes_agree_with_one_device(name, cfg, monkeypatch):
     rows = jax.device_put(rows, batch_sharding(mesh, rules))
     got_loss, got_grads = compiled(jax.device_put(params, placed), rows)
   found = Program(compiled.as_text()).collectives()
-  if rules is FSDP_RULES:  # weights move; of the activations, only gradients of object tokens do
-    sizes = {kind: found[kind].bytes for kind in found}
-    moved = sizes.get("all-to-all", 0) + sizes.get("collective-permute", 0)
-    assert moved <= 0.01 * sizes.get("all-gather", 0)
+  if rules is FSDP_RULES:  # weights and their gradients move, activations do not
+    assert not {"all-to-all", "collective-permute"} & set(found)
   np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
   # The bias of keys has gradient zero (it moves all scores of a query alike): only noise there.
   noise = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(grads))

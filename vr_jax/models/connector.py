@@ -187,17 +187,26 @@ class Sampler(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Linear layers fc1, fc2, ... with the exact (erf) GELU between them."""
+  """Linear layers fc1, fc2, ... with the exact (erf) GELU between them.
+
+  With `rules`, kernels that lie spread over a mesh are gathered and their gradients summed: few
+  tokens would otherwise be exchanged to suit the kernels.
+  """
 
   width: int
   depth: int
   dtype: str
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+    def matmul(x, kernel, dimensions, precision=None):
+      kernel = shard_act(kernel, self.rules, None, None)
+      return jax.lax.dot_general(x, kernel, dimensions, precision)
+
     for i in range(self.depth):
       x = nn.gelu(x, approximate=False) if i else x
-      x = nn.Dense(self.width, dtype=self.dtype, name=f"fc{i + 1}")(x)
+      x = nn.Dense(self.width, dtype=self.dtype, dot_general=matmul, name=f"fc{i + 1}")(x)
     return x
 
 

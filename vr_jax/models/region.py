@@ -143,6 +143,6 @@ class RegionEncoder(nn.Module):
     self, merged: Float[Array, "*b U D"], kept: Bool[Array, "*b U"]
   ) -> tuple[Float[Array, "*b U E"], Bool[Array, "*b U"]]:
     """Merged features to the decoder's width."""
-    mlp = Mlp(self.cfg.width, 2, self.cfg.dtype)
+    mlp = Mlp(self.cfg.width, 2, self.cfg.dtype, self.rules)
     nn.share_scope(self, mlp)
     return mlp(merged.astype(self.cfg.dtype)), kept

@@ -8,7 +8,9 @@ import copy
 import dataclasses
 import math
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,20 +124,27 @@ class DoesNotFit(Exception):
   """The compiler found that the program needs more memory than a device has; holds its words."""
 
 
-def compile_step(step: Step) -> Any:
-  """The compiled step.
+def compile_step(step: Step) -> tuple[Any, str]:
+  """The compiled step and its optimised HLO.
 
   Raises:
     DoesNotFit: the TPU compiler says so (the GPU compiler never does: compare the peak).
   """
-  with jax.set_mesh(step.mesh):
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(step.mesh):
     lowered = step.run.lower(step.state, step.rows)
+    # The TPU compiler writes its program down: printing a large one of v5p or v6e afterwards fails.
+    tpu = step.mesh.devices.flat[0].platform == "tpu"
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else None
     try:
-      return lowered.compile()
+      compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" in str(error):
         raise DoesNotFit(str(error)) from error
       raise
+    if not tpu:
+      return compiled, compiled.as_text()
+    (dumped,) = Path(folder).glob("*.after_optimizations.txt")
+    return compiled, dumped.read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Measured:
 def measure(step: Step) -> Measured:
   """Compiles the step and reads the result."""
   try:
-    compiled = compile_step(step)
+    compiled, text = compile_step(step)
   except DoesNotFit as error:
     used = re.search(r"Used ([\d.]+)G of", str(error))
     return Measured(None, {}, needs=float(used[1]) if used else None)
@@ -165,7 +174,7 @@ def measure(step: Step) -> Measured:
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes
   )
-  program = Program(compiled.as_text())
+  program = Program(text)
   size = step.cfg.llm.vocab_size
   vocabulary = program.largest(size, min(step.config.loss_chunk, size))
   return Measured(peak, program.collectives(), vocabulary)
