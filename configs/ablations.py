@@ -45,7 +45,10 @@ def _read(arg: str | None) -> ConfigDict:
     arg, table=7, recipe=MINI, data="set", bench="", init="", tokens=4, mix="", steps=60, limit=240
   )
   if arg.table not in (5, 6, 7) or arg.recipe not in UNIONS:
-    raise InputError(f"accepted: table=5|6|7, recipe={'|'.join(UNIONS)}")
+    raise InputError(
+      f"found table={arg.table}, recipe={arg.recipe}; accepted: table=5|6|7, "
+      f"recipe={'|'.join(UNIONS)}"
+    )
   if arg.mix and arg.mix not in FILES[arg.recipe]:
     raise InputError(f"mix={arg.mix}: accepted: {', '.join(FILES[arg.recipe])}")
   return arg

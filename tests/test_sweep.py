@@ -46,6 +46,8 @@ def sweep_file(tmp_path, body):
     ("", r"s\.py: the file defines no sweep"),
     ("def sweep(add): pass", "added nothing"),
     ("def sweep(add):\n  add(lr=1.0)\n  add(lr=1.0)", "added lr=1.0 twice"),
+    ("def sweep(add):\n  add(lr=1.0)\n  add(1.0)", r"s\.py:5: TypeError: .* positional argument"),
+    ("def metrics(): return {}[1]\ndef sweep(add): add(lr=1.0)", r"s\.py:3: KeyError: 1"),
     ("def sweep(add): add(lrr=1.0)", r"config.lrr is not known; did you mean 'lr'"),
     ("def sweep(add): add(lr='x')", "config.lr='x': expected float"),
     (

@@ -152,7 +152,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
   except InputError as error:
     raise InputError(f"{path.name}: {error}") from error
   except Exception as error:
-    raise InputError(f"{path}{_line(error, path)}: {_one_line(error)}") from error
+    raise fault_in(path, error) from error
   if not isinstance(config, ConfigDict):
     raise InputError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
   config = _normal(config, "config")
@@ -313,6 +313,11 @@ def _call(path: Path, arg: str | None) -> Any:
   if arg:
     raise InputError(f"get_config() takes no argument, got {arg!r}")
   return module.get_config()
+
+
+def fault_in(path: Path, error: Exception) -> InputError:
+  """One line about an error in the code of a config file: file, line number, what happened."""
+  return InputError(f"{path}{_line(error, path)}: {_one_line(error)}")
 
 
 def _line(error: Exception, path: Path) -> str:

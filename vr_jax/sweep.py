@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.configs import find_config, load_config, load_module, nearest, split_spec
+from vr_jax.configs import fault_in, find_config, load_config, load_module, nearest, split_spec
 from vr_jax.evaluation.benchmarks import benchmark
 from vr_jax.evaluation.report import render
 from vr_jax.evaluation.report_results import Line, bar_rows, headline_table
@@ -124,10 +124,10 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
   if not callable(getattr(module, "sweep", None)):
     raise InputError(f"{path}: the file defines no sweep(add)")
   added: list[dict[str, Any]] = []
-  _call(module.sweep, own, lambda **values: added.append(values))
+  _call(path, module.sweep, own, lambda **values: added.append(values))
   if not added:
     raise InputError(f"{path}: sweep(add) added nothing")
-  metrics = _call(module.metrics, own) if hasattr(module, "metrics") else {}
+  metrics = _call(path, module.metrics, own) if hasattr(module, "metrics") else {}
   for key, args in metrics.items():
     if re.search(r"[^\w.-]", key) or not args or key in TAKEN:
       raise InputError(
@@ -389,10 +389,15 @@ def _markdown(
 # --- Reading the file.
 
 
-def _call(function: Callable, arg: str | None, *args: Any) -> Any:
-  """`function(*args)`, with the sweep's argument where it takes one more."""
+def _call(path: Path, function: Callable, arg: str | None, *args: Any) -> Any:
+  """`function(*args)` of a config file, with the sweep's argument where it takes one more."""
   takes = len(inspect.signature(function).parameters) > len(args)
-  return function(*args, arg) if takes else function(*args)
+  try:
+    return function(*args, arg) if takes else function(*args)
+  except InputError as error:
+    raise InputError(f"{path.name}: {error}") from error
+  except Exception as error:
+    raise fault_in(path, error) from error
 
 
 def _with_arg(path: Path, *args: str | None) -> str:
