@@ -61,6 +61,17 @@ def test_every_trip_of_a_loop_counts():
   assert set(found) == {"all-gather", "all-reduce", "reduce-scatter"}
 
 
+def test_trips_stand_in_the_condition_where_they_are_not_noted():
+  """As programs for TPUs have them."""
+  noted = 'backend_config={"known_trip_count":{"n":"28"},"known_init_step":{"init":"0"}}'
+  bound = "constant(28)\n  %i = s32[] get-tuple-element(%c), index=0\n"
+  bound += "  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT"
+  text = TEXT.replace(noted, "metadata={}")
+  text = text.replace("ROOT %less = pred[] constant(true)", f"%bound = s32[]{{:T(128)}} {bound}")
+  assert Program(text).collectives() == Program(TEXT).collectives()
+  assert Program(TEXT.replace(noted, "metadata={}")).collectives()["all-gather"].count == 1
+
+
 def test_buffers_inside_fusions_and_on_the_host_are_none():
   size, shape = Program(TEXT).largest(2000, 99999)
   assert (size, shape) == (2000 * 4 * 4, "f32[2000,4]{1,0}")

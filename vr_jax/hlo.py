@@ -1,6 +1,7 @@
 """What a compiled program holds, from the text of its optimised HLO: collectives, large buffers.
 
-Every trip of a loop counts (XLA notes `known_trip_count`). Byte counts are those of one device.
+Every trip of a loop counts: XLA notes `known_trip_count`, but for TPUs, where the bound stands in
+the loop's condition (`i < bound`, from 0 by 1, as scans are). Byte counts are those of one device.
 """
 
 import math
@@ -71,10 +72,26 @@ class Program:
       trips[name] += times
       for instruction in self.computations.get(name, []):
         for called in _called(instruction):
-          visit(called, times * _loop_trips(instruction))
+          visit(called, times * self._loop_trips(instruction))
 
     visit(self.entry, 1)
     return trips
+
+  def _loop_trips(self, instruction: Instruction) -> int:
+    """Of a loop; 1 of anything else, and of a loop whose bound is not a constant."""
+    if instruction.operation != "while":
+      return 1
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest):
+      return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
+    of = {i.name: i for i in self.computations.get(condition[1] if condition else "", [])}
+    for compare in of.values():
+      if compare.operation == "compare" and "direction=LT" in compare.rest:
+        names = re.findall(r"%([\w.\-]+)", compare.rest[: _closing(compare.rest)])
+        bounds = [of[n].rest for n in names if n in of and of[n].operation == "constant"]
+        if len(bounds) == 1:
+          return int(bounds[0].partition(")")[0])
+    return 1
 
   def instructions(self) -> Iterator[tuple[Instruction, int]]:
     """Every instruction that runs, and how often."""
@@ -151,13 +168,6 @@ def _called(instruction: Instruction) -> list[str]:
     for found in _CALLED.findall(instruction.rest)
     for name in found.strip("{}").split(",")
   ]
-
-
-def _loop_trips(instruction: Instruction) -> int:
-  if instruction.operation != "while":
-    return 1
-  found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-  return int(found[1]) if found else 1
 
 
 def _bytes(text: str) -> int:
