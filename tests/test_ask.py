@@ -103,8 +103,12 @@ def test_images_and_arrays(model, golden):
 
 def test_a_vanished_object_is_warned_of(model, clip):
   small = vr_jax.Region(box=(1, 1, 2, 2), frame=0)
-  (warning,) = model.ask(clip, QUESTION, [small], max_new_tokens=1).warnings
-  assert "too small" in warning
+  kept = model.ask(clip, QUESTION, [small], max_new_tokens=8)
+  assert "too small" in kept.warnings[0]
+  assert "stands for it" in kept.warnings[0]
+  lost = model.ask(clip, QUESTION, [small], max_new_tokens=8, mask_rule="published")
+  assert "learns nothing about it" in lost.warnings[0]
+  assert lost.token_ids != kept.token_ids
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,8 @@ def test_a_vanished_object_is_warned_of(model, clip):
     (["--region", "box:10,10,60,50@3", "--top-p", "0"], "top_p"),
     (["--region", "box:10,10,60,50@3", "--scene-frames", "1"], "scene_frames"),
     (["--region", "box:10,10,60,50@3", "--max-new-tokens", "0"], "max_new_tokens"),
+    (["--region", "box:10,10,60,50@3", "--mesh", "rows=2"], "accepted: data=N, tensor=N"),
+    (["--region", "box:10,10,60,50@3", "--mesh", "data=99"], "here are 8"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, golden, clip, capsys):

@@ -11,7 +11,7 @@ from vr_jax import cli
 from vr_jax.evaluation import captions
 from vr_jax.evaluation.benchmarks import benchmark
 from vr_jax.evaluation.caption_metrics import bleu, cider_d, rouge_l
-from vr_jax.evaluation.captions import Settings, jar_tokenize, ours
+from vr_jax.evaluation.captions import CORENLP, Settings, jar_tokenize, ours, spice_scores
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import load
 
@@ -200,3 +200,36 @@ def test_what_cannot_be_computed_says_why(tmp_path, capsys):
   assert "tokenizer: ptb-py" in printed
   spice = load(tmp_path / "p" / "strict").metric("SPICE")
   assert spice.value is None
+
+
+def test_the_folder_of_spice(tmp_path, capsys):
+  path = tmp_path / "p.jsonl"
+  records = [{"video": p.video, "Answer": p.truth, "pred": p.pred} for p in predictions()]
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+  command = ["score", "hc-stvg", str(path), "--no-meteor", "--spice-home", str(tmp_path)]
+  (tmp_path / CORENLP[0]).touch()
+  assert cli.main(command) == 2
+  assert f"no {CORENLP[1]}" in capsys.readouterr().err
+
+
+def test_what_spice_writes():
+  def of(i, f):
+    return {"image_id": i, "scores": {"All": {"pr": 0.5, "re": 0.5, "f": f}, "Color": {"f": 1.0}}}
+
+  scored = spice_scores(json.dumps([of(1, 0.25), of(0, 0.75)]), 2)
+  assert scored.items == (0.75, 0.25)
+  assert scored.corpus == 0.5
+  for records in ([of(0, 0.5)], [of(0, 0.5), of(1, "NaN")]):
+    assert "no score for 1 of 2 captions" in spice_scores(json.dumps(records), 2)
+
+
+@pytest.mark.java
+def test_a_spice_that_fails_is_no_number(tmp_path):
+  for name in CORENLP:
+    (tmp_path / name).touch()  # CoreNLP itself is in no package
+  result = score(PREDICTIONS, spice_home=tmp_path)
+  found = result.metric("SPICE")
+  assert found.value is None
+  assert "program failed: " in found.note
+  assert "stanford" in found.note
+  assert result.metric("CIDEr").value > 0

@@ -9,6 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import vr_jax
 from data_pipes.errors import InputError
+from vr_jax.inference.placement import parse_mesh
 from vr_jax.inference.programs import compilations
 from vr_jax.program_cache import keep_on_disk
 from vr_jax.sharding import make_mesh
@@ -190,15 +191,23 @@ def test_sampling_does_not_depend_on_the_company(model, requests):
 
 @pytest.mark.slow  # eight simulated devices on few cores, see test_meshes.py
 def test_a_mesh_gives_the_same_answers(tiny, requests, answers):
-  model = vr_jax.load(tiny, mesh=make_mesh([("data", 4), ("model", 2)]))
+  model = vr_jax.load(tiny, mesh=make_mesh([("data", 4), ("tensor", 2)]))
   w = model.params["llm"]["layers_0"]["attn"]["qkv"]["w"]
   assert w.sharding.shard_shape(w.shape)[1] == w.shape[1] // 2
   assert ids(model.ask_many(requests, **OPTIONS)) == ids(answers)
 
 
+def test_a_mesh_by_name():
+  assert dict(parse_mesh("data=2,tensor=4").shape) == {"data": 2, "tensor": 4}
+  assert parse_mesh("tensor=2").devices.size == 2
+  for text in ("", "tensor", "tensor=0", "data=2,data=2", "fsdp=2", "tensor=16"):
+    with pytest.raises(InputError, match="--mesh"):
+      parse_mesh(text)
+
+
 def test_a_mesh_that_does_not_divide_the_heads(tiny):
-  with pytest.raises(InputError, match="model=4: the decoder has 4 heads, 2 key heads"):
-    vr_jax.load(tiny, mesh=make_mesh([("model", 4)], jax.devices()[:4]))
+  with pytest.raises(InputError, match="tensor=4: the decoder has 4 heads, 2 key heads"):
+    vr_jax.load(tiny, mesh=make_mesh([("tensor", 4)], jax.devices()[:4]))
   with pytest.raises(InputError, match="mesh axes fsdp"):
     vr_jax.load(tiny, mesh=make_mesh([("fsdp", 2)], jax.devices()[:2]))
 

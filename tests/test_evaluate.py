@@ -9,7 +9,7 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.evaluation.results import read_predictions
-from vr_jax.evaluation.run import Settings, evaluate
+from vr_jax.evaluation.run import Settings, evaluate, shard_of
 
 TOKENS = 16  # as recorded
 
@@ -164,8 +164,29 @@ def test_bad_files_and_options(model, golden, data, tmp_path):
     evaluate(model, "bench-q", data, tmp_path / "out", Settings(scene_frames=1))
 
 
+def test_processes_started_together_take_turns():
+  assert shard_of({}) == (0, 1)
+  assert shard_of({"VR_PROCESS": "2", "VR_PROCESSES": "4"}) == (2, 4)
+  assert shard_of({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}) == (1, 3)
+  assert shard_of({"TPU_WORKER_ID": "3", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}) == (3, 4)
+  with pytest.raises(InputError, match="accepted: K/N"):
+    shard_of({"VR_PROCESS": "x", "VR_PROCESSES": "4"})
+
+
+def test_the_mask_rule_is_a_choice_that_results_state(model, golden, data, tmp_path):
+  told = run(model, golden, "bench-q", data, tmp_path / "a", limit=1)
+  assert told["inference"]["mask_rule"] == "published"
+  assert told["inference"]["weights"] == "float32"
+  settings = Settings("single", max_new_tokens=TOKENS, scene_frames=8)
+  with pytest.raises(InputError, match="mask_rule='published', not 'keep'"):
+    evaluate(
+      model, "bench-q", data, tmp_path / "a", settings, limit=1,
+      checkpoint=golden / "tiny_videorefer_qwen2",
+    )  # fmt: skip
+
+
 def test_the_command(model, golden, data, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr("vr_jax.inference.model.load", lambda path: model)  # compiled already
+  monkeypatch.setattr("vr_jax.inference.model.load", lambda path, **_: model)  # compiled already
   command = ["eval", "bench-q", "--checkpoint", str(golden / "tiny_videorefer_qwen2")]
   command += ["--data", str(data), "--out", str(tmp_path / "out"), "--mode", "single"]
   command += ["--max-new-tokens", str(TOKENS), "--limit", "2", "--published", "--batch-size", "1"]

@@ -15,6 +15,7 @@ from vr_jax import cli
 from vr_jax.evaluation.report_results import write_reports
 from vr_jax.evaluation.results import save
 from vr_jax.evaluation.score import JudgeSettings, score
+from vr_jax.evaluation.scores import DIMENSIONS
 
 TYPES = ("Basic Questions", "Sequential Questions")
 
@@ -122,6 +123,20 @@ def test_judged_descriptions(tmp_path):
   assert len(page.all("article", "text")) == 3
   assert len(page.all("svg")) == 5 + 4  # bars, and a histogram for each dimension
   assert "4.440" in page.text
+
+
+def test_descriptions_that_no_judge_scored_come_first(tmp_path):
+  path = tmp_path / "d.json"
+  said = ("no numbers here", "\n".join(f"{i}. {n}: 4" for i, n in enumerate(DIMENSIONS, 1)))
+  records = [{"video": "v", "caption": "A dog.", "pred": "A cat.", "gpt": reply} for reply in said]
+  path.write_text(json.dumps(records))
+  _, folder = score("bench-d", path, judge=JudgeSettings(max_failed=1.0))
+  write_reports([folder], tmp_path)
+  page = page_of(tmp_path)[1]
+  assert len(page.all("article", "text")) == 2
+  assert page.text.index("no score for Subject Correspondence") < page.text.index(
+    DIMENSIONS[0] + ": 4"
+  )
 
 
 def test_reports_of_other_things(tmp_path):

@@ -106,13 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--top-k", type=int, default=0, metavar="K")
     ask.add_argument("--top-p", type=float, default=1.0, metavar="P")
     ask.add_argument("--seed", type=int, default=0, help="of the sampling")
-    ask.add_argument(
-      "--scene-frames", type=int, metavar="N", help="default: as many as in training"
-    )
-    ask.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at once")
-    ask.add_argument(
-      "--weights", choices=["float32", "bfloat16", "int8"], help="default: as stored"
-    )
+    _answering(ask)
     ask.add_argument("--json", action="store_true", help="print the answer and what it rests on")
 
   _evaluation(command)
@@ -191,6 +185,25 @@ def _engine_commands(engine: argparse.ArgumentParser) -> None:
     step.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
+def _answering(parser: argparse.ArgumentParser) -> None:
+  """What `vr ask` and `vr eval` have in common."""
+  parser.add_argument(
+    "--scene-frames", type=int, metavar="N", help="default: as many as in training"
+  )
+  parser.add_argument(
+    "--mask-rule",
+    choices=["keep", "published", "area"],
+    help="masks on the tower's grid: keep (default) leaves every object a cell, published may not",
+  )
+  parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at once")
+  parser.add_argument(
+    "--weights", choices=["float32", "bfloat16", "int8"], help="default: as stored"
+  )
+  parser.add_argument(
+    "--mesh", metavar="data=N,tensor=M", help="split rows and weights over devices"
+  )
+
+
 def _evaluation(command) -> None:
   """vr eval, vr score, vr report."""
   names = ("bench-d", "bench-q", "hc-stvg", "mvbench", "videomme", "perception-test")
@@ -201,15 +214,16 @@ def _evaluation(command) -> None:
   run.add_argument("--media", help="folder that video paths start from (default: in --data)")
   run.add_argument("--out", required=True, metavar="O", help="folder of the predictions")
   run.add_argument("--mode", default="multi", choices=["single", "multi"], help="mask frames")
-  run.add_argument("--scene-frames", type=int, metavar="N", help="default: as many as in training")
+  _answering(run)
   run.add_argument(
-    "--published", action="store_true", help="the published scripts' 8 scene frames, 2048 tokens"
+    "--published",
+    action="store_true",
+    help="as the published scripts: 8 scene frames, 2048 tokens, their mask rule",
   )
   run.add_argument("--subtitles", action="store_true", help="videomme: with subtitles")
   run.add_argument("--split", default="", help="needed where a benchmark has several")
   run.add_argument("--shard", metavar="K/N", help="every N-th item from the K-th on")
   run.add_argument("--limit", type=int, metavar="N", help="only the first N items")
-  run.add_argument("--batch-size", type=int, default=8, metavar="N")
   run.add_argument("--max-new-tokens", type=int, metavar="N")
   run.add_argument("--json", action="store_true", help="print run.json")
 
@@ -232,6 +246,7 @@ def _evaluation(command) -> None:
   score.add_argument("--max-failed", type=float, default=0.05, metavar="SHARE")
   score.add_argument("--tokenizer", default="ptb-py", choices=["ptb-py", "ptb-jar"])
   score.add_argument("--no-meteor", action="store_true", help="captions without Java")
+  score.add_argument("--spice-home", metavar="DIR", help="CoreNLP 3.6.0, which SPICE needs")
   score.add_argument("--length-filter", default="none", choices=["none", "artemis"])
   score.add_argument("--accept-rate", type=float, metavar="SHARE", help="reviewer: re-weight to it")
   score.add_argument("--json", action="store_true", help="print result.json")
@@ -467,9 +482,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace) -> int | None:
   from vr_jax.inference import annotated_video, bulk
-  from vr_jax.inference.model import DESCRIBE, Request, load
+  from vr_jax.inference.model import DESCRIBE, Request
   from vr_jax.inference.regions import parse_regions
-  from vr_jax.program_cache import keep_on_disk
 
   jsonl, question = getattr(args, "jsonl", None), getattr(args, "question", DESCRIBE)
   given = args.video or args.region or args.save_video or (question and args.command == "ask")
@@ -479,9 +493,9 @@ def _ask(args: argparse.Namespace) -> int | None:
     raise InputError("accepted: --video and --question, or --jsonl and --out")
   names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "scene_frames", "batch_size")
   options = {name: getattr(args, name) for name in names}
+  options["mask_rule"] = args.mask_rule or "keep"
   regions = parse_regions(args.region)
-  keep_on_disk()
-  model = load(args.checkpoint, weights=args.weights)
+  model = _load(args)
   if jsonl:
     summary = bulk.run(model, jsonl, args.out, **options)
     print(json.dumps(dataclasses.asdict(summary)) if args.json else f"{summary}: {args.out}")
@@ -496,13 +510,24 @@ def _ask(args: argparse.Namespace) -> int | None:
   return 0
 
 
+def _load(args: argparse.Namespace):
+  from vr_jax.inference.model import load
+  from vr_jax.inference.placement import parse_mesh
+  from vr_jax.program_cache import keep_on_disk
+
+  keep_on_disk()
+  mesh = parse_mesh(args.mesh) if args.mesh else None
+  return load(args.checkpoint, weights=args.weights, mesh=mesh)
+
+
 def _eval(args: argparse.Namespace) -> None:
   from vr_jax.evaluation.run import Settings, evaluate, parse_shard, say
-  from vr_jax.inference.model import load
 
-  names = ("mode", "scene_frames", "max_new_tokens", "batch_size", "published", "subtitles")
+  names = ("mode", "scene_frames", "max_new_tokens", "batch_size", "mask_rule")
+  names += ("published", "subtitles")
+  shard = parse_shard(args.shard)
   run = evaluate(
-    load(args.checkpoint),
+    _load(args),
     args.benchmark,
     args.data,
     args.out,
@@ -510,7 +535,7 @@ def _eval(args: argparse.Namespace) -> None:
     checkpoint=args.checkpoint,
     media=args.media,
     split=args.split,
-    shard=parse_shard(args.shard),
+    shard=shard,
     limit=args.limit,
     progress=say,
   )

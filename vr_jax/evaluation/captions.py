@@ -1,13 +1,17 @@
 """Scores of captions against one reference each (HC-STVG, Table 3 of the paper; values times 100).
 
 BLEU, ROUGE-L and CIDEr need nothing but this package. METEOR and the tokenizer that the published
-numbers were made with are Java programs of the extra [java]; a metric that cannot be computed says
-why and is never 0.
+numbers were made with are Java programs of the extra [java]; SPICE needs a CoreNLP besides, which
+is in no package. A metric that cannot be computed says why and is never 0.
 """
 
 import dataclasses
+import json
+import math
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
@@ -35,6 +39,9 @@ from vr_jax.evaluation.statistics import Interval, cluster_bootstrap
 TOKENIZERS = ("ptb-py", "ptb-jar")
 FILTERS = ("none", "artemis")
 BLEU_DRAWS = 1000
+CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+# SPICE's serialisation looks into these packages, which Java 16 and later close.
+_OPENED = ("lang", "math", "util", "util.concurrent", "net", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +53,13 @@ class Settings:
     meteor: computed where Java and the extra are there.
     length_filter: "artemis" leaves out predictions of at most 5 or at least 300 characters before
       scoring, as the source of the paper's baseline rows does.
+    spice_home: a folder with the two CoreNLP files of SPICE; None leaves SPICE out.
   """
 
   tokenizer: str = "ptb-py"
   meteor: bool = True
   length_filter: str = "none"
+  spice_home: Path | None = None
 
 
 def score(
@@ -83,7 +92,7 @@ def score(
   found["METEOR"] = _meteor(references, said) if settings.meteor else "left out"
   found["ROUGE_L"] = rouge_l(references, said)
   found["CIDEr"] = cider_d(references, said)
-  found["SPICE"] = "its CoreNLP 3.6.0 is not part of any package and nothing is downloaded"
+  found["SPICE"] = _spice(references, said, settings.spice_home)
   left_out = len(predictions) - len(kept)
   metrics = []
   for name, scored in found.items():
@@ -172,6 +181,66 @@ def _meteor(references: Sequence[Sequence[str]], said: Sequence[str]) -> Scored 
     {i: [clean(text)] for i, text in enumerate(said)},
   )
   return Scored(float(corpus), tuple(float(v) for v in items))
+
+
+def _spice(
+  references: Sequence[Sequence[str]], said: Sequence[str], home: Path | None
+) -> Scored | str:
+  """SPICE 1.0 with the user's CoreNLP, or why there is none.
+
+  pycocoevalcap's own wrapper downloads CoreNLP, and writes into its installation.
+
+  Raises:
+    InputError: the folder is not one with both files.
+  """
+  if home is None:
+    return f"its CoreNLP 3.6.0 is in no package; --spice-home takes a folder with {CORENLP[0]}"
+  for name in CORENLP:
+    if not (home / name).is_file():
+      raise InputError(
+        f"--spice-home {home}: no {name}; accepted: the unpacked stanford-corenlp-full-2015-12-09"
+      )
+  try:
+    spice = _java_home() / "spice"
+  except InputError as error:
+    return str(error)
+  jars = [spice / "spice-1.0.jar", spice / "lib" / "*", *(home.resolve() / n for n in CORENLP)]
+  opens = " ".join(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in _OPENED)
+  records = [
+    {"image_id": i, "test": text, "refs": list(of)}
+    for i, (of, text) in enumerate(zip(references, said, strict=True))
+  ]
+  with tempfile.TemporaryDirectory() as folder:
+    asked, told = Path(folder, "captions.json"), Path(folder, "scores.json")
+    asked.write_text(json.dumps(records), encoding="utf-8")
+    command = [
+      "java",
+      "-Xmx8G",
+      "-cp",
+      os.pathsep.join(map(str, jars)),
+      "edu.anu.spice.SpiceScorer",
+    ]
+    done = subprocess.run(
+      [*command, str(asked), "-out", str(told), "-subset", "-silent"],
+      capture_output=True,
+      text=True,
+      cwd=folder,
+      env={**os.environ, "JDK_JAVA_OPTIONS": opens},  # Java 8, which knows no opens, ignores it
+    )
+    if done.returncode or not told.is_file():
+      lines = [line for line in done.stderr.splitlines() if "JDK_JAVA_OPTIONS" not in line]
+      return f"SPICE's program failed: {lines[0] if lines else f'exit code {done.returncode}'}"
+    return spice_scores(told.read_text(encoding="utf-8"), len(said))
+
+
+def spice_scores(text: str, count: int) -> Scored | str:
+  """The scores in what SPICE's program writes, in the order of the captions."""
+  found = {record["image_id"]: float(record["scores"]["All"]["f"]) for record in json.loads(text)}
+  lost = [i for i in range(count) if not math.isfinite(found.get(i, math.nan))]
+  if lost:
+    return f"SPICE's program gave no score for {len(lost)} of {count} captions"
+  items = tuple(found[i] for i in range(count))
+  return Scored(sum(items) / count, items)
 
 
 def _bleu_interval(

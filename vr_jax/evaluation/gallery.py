@@ -9,6 +9,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.video import open_video
+from vr_jax.evaluation.benchmarks import benchmark
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.report import Example, Frame, TextExample
 from vr_jax.evaluation.results import Result
@@ -62,7 +63,7 @@ def text_examples(
 def _text_example(
   result: Result, record: Mapping[str, Any], by_id: Mapping[Any, Item], media: Path
 ) -> TextExample:
-  judged = isinstance(record["parsed"], dict)
+  judged = benchmark(result.benchmark).kind == "judged"
   scores = (record["parsed"] if judged else record["scores"]) or {}
   replies = [reply for reply in record.get("replies", ()) if reply]
   return TextExample(

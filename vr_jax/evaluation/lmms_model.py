@@ -14,19 +14,22 @@ from vr_jax.inference.model import Request, load
 
 
 class VRJax(lmms):
-  """`--model vr_jax --model_args checkpoint=C,scene_frames=16,batch_size=8`."""
+  """`--model vr_jax --model_args checkpoint=C,scene_frames=16,mask_rule=keep,batch_size=8`."""
 
   def __init__(
     self,
     checkpoint: str | None = None,
     scene_frames: int | str | None = None,
+    mask_rule: str = "keep",
+    weights: str | None = None,
     batch_size: int | str = 8,
     device: str | None = None,
     max_batch_size: int | None = None,
   ):
     """`device` and `max_batch_size` are lmms-eval's; JAX chooses the device itself."""
     super().__init__()
-    self.model = load(checkpoint)
+    self.model = load(checkpoint, weights=weights)
+    self.mask_rule = mask_rule
     self.scene_frames = None if scene_frames is None else int(scene_frames)
     self.batch_size = int(batch_size)
 
@@ -40,6 +43,7 @@ class VRJax(lmms):
         asked,
         max_new_tokens=tokens,
         scene_frames=self.scene_frames,
+        mask_rule=self.mask_rule,
         batch_size=self.batch_size,
       )
       for answer in said:

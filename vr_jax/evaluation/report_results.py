@@ -318,7 +318,9 @@ def provenance(result: Result) -> dict[str, str]:
     if inference.get("frames")
     else "",
     "Mask frames": MODES.get(inference.get("mode") or "", ""),
+    "Mask rule": inference.get("mask_rule") or "",
     "Tokens per object (u)": str(inference.get("u") or ""),
+    "Weights": inference.get("weights") or "",
     "Decoding": f"{inference['decoding']}, up to {inference.get('max_new_tokens')} tokens"
     if inference.get("decoding")
     else "",

@@ -77,9 +77,13 @@ class Result:
   @property
   def label(self) -> str:
     """What tells this result from others, in few words."""
-    mode = (self.run.get("inference") or {}).get("mode")
-    frames = (self.run.get("inference") or {}).get("frames")
+    inference = self.run.get("inference") or {}
+    mode, frames = inference.get("mode"), inference.get("frames")
     parts = [f"{mode}-frame" if mode else "", f"{frames} scene frames" if frames else ""]
+    if inference.get("mask_rule", "keep") not in ("keep", None):
+      parts.append(f"{inference['mask_rule']} mask rule")
+    if inference.get("weights") == "int8":
+      parts.append("int8 weights")
     parts += [f"{self.parser} parser", f"judge {self.judge['name']}" if self.judge else ""]
     return ", ".join(part for part in parts if part)
 

@@ -12,13 +12,12 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.benchmarks import Benchmark, Dataset, benchmark, read
@@ -38,14 +37,16 @@ class Settings:
   Attributes:
     mode: "single" or "multi" mask frames; no difference where no objects are named.
     scene_frames: frames of the scene; None for as many as in training.
+    mask_rule: of `inference.model.Options`.
     published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
-      new tokens.
+      new tokens, their mask rule.
   """
 
   mode: str = "multi"
   scene_frames: int | None = None
   max_new_tokens: int | None = None
   batch_size: int = 8
+  mask_rule: str | None = None
   published: bool = False
   subtitles: bool = False
 
@@ -53,6 +54,7 @@ class Settings:
     if self.mode not in MODES:
       raise InputError(f"mode {self.mode!r}; accepted: {', '.join(MODES)}")
     frames, tokens = self.scene_frames, self.max_new_tokens
+    rule = self.mask_rule or ("published" if self.published else "keep")
     if frames is None:
       frames = PUBLISHED_FRAMES if self.published and of.regions else model.cfg.num_frames
     if tokens is None:
@@ -64,7 +66,7 @@ class Settings:
     ):
       if value < least:
         raise InputError(f"{name}={value}; accepted: {least} or more")
-    return dataclasses.replace(self, scene_frames=frames, max_new_tokens=tokens)
+    return dataclasses.replace(self, scene_frames=frames, max_new_tokens=tokens, mask_rule=rule)
 
 
 def evaluate(
@@ -86,7 +88,7 @@ def evaluate(
   Args:
     checkpoint: where the model came from, for its hash.
     media, split: see `benchmarks.read`.
-    shard: (k, n): every n-th item from the k-th on; by default this process among JAX's.
+    shard: (k, n): every n-th item from the k-th on; by default `shard_of` this process.
     limit: only the first items.
     progress: called with a line of text now and then.
 
@@ -98,7 +100,7 @@ def evaluate(
   settings = (settings or Settings()).resolve(of, model)
   dataset = read(of, data, media, split, settings.subtitles)
   items = list(dataset.items)[: limit or None]
-  k, n = shard or (jax.process_index(), jax.process_count())
+  k, n = shard or shard_of(os.environ)
   if not 0 <= k < n:
     raise InputError(f"--shard {k}/{n}; accepted: K from 0 to N-1, as in 0/4")
   run = _describe(of, dataset, items, settings, model, checkpoint)
@@ -141,8 +143,25 @@ def evaluate(
   return run
 
 
+def shard_of(environ: Mapping[str, str]) -> tuple[int, int]:
+  """(k, n) of process k of the n that were started together, which work apart.
+
+  They are named as for training (training/processes.py): by VR_PROCESS and VR_PROCESSES, as tasks
+  of a Slurm step or as workers of a TPU slice.
+  """
+  workers = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+  for index, count in (
+    ("VR_PROCESS", environ.get("VR_PROCESSES")),
+    ("SLURM_PROCID", environ.get("SLURM_STEP_NUM_TASKS")),
+    ("TPU_WORKER_ID", str(workers)),
+  ):
+    if index in environ and count:
+      return parse_shard(f"{environ[index]}/{count}") or (0, 1)
+  return 0, 1
+
+
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-  """ "K/N" as numbers; None for this process's place among JAX's."""
+  """ "K/N" as numbers; None as it is."""
   if text is None:
     return None
   k, slash, n = text.partition("/")
@@ -206,6 +225,7 @@ def _ask(model: Model, items: Sequence[Item], media: Path, settings: Settings) -
     max_new_tokens=settings.max_new_tokens or 0,
     scene_frames=settings.scene_frames,
     batch_size=settings.batch_size,
+    mask_rule=settings.mask_rule or "keep",
   )
 
 
@@ -236,6 +256,8 @@ def _describe(
       "mode": settings.mode if of.regions else None,
       "u": model.cfg.region.tokens,
       "frames": settings.scene_frames,
+      "mask_rule": settings.mask_rule if of.regions else None,
+      "weights": model.weights,
       "sampler": "uniform",
       "prompt_template": "published" if of.name != "hc-stvg" else "published, later edition",
       "prompt_sha": questions,

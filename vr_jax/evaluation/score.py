@@ -349,7 +349,12 @@ def command(args: argparse.Namespace) -> None:
     args.parser,
     out=args.out,
     judge=settings,
-    captions_by=captions.Settings(args.tokenizer, not args.no_meteor, args.length_filter),
+    captions_by=captions.Settings(
+      args.tokenizer,
+      not args.no_meteor,
+      args.length_filter,
+      Path(args.spice_home) if args.spice_home else None,
+    ),
     progress=lambda text: print(text, file=sys.stderr, flush=True),
   )
   found = compare(result, load(args.against), args.common) if args.against else []

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from data_pipes.batch import Clip, RowShape
 from data_pipes.bench_prompts import DESCRIBE
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
+from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
@@ -97,6 +99,8 @@ class Options:
       on how many requests there are; with 1 a single answer comes soonest.
     share: questions about one video share what is computed of it. Off, each is computed by itself;
       the answers are the same.
+    mask_rule: how masks come onto the tower's grid, as `input.mask_rule` in training: "keep"
+      (default) leaves every object at least one cell, "published" may lose small ones, "area".
   """
 
   max_new_tokens: int = 256
@@ -107,8 +111,11 @@ class Options:
   scene_frames: int | None = None
   batch_size: int = 8
   share: bool = True
+  mask_rule: str = "keep"
 
   def __post_init__(self):
+    if self.mask_rule not in GRID_RULES:
+      raise InputError(f"mask_rule={self.mask_rule!r}; accepted: {', '.join(GRID_RULES)}")
     for name in ("max_new_tokens", "batch_size"):
       if getattr(self, name) < 1:
         raise InputError(f"{name}={getattr(self, name)}; accepted: 1 or more")
@@ -148,6 +155,7 @@ class Model:
 
   Attributes:
     cfg, params, tokenizer: the model; its decoder is in the fused layout.
+    weights: "float32", "bfloat16" or "int8", of the decoder.
     eos_ids, pad_id, sampling: how it decodes unless asked otherwise.
     notice: a warning that goes with every answer ("" for none).
     visual: what is computed of videos; `visual.counts` says how much of it.
@@ -170,7 +178,7 @@ class Model:
     Args:
       weights: "float32" or "bfloat16" compute in that dtype; "int8" keeps the dtype and holds the
         decoder's matmul weights in 8 bits. None: as `cfg` says.
-      mesh: with the axes `data` and `model`, either or both; see placement.py.
+      mesh: with the axes `data` and `tensor`, either or both; see placement.py.
       memory_limit: bytes a device may be asked for, by default what it has.
     """
     settings = dict(generation or {})
@@ -178,6 +186,7 @@ class Model:
     self._placement = Placement(mesh)
     self._placement.check(cfg.llm)
     self.cfg, self.params = _for_inference(cfg, params, weights, self._placement)
+    self.weights = weights or self.cfg.llm.dtype
     self.eos_ids = tuple(settings.get("eos_ids") or ())
     if not self.eos_ids and tokenizer.eos_id is not None:
       self.eos_ids = (tokenizer.eos_id,)
@@ -289,7 +298,7 @@ class Model:
     Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
     that each frame was merged into, int32 [F].
     """
-    (group,) = self._read([(0, request)], None, self.cfg.num_frames)
+    (group,) = self._read([(0, request)], None, self.cfg.num_frames, "keep")
     for _, error in group.refused:
       raise error
     _, objects = self._see(group)
@@ -367,18 +376,19 @@ class Model:
       for video, members in groups.items()
       for at in range(0, len(members), TOGETHER)
     )
+    read = functools.partial(self._read, scene=scene, mask_rule=options.mask_rule)
     with ThreadPoolExecutor(READERS) as threads:
       reading = collections.deque(
-        threads.submit(self._read, *part, scene) for part in itertools.islice(parts, READERS + 1)
+        threads.submit(read, *part) for part in itertools.islice(parts, READERS + 1)
       )
       while reading:
         groups_of_part = reading.popleft().result()
         for part in itertools.islice(parts, 1):
-          reading.append(threads.submit(self._read, *part, scene))
+          reading.append(threads.submit(read, *part))
         yield from groups_of_part
 
   def _read(
-    self, asked: Sequence[tuple[int, Request]], video: Hashable, scene: int
+    self, asked: Sequence[tuple[int, Request]], video: Hashable, scene: int, mask_rule: str
   ) -> list[_Group]:
     """Reads requests about one video, each frame once: one group, if no request spoils the others.
 
@@ -396,7 +406,7 @@ class Model:
         marked = objects_of(request.regions, source)
         objects = [m.masks for m in marked] + list(request.annotation)
         text = self._text_of(request, len(objects), "image" if image else "video")
-        warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio)
+        warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio, mask_rule)
         names = [m.name for m in marked]
         names += [f"object {n}" for n in range(len(names), len(objects))]
         prepared.append((i, text, objects, names, filter(None, [self.notice, *warnings])))
@@ -409,6 +419,7 @@ class Model:
         [masks for _, _, objects, _, _ in prepared for masks in objects],
         image=image,
         aspect_ratio=self.cfg.image_aspect_ratio,
+        mask_rule=mask_rule,
       )
       if len(clip.scene) != scene:
         raise InputError(
@@ -418,7 +429,7 @@ class Model:
     except InputError as error:
       if len(asked) == 1:
         return [_Group(video, None, (), [(asked[0][0], error)])]
-      return [group for one in asked for group in self._read([one], video, scene)]
+      return [group for one in asked for group in self._read([one], video, scene, mask_rule)]
     cells = iter(clip.objects)
     read = [
       _Read(i, text, tuple(names), list(itertools.islice(cells, len(objects))), tuple(warnings))
@@ -565,7 +576,7 @@ def _for_inference(
   if weights in ("float32", "bfloat16"):
     parts = {name: dataclasses.replace(part, dtype=weights) for name, part in parts.items()}
   params = jax.device_get(params)
-  parts["llm"], llm = fuse(parts["llm"], params["llm"], placement.size("model"))
+  parts["llm"], llm = fuse(parts["llm"], params["llm"], placement.size("tensor"))
   if weights == "int8":
     llm = quantize(llm)
 

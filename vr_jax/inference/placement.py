@@ -1,7 +1,7 @@
-"""Where weights, caches and rows live: on one device, or on a mesh of the axes `data` and `model`.
+"""Where weights, caches and rows live: on one device, or on a mesh of the axes `data` and `tensor`.
 
 Rows (answers under way, frames) are split over `data`; attention heads, MLP columns and the
-vocabulary over `model`. Everything else is whole on every device.
+vocabulary over `tensor`. Everything else is whole on every device.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from data_pipes.errors import InputError
 from vr_jax.inference.generate import Decoding
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.decoder import DecoderConfig, KVCache
-from vr_jax.sharding import path_names
+from vr_jax.sharding import make_mesh, path_names
 
-AXES = ("data", "model")
-# The dim of a fused decoder's weights that is split over `model`. Where it does not divide it the
+AXES = ("data", "tensor")
+# The dim of a fused decoder's weights that is split over `tensor`. Where it does not divide it the
 # next match is tried, and the array stays whole if none does.
 TENSOR_DIMS = (
   (r"llm/layers_\d+/attn/qkv/.*", -1),
@@ -30,6 +30,27 @@ TENSOR_DIMS = (
   (r"llm/embedder/.*", 0),
   (r"llm/embedder/.*", 1),
 )
+
+
+def parse_mesh(text: str) -> Mesh:
+  """The mesh of "data=2,tensor=4", over the first devices.
+
+  Raises:
+    InputError: other axes, or more devices than there are.
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    axis, _, size = part.strip().partition("=")
+    if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+      raise InputError(
+        f"--mesh {text!r}; accepted: data=N, tensor=N or both, as in data=2,tensor=4"
+      )
+    sizes[axis] = int(size)
+  devices = jax.devices()
+  count = math.prod(sizes.values())
+  if count > len(devices):
+    raise InputError(f"--mesh {text!r} is of {count} devices; here are {len(devices)}")
+  return make_mesh(sizes.items(), devices[:count])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +69,11 @@ class Placement:
     return 1 if self.mesh is None else self.mesh.shape.get(axis, 1)
 
   def check(self, cfg: DecoderConfig) -> None:
-    """Raises InputError where `model` does not divide the decoder's heads and MLP."""
-    n = self.size("model")
+    """Raises InputError where `tensor` does not divide the decoder's heads and MLP."""
+    n = self.size("tensor")
     if math.gcd(cfg.heads, cfg.kv_heads, cfg.mlp_dim) % n:
       raise InputError(
-        f"mesh axis model={n}: the decoder has {cfg.heads} heads, {cfg.kv_heads} key heads and "
+        f"mesh axis tensor={n}: the decoder has {cfg.heads} heads, {cfg.kv_heads} key heads and "
         f"{cfg.mlp_dim} MLP columns; accepted: a number that divides all of them"
       )
 
@@ -85,14 +106,14 @@ class Placement:
     """Shardings of a fused decoder's cache of one row, whose `end` is []."""
     if self.mesh is None:
       return None
-    heads = (self.split(None, "model"),) * cfg.depth
+    heads = (self.split(None, "tensor"),) * cfg.depth
     return KVCache(k=heads, v=heads, positions=self.whole, end=self.whole)
 
   def cache(self, cfg: DecoderConfig, rows: int) -> KVCache | None:
     """Shardings of a cache whose rows have each their own `end`."""
     if self.mesh is None:
       return None
-    heads = (self.split(self.rows(rows), "model"),) * cfg.depth
+    heads = (self.split(self.rows(rows), "tensor"),) * cfg.depth
     row = self.split(self.rows(rows))
     return KVCache(k=heads, v=heads, positions=row, end=row)
 
@@ -114,7 +135,7 @@ class Placement:
 
   def _weight(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
     for pattern, dim in TENSOR_DIMS:
-      fits = -len(shape) <= dim < len(shape) and shape[dim] % self.size("model") == 0
+      fits = -len(shape) <= dim < len(shape) and shape[dim] % self.size("tensor") == 0
       if fits and re.fullmatch(pattern, path):
-        return self.split(*(None,) * (dim % len(shape)), "model")
+        return self.split(*(None,) * (dim % len(shape)), "tensor")
     return self.whole
