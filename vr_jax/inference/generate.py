@@ -168,6 +168,10 @@ def _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys) -> De
     )
   if keys is None:
     keys = jax.random.split(jax.random.key(0), B)
+  if isinstance(cache.k, tuple):
+    # Slots of rows with ends of their own are scattered, which XLA does in place; with a common end
+    # XLA:CPU copies the whole cache in every step.
+    cache = cache.replace(end=jnp.broadcast_to(cache.end, B))
   columns = bucket(int(limits.max()), smallest=16)  # a static size that many limits share
   return first(logits, cache, limits, keys, columns, tuple(eos_ids), pad_id, sampling)
 
