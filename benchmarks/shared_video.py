@@ -1,6 +1,6 @@
 """Many questions about one clip: what an answer costs, shared and in rows, against one by one.
 
-    python benchmarks/shared_video.py [--checkpoint C] [--pairs 9]
+    python benchmarks/shared_video.py [--checkpoint C] [--width 128] [--batch-size 32]
 
 Prints, with their goals:
   infer.shared_x      cost of an answer one by one (nothing shared, one row) over that of 8 objects
@@ -8,7 +8,9 @@ Prints, with their goals:
   infer.same_answers  whether both gave the same tokens
   infer.compilations  programs compiled during 200 mixed requests after the warm-up
 
-The default model is the packaged vr-mini, the clip a small H.264 file made on the spot.
+The default model is of a middle size, with random weights: tower, connector and decoder have about
+the shares of the work that they have in the 7B model, which the packaged vr-mini's do not. The clip
+is a small H.264 file made on the spot.
 """
 
 import argparse
@@ -17,10 +19,19 @@ import time
 from pathlib import Path
 
 import av
+import jax
 import numpy as np
 
 import vr_jax
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.assets import VR_MINI
+from vr_jax.inference.model import Model
 from vr_jax.inference.programs import compilations
+from vr_jax.models.connector import ConnectorConfig
+from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.region import RegionConfig
+from vr_jax.models.siglip import SiglipConfig
+from vr_jax.models.videorefer import VideoReferConfig, init_params
 
 QUESTIONS = (
   "What is <region>?",
@@ -29,6 +40,41 @@ QUESTIONS = (
   "Where is <region>?",
 )
 NEW_TOKENS = 16
+
+
+def middle(width: int) -> VideoReferConfig:
+  """The sizes of published_model.py."""
+  return VideoReferConfig(
+    name="middle",
+    img=SiglipConfig(
+      image_size=96, patch_size=8, width=width // 2, depth=10, heads=4, mlp_dim=width * 15 // 8
+    ),
+    connector=ConnectorConfig(width=width),
+    region=RegionConfig(width=width),
+    llm=DecoderConfig(
+      width=width,
+      depth=28,
+      heads=4,
+      kv_heads=1,
+      head_dim=width // 4,
+      mlp_dim=width * 16 // 3,
+      vocab_size=5300,
+      activation="silu",
+      norm_plus_one=False,
+      scale_embedding=False,
+      tied_head=False,
+      qkv_bias=True,
+    ),
+    num_frames=16,
+  )
+
+
+def load(checkpoint: str | None, width: int) -> Model:
+  if checkpoint:
+    return vr_jax.load(checkpoint)
+  cfg = middle(width)
+  params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+  return Model(cfg, params, Tokenizer.from_folder(VR_MINI))
 
 
 def make_clip(path: Path, frames: int = 48, size: int = 192) -> None:
@@ -49,10 +95,12 @@ def make_clip(path: Path, frames: int = 48, size: int = 192) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--checkpoint", help="default: the packaged vr-mini")
+  parser.add_argument("--checkpoint", help="vr-mini, or a folder (default: random)")
+  parser.add_argument("--width", type=int, default=128, help="of the random model's decoder")
+  parser.add_argument("--batch-size", type=int, default=32, help="of the shared side")
   parser.add_argument("--pairs", type=int, default=9)
   args = parser.parse_args()
-  model = vr_jax.load(args.checkpoint)
+  model = load(args.checkpoint, args.width)
   with tempfile.TemporaryDirectory() as folder:
     clip = Path(folder) / "clip.mp4"
     make_clip(clip)
@@ -71,13 +119,13 @@ def main() -> None:
       return (time.perf_counter() - start) / len(few), [answer.token_ids for answer in said]
 
     alone = {"share": False, "batch_size": 1}
-    timed(requests, batch_size=8)
+    timed(requests, batch_size=args.batch_size)
     timed(requests[:2], **alone)
     ratios, same = [], True
     for i in range(args.pairs):
       picked = [(5 * i + j) % len(requests) for j in range(4)]
       one, said = timed([requests[j] for j in picked], **alone)
-      together, all_said = timed(requests, batch_size=8)
+      together, all_said = timed(requests, batch_size=args.batch_size)
       ratios.append(one / together)
       same &= said == [all_said[j] for j in picked]
     low, median, high = np.percentile(ratios, (10, 50, 90))

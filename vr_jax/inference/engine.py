@@ -32,7 +32,7 @@ from vr_jax.inference.sampling import Sampling
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
-CHUNK = 64  # K
+CHUNK, CPU_CHUNK = 64, 16  # K on accelerators and on CPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +119,10 @@ class Engine:
       InputError: the sizes do not fit the memory; the message holds the numbers.
     """
     self.sizes, self._params = sizes, params
-    # An accelerator reads every weight for each extend, so several questions share it; a CPU gains
-    # nothing from the padding rows of a short batch.
-    self._together = placement.whole_rows(1 if jax.default_backend() == "cpu" else 4)
+    # An accelerator reads every weight for each extend, so several questions share a large one; to
+    # a CPU the padding of rows and slots is work.
+    rows, self._chunk = (1, CPU_CHUNK) if jax.default_backend() == "cpu" else (4, CHUNK)
+    self._together = placement.whole_rows(rows)
     self._llm = module.cfg.llm
     limit = device_memory() if memory_limit is None else memory_limit
     self.plan = self._planned(programs, placement, sampling, limit, scratch=False)
@@ -173,10 +174,10 @@ class Engine:
     self, state: Decoding, batch: list[Prompt], free: list[int], limit: int, seed: int
   ) -> Decoding:
     """Prefills the questions of the batch and puts them into free rows."""
-    Q, E = self._together, self._llm.width
+    Q, K, E = self._together, self._chunk, self._llm.width
     filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
     counts = np.array([len(p.tokens) for p in filled], np.int32)
-    padded = -(-counts.max() // CHUNK) * CHUNK
+    padded = -(-counts.max() // K) * K
     tokens, is_visual = np.zeros((Q, padded), np.int32), np.zeros((Q, padded), bool)
     visual = np.zeros((Q, padded, E), self._llm.dtype)
     positions = np.full((Q, padded), -1, np.int32)
@@ -186,8 +187,8 @@ class Engine:
       positions[i, :n] = p.prefix.length + np.arange(n)
     rows = self._open(tuple(p.prefix.cache for p in filled))
     logits = np.zeros((Q, self._llm.vocab_size), np.float32)
-    for at in range(0, padded, CHUNK):
-      part = [x[:, at : at + CHUNK] for x in (tokens, visual, is_visual, positions)]
+    for at in range(0, padded, K):
+      part = [x[:, at : at + K] for x in (tokens, visual, is_visual, positions)]
       rows, logits = self._extend(self._params, rows, logits, *part)
     where = np.array(free + [self.sizes.rows] * (Q - len(batch)), np.int32)
     ends = self.sizes.prefix + counts
@@ -266,7 +267,7 @@ class Engine:
     state, rows, prefix = self._shapes(placement, sampling)
     state_placed = placement.state(llm, self.sizes.rows, sampling)
     rows_placed = placement.cache(llm, self._together)
-    Q, W = self._together, llm.vocab_size
+    Q, K, W = self._together, self._chunk, llm.vocab_size
     of_rows = placement.rows(Q)
 
     def per_row(dtype, *shape):
@@ -289,10 +290,10 @@ class Engine:
     logits, whole = per_row("float32", W), placement.whole
     out = None if whole is None else (rows_placed, logits.sharding)
     slots = (
-      per_row("int32", CHUNK),
-      per_row(llm.dtype, CHUNK, llm.width),
-      per_row(bool, CHUNK),
-      per_row("int32", CHUNK),
+      per_row("int32", K),
+      per_row(llm.dtype, K, llm.width),
+      per_row(bool, K),
+      per_row("int32", K),
     )
     integers, one = per_row("int32"), array((), "int32")
     self._empty = programs(("empty", name), lambda: self._state(sampling, pad_id), out=state_placed)
