@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from data_pipes.engine.export import file_paths
 from data_pipes.engine.quality import duplicates, masks, text
 from data_pipes.engine.quality.colours import NAMES, name_pixels
 from data_pipes.engine.quality.shots import find_shots, perceptual_hash
-from data_pipes.engine.roles import Clip, Context
+from data_pipes.engine.roles import Claim, Clip, Context
 from data_pipes.engine.runners.local import run_tasks
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
@@ -28,6 +29,7 @@ from data_pipes.frame_rules import grid_frames
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.records import RecordFile
 from data_pipes.video import open_video
+from vr_jax.engine import VideoReferAgent
 
 SEEDS = (0, 4, 7)
 CONTEXT = Context(lambda: None, "", "en")
@@ -241,6 +243,32 @@ def test_our_own_model_describes_objects(tmp_path):
   assert all(m["text_source"] == "model" for m in made)
 
 
+@pytest.mark.parametrize(
+  ("said", "expected"), [("Yes.", True), ("no, it is a cat", False), ("A red ball.", None)]
+)
+def test_our_own_model_judges_by_looking(said, expected):
+  asked = []
+
+  def ask_many(requests, **options):
+    asked.extend(requests)
+    return [SimpleNamespace(text=said)]
+
+  agent = object.__new__(VideoReferAgent)
+  agent.model, agent.language, agent.max_new_tokens = SimpleNamespace(ask_many=ask_many), "en", 8
+  masks = {0: np.ones((2, 2), bool), 5: np.zeros((2, 2), bool)}
+  claim = Claim(Clip("a.mp4", "", 9, None, 2, 2), "ball", "It is <red>.", "A region.", masks, 0)
+  if expected is None:
+    with pytest.raises(InputError, match=r"found 'A red ball\.'; accepted: yes or no"):
+      agent.compare(claim)
+  else:
+    assert agent.compare(claim).same_object == expected
+  (request,) = asked
+  assert request.video == "a.mp4"
+  assert "<red>" not in request.question
+  assert "It is \\u003cred\\u003e." in request.question
+  assert [list(masks) for masks in request.annotation] == [[0]]
+
+
 # Parts
 
 
@@ -278,8 +306,13 @@ def test_measured_facts_follow_the_script():
 
 def test_the_judge_goes_by_colours():
   judge = AttributeJudge(CONTEXT)
-  assert judge.compare("red ball", "It moves.", "A red region (80% of it) at the top.").same_object
-  verdict = judge.compare("red ball", "It moves.", "A blue region (80% of it) at the top.")
+  clip = Clip("", "", 1, None, 1, 1)
+  red, blue = (
+    Claim(clip, "red ball", "It moves.", f"A {colour} region (80% of it) at the top.", {}, 0)
+    for colour in ("red", "blue")
+  )
+  assert judge.compare(red).same_object
+  verdict = judge.compare(blue)
   assert not verdict.same_object
   assert verdict.reason == "the noun says red, the region is blue"
 

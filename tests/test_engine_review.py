@@ -28,7 +28,7 @@ class EvenJudge:
   def __init__(self, context):
     self.count = 0
 
-  def compare(self, noun, annotated, region):
+  def compare(self, claim):
     self.count += 1
     return Verdict(self.count % 2 == 0, "as the counter says", 0.5)
 

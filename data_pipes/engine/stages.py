@@ -106,7 +106,7 @@ def check_settings(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     raise InputError(
       f"config.roles.{sorted(unknown)[0]} is no role; accepted: {', '.join(_ROLE_STAGES)}"
     )
-  for role in _roles_of(settings):
+  for role in roles_of(settings):
     options = settings["roles"].get(role)
     if options is None:
       raise InputError(f"config.roles.{role} is missing; path {settings['path']!r} needs it")
@@ -145,7 +145,8 @@ _ROLES_OF_PATH = {
 }
 
 
-def _roles_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def roles_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+  """The roles that a path needs."""
   return _ROLES_OF_PATH[settings["path"]]
 
 

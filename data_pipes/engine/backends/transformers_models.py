@@ -6,7 +6,6 @@ whose registry build does not load beside a CPU torch); no part of torchvision i
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,15 @@ from PIL import Image
 from data_pipes.engine.backends.marking import outline, shrunk
 from data_pipes.engine.prompts import prompt_hash, render
 from data_pipes.engine.quality.masks import iou
-from data_pipes.engine.roles import Ambiguous, Clip, Context, Description, Masks, Track
+from data_pipes.engine.roles import (
+  Ambiguous,
+  Clip,
+  Context,
+  Description,
+  Masks,
+  Track,
+  model_version,
+)
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import uniform_frames
 
@@ -73,7 +80,7 @@ class DinoSam2:
   @staticmethod
   def identity(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
     own = {key: value for key, value in options.items() if key != "device"}
-    versions = {name: _version(options[name]) for name in ("detector", "tracker")}
+    versions = {name: model_version(options[name]) for name in ("detector", "tracker")}
     return {
       "backend": f"transformers {options['detector']} + {options['tracker']}",
       "options": own,
@@ -258,7 +265,7 @@ class _LocalCaptioner:
       "backend": f"transformers {options['model']}",
       "prompts": {name: prompt_hash(name) for name in cls.prompts},
       "options": {key: value for key, value in options.items() if key != "device"},
-      "versions": {"model": _version(options["model"])},
+      "versions": {"model": model_version(options["model"])},
     }
 
   def _ask(self, images: Sequence[Image.Image], text: str) -> str:
@@ -322,16 +329,3 @@ class _named:
     if isinstance(error, OSError | ValueError):
       line = " ".join(str(error).split())[:200]
       raise InputError(f"{self.role} {self.name!r} cannot be loaded: {line}") from error
-
-
-def _version(name: str) -> str:
-  """Of a local folder, the hash of its configuration and the sizes of its weights."""
-  from data_pipes.engine.graph import digest
-
-  folder = Path(name)
-  if not folder.is_dir():
-    return "hub"
-  files = sorted(p for p in folder.iterdir() if p.is_file())
-  config = folder / "config.json"
-  text = config.read_text(encoding="utf-8") if config.is_file() else ""
-  return digest([text, [(p.name, p.stat().st_size) for p in files]], 6)
