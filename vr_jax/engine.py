@@ -1,9 +1,11 @@
 """The command line of the data engine, and our model as one of its agents."""
 
 import argparse
+import functools
 import json
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -105,7 +107,7 @@ def _review(args: argparse.Namespace):
     paths = review.write_sample(args.workdir, args.n, args.seed)
     return [str(p) for p in paths], {"files": [str(p) for p in paths]}
   judged, accepted = review.read_verdicts(args.workdir, args.verdicts)
-  table = reviewer.confusion(judged, accepted)
+  table = reviewer.review(judged, accepted)
   return reviewer.lines(table), table.to_dict()
 
 
@@ -129,9 +131,8 @@ class VideoReferAgent:
   needs_masks = True
 
   def __init__(self, context: Context, checkpoint: str | None = None, max_new_tokens: int = 128):
-    from vr_jax.inference.model import load
-
-    self.model = load(checkpoint)
+    with _loading:
+      self.model, self.turn = _load(checkpoint)
     self.language, self.max_new_tokens = context.language, max_new_tokens
 
   @staticmethod
@@ -148,7 +149,8 @@ class VideoReferAgent:
 
     seen = {n: m.astype("uint8") for n, m in masks.items() if m.any()}
     request = Request(clip.path, prompts.render(prompt, **values).strip(), annotation=[seen])
-    (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
+    with self.turn:
+      (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
     fault = quality.fault(answer.text, self.language, least=1)
     if fault:
       raise InputError(f"videorefer: {fault}")
@@ -173,6 +175,17 @@ class VideoReferAgent:
     if word is None:
       raise InputError(f"videorefer: found {said[:80]!r}; accepted: yes or no")
     return Verdict(word[1] == "yes", f"the model says {said.strip()[:120]!r}", 1.0)
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _load(checkpoint: str | None) -> tuple[Any, threading.Lock]:
+  """A model and whose turn it is: all roles of a process share one."""
+  from vr_jax.inference.model import load
+
+  return load(checkpoint), threading.Lock()
 
 
 _PROMPTS = (

@@ -347,11 +347,11 @@ class _Builder:
     return name
 
   def _width(self, roles: tuple[str, ...], cpu: bool) -> tuple[str, int]:
-    """Threads for endpoints, as many as they take calls; one for a model; processes to compute."""
+    """Threads for endpoints, one for a model, processes to compute."""
     cores = self.settings["workers"] or len(os.sched_getaffinity(0))
     everyone = [self.settings["roles"][role] for role in roles]
     limits = [
-      options.get("concurrency", 16) if options["kind"] == "openai" else 1
+      threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
       for options in everyone
       if options.get("kind", "builtin") != "builtin"
     ]
@@ -362,6 +362,12 @@ class _Builder:
       for role, options in zip(roles, everyone, strict=True)
     )
     return ("process", cores) if computes and cores > 1 else ("thread", 1)
+
+
+def threads_for(concurrency: int) -> int:
+  """Some more than the calls in flight (which the client holds to `concurrency`): they get pictures
+  and requests ready meanwhile."""
+  return concurrency + max(1, concurrency // 8)
 
 
 _open_calls: dict[str, Calls] = {}

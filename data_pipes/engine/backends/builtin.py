@@ -28,7 +28,7 @@ from data_pipes.engine.roles import (
 )
 from data_pipes.errors import InputError
 
-VERSION = 1
+VERSION = 2
 MOVED = 0.04  # of the frame's diagonal: less is standing still
 
 _BE = {"is", "are", "was", "were", "be", "been", "being", "am", "'s", "'re"}

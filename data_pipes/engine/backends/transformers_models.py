@@ -5,6 +5,8 @@ Frames are prepared here as the published processors do (their classes for SAM 2
 whose registry build does not load beside a CPU torch); no part of torchvision is used.
 """
 
+import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -252,12 +254,9 @@ class _LocalCaptioner:
     size: int = 448,
     max_new_tokens: int = 128,
   ):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     self.frames, self.size, self.max_new_tokens = frames, size, max_new_tokens
-    with _named("model", model):
-      self.processor = AutoProcessor.from_pretrained(model)
-      self.model = _eval(AutoModelForImageTextToText, model, device)
+    with _named("model", model), _loading:
+      self.processor, self.model, self.turn = _captioner(model, device)
 
   @classmethod
   def identity(cls, options: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -280,10 +279,22 @@ class _LocalCaptioner:
       return_dict=True,
       return_tensors="pt",
     ).to(self.model.device)
-    with torch.inference_mode():
+    with self.turn, torch.inference_mode():
       ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
     return self.processor.decode(new, skip_special_tokens=True).strip()
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _captioner(model: str, device: str) -> tuple[Any, Any, threading.Lock]:
+  """Processor, model and whose turn it is: all roles of a process share one."""
+  from transformers import AutoModelForImageTextToText, AutoProcessor
+
+  processor = AutoProcessor.from_pretrained(model)
+  return processor, _eval(AutoModelForImageTextToText, model, device), threading.Lock()
 
 
 class LocalAnnotator(_LocalCaptioner):
