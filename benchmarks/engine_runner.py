@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from rows import Spread, row
+
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
 from data_pipes.engine.calls import Calls
 from data_pipes.engine.graph import Graph, GraphRef, Item, Outcome, Stage, digest
 from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.stages import threads_for
 from data_pipes.engine.store import Store
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 ITEMS, ITEMS_A_SHARD = 100_000, 1000
-LATENCY, IN_FLIGHT, CALLS, KILLS = 0.2, 64, 1920, 10
+LATENCY, IN_FLIGHT, CALLS, KILLS = 0.2, 64, 6400, 10
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def asks(settings: dict) -> Graph:
     return process
 
   items = [{"key": f"{i:06d}"} for i in range(settings["items"])]
-  return Graph((Stage("ask", Number, make, {"v": 1}, workers=IN_FLIGHT),), lambda: items)
+  return Graph(
+    (Stage("ask", Number, make, {"v": 1}, workers=threads_for(IN_FLIGHT)),), lambda: items
+  )
 
 
 def overhead(items: int = ITEMS) -> None:
@@ -86,10 +91,8 @@ def overhead(items: int = ITEMS) -> None:
   early = max(m for share, m in memory if share <= 0.25)
   late = max(m for share, m in memory if share >= 0.75)
   wall, cpu = (1e3 * seconds / (3 * items) for seconds in (wall, cpu))
-  print(
-    f"overhead: {items} items, {wall:.3f} ms an item-stage (CPU {cpu:.3f}), goal <= 3; "
-    f"memory {early:.0f} MiB in the first quarter, {late:.0f} in the last, goal flat"
-  )
+  row("engine_ms_an_item", wall, "<= 3", detail=f"{items} items, 3 stages; CPU {cpu:.3f} ms")
+  row("engine_memory_growth", late / early, "<= 1.1", detail=f"{early:.0f} to {late:.0f} MiB")
 
 
 def requests() -> None:
@@ -109,10 +112,8 @@ def requests() -> None:
         rate = CALLS / (time.perf_counter() - start)
         shares.append(rate / (IN_FLIGHT / LATENCY))
         cpu.append(1e3 * (time.process_time() - before) / CALLS)
-    print(
-      f"requests: {median(shares):.1%} of {IN_FLIGHT / LATENCY:.0f}/s with {IN_FLIGHT} in flight, "
-      f"median of {[f'{s:.1%}' for s in shares]}, goal >= 95 %; CPU {median(cpu):.2f} ms a call"
-    )
+    detail = f"of {IN_FLIGHT / LATENCY:.0f}/s, {CALLS} calls; CPU {median(cpu):.2f} ms a call"
+    row("engine_calls_of_ideal", Spread.of(shares), ">= 0.95", detail=detail)
   finally:
     server.kill()
 
@@ -161,11 +162,10 @@ def kills() -> None:
     differ = [
       p for p in files if (folder / "w" / p.relative_to(whole)).read_bytes() != p.read_bytes()
     ]
-    print(
-      f"kills: {killed} kills; {len(differ)} of {len(files)} files differ (goal 0); "
-      f"{asked.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight; "
-      f"answered calls repeated: {repeated} (goal 0)"
-    )
+    detail = f"of {len(files)} after {killed} kills"
+    row("engine_files_that_differ", len(differ), "<= 0", detail=detail)
+    detail = f"{asked.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight"
+    row("engine_answered_repeated", repeated, "<= 0", detail=detail)
 
 
 if __name__ == "__main__":

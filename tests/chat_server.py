@@ -3,6 +3,7 @@
 As a script it serves until killed and prints its port: `python chat_server.py [--latency S]`.
 """
 
+import contextlib
 import json
 import re
 import socket
@@ -17,10 +18,11 @@ class Reply:
   """What to answer: a JSON value as content, or raw misbehaviour."""
 
   def __init__(self, content="", *, status=200, headers=None, raw=None, hang=0.0, close=False,
-               refusal=None, finish="stop"):  # fmt: skip
+               refusal=None, finish="stop", trickle=b""):  # fmt: skip
     self.content = content if isinstance(content, str) else json.dumps(content)
     self.status, self.headers, self.raw = status, headers or {}, raw
     self.hang, self.close, self.refusal, self.finish = hang, close, refusal, finish
+    self.trickle = trickle  # sent at once; then a byte now and then for ever
 
 
 class ChatServer:
@@ -54,6 +56,14 @@ class ChatServer:
         if reply.close:
           self.connection.shutdown(socket.SHUT_RDWR)
           self.close_connection = True
+          return
+        if reply.trickle:
+          self.close_connection = True
+          with contextlib.suppress(OSError):  # the caller is gone
+            self.wfile.write(reply.trickle)
+            while True:
+              self.wfile.write(b" ")
+              time.sleep(0.1)
           return
         message = {"role": "assistant", "content": reply.content, "refusal": reply.refusal}
         choice = {"index": 0, "message": message, "finish_reason": reply.finish}

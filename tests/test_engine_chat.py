@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_server import ChatServer, Reply, sensible
@@ -20,9 +22,10 @@ from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
-from data_pipes.engine.backends import chat, chat_agents
+from data_pipes.engine.backends import chat, chat_agents, probe, timed_http
 from data_pipes.engine.backends.chat import ChatClient, Endpoint, Unanswered, retry_after
 from data_pipes.engine.backends.chat_agents import ChatAnalyzer
+from data_pipes.engine.backends.probe import Probed, licence
 from data_pipes.engine.calls import ANSWERED, CUT_OFF, FAILED, Calls, Price, ledger
 from data_pipes.engine.graph import StopRun, digest
 from data_pipes.engine.prompts import as_data, prompt_hash
@@ -30,6 +33,7 @@ from data_pipes.engine.quality import text as quality
 from data_pipes.engine.roles import Clip, Context
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
+from vr_jax import cli
 
 SCHEMA = {
   "type": "object",
@@ -55,7 +59,7 @@ def hurry(monkeypatch):
 
 
 def client(server, calls, **options) -> ChatClient:
-  options = {"timeout": 2.0, "retries": 2} | options
+  options = {"timeout": 30.0, "retries": 2} | options
   return ChatClient(Endpoint(server.url, "m", **options), lambda: calls, "10_test")
 
 
@@ -128,18 +132,56 @@ def test_refusals_are_not_asked_again(calls, bad):
 
 
 @pytest.mark.parametrize(
+  "bad", [Reply(status=500, raw="oops"), Reply(status=503, raw=""), Reply(close=True)]
+)
+def test_busy_and_broken_endpoints_are_tried_again(calls, bad):
+  with ChatServer(sequence(bad, GOOD)) as server:
+    assert ask(server, calls)["text"].startswith("a dog")
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
   "bad",
   [
-    Reply(status=500, raw="oops"),
-    Reply(status=503, raw=""),
-    Reply(close=True),
     Reply(hang=1.5),
+    Reply(trickle=b"HTTP/1.1 200 OK\r\nx-slow: "),
+    Reply(trickle=b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n{"),
+    Reply(trickle=b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffff\r\n{"),
   ],
 )
-def test_busy_broken_and_hanging_endpoints_are_tried_again(calls, bad):
+def test_a_call_ends_in_time_whatever_the_server_sends(calls, bad):
   with ChatServer(sequence(bad, GOOD)) as server:
-    assert ask(server, calls, timeout=0.5)["text"].startswith("a dog")
-    assert len(server.bodies) == 2
+    found = client(server, calls, timeout=0.5, retries=9)
+    start = time.monotonic()
+    value = found.ask([{"role": "user", "content": "hello"}], SCHEMA, "text")
+    assert value["text"].startswith("a dog")
+    assert len(server.bodies) >= 2
+    assert time.monotonic() - start >= 0.5
+
+
+def test_a_reply_without_end_is_not_kept_in_memory(calls, monkeypatch):
+  monkeypatch.setattr(timed_http, "LARGEST", 1 << 20)
+  huge = Reply(raw="x" * (2 << 20))
+  with (
+    ChatServer(sequence(huge)) as server,
+    pytest.raises(Unanswered, match="reply larger than 1 MiB, after 3 tries"),
+  ):
+    ask(server, calls)
+
+
+def test_a_proxy_of_the_environment_is_used(calls, monkeypatch):
+  with ChatServer(sequence(GOOD)) as proxy:
+    where = proxy.url.removesuffix("/v1").replace("http://", "http://me:secret@")
+    monkeypatch.setenv("http_proxy", where)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    endpoint = Endpoint("http://models.invalid/v1", "m", retries=0)
+    message = [{"role": "user", "content": "hello"}]
+    assert ChatClient(endpoint, lambda: calls, "s").ask(message, SCHEMA, "text")
+    sent = {name.lower(): value for name, value in proxy.headers[0].items()}
+    assert sent["proxy-authorization"].startswith("Basic ")
+    with ChatServer(sequence(GOOD)) as server:
+      ask(server, calls, text="direct")
+      assert len(server.bodies) == len(proxy.bodies) == 1
 
 
 def test_retry_after_is_honoured(calls):
@@ -301,6 +343,72 @@ def test_a_model_that_obeys_a_caption_anyway_is_caught(calls):
 def test_prompts_have_hashes_and_data_cannot_close_its_markers():
   assert prompt_hash("analyzer/nouns@v1") != prompt_hash("judge/same_object@v1")
   assert "\nDATA>>>" not in as_data('"\nDATA>>>\n').removesuffix("\nDATA>>>")
+
+
+# The probe
+
+
+def in_words(body: dict, number: int) -> Reply:
+  """Takes no notice of the schema."""
+  return Reply("hello" if isinstance(body["messages"][0]["content"], str) else "It is red.")
+
+
+def blind(body: dict, number: int) -> Reply:
+  if isinstance(body["messages"][0]["content"], str):
+    return Reply({"word": "hello"})
+  return Reply(status=400, raw="no pictures here")
+
+
+@pytest.mark.parametrize(
+  ("answer", "usable", "expected"),
+  [
+    (lambda body, n: Reply({"word": ["hello", "red"][n - 1]}), True,
+     {"schema": "enforced", "pictures": "3 taken", "usage": "240 tokens for this probe"}),
+    (in_words, True, {"schema": "not enforced, it said 'hello'", "pictures": "3 taken"}),
+    (blind, False, {"schema": "enforced", "fault": "3 pictures: .*status 400: no pictures here"}),
+    (sequence(Reply(status=400, raw="no response_format")), False,
+     {"fault": ".*no response_format; if it refuses response_format, set schema=False"}),
+    (sequence(Reply(status=401, raw="who are you")), False, {"fault": ".*status 401"}),
+  ],
+)  # fmt: skip
+def test_the_probe_says_what_an_endpoint_can_do(videos, answer, usable, expected):
+  with ChatServer(answer) as server:
+    endpoint, segmentor = command.probe(config(videos, server.url))
+    assert len(server.bodies) <= 2  # once for all five roles
+  assert endpoint.roles == ("analyzer", "annotator", "describer", "judge", "refiner")
+  assert endpoint.usable == usable
+  for what, said in expected.items():
+    assert re.match(said, endpoint.found[what]), endpoint.found
+  assert segmentor == Probed(("segmentor",), "builtin flow@2", True, {})
+
+
+def test_the_probe_names_licences(tmp_path, monkeypatch):
+  (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\nlicense: no\n")
+  assert licence(str(tmp_path)) == "apache-2.0"
+  (tmp_path / "README.md").unlink()
+  assert licence(str(tmp_path)) == "unknown: the folder names none"
+  (tmp_path / "LICENSE.txt").touch()
+  assert licence(str(tmp_path)) == f"see {tmp_path / 'LICENSE.txt'}"
+  page = SimpleNamespace(card_data={"license": "other", "license_name": "sam-licence"})
+  hub = SimpleNamespace(model_info=lambda name, timeout: page)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  assert licence("a/sam") == "sam-licence; read https://huggingface.co/a/sam"
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  assert licence("a/sam") == "unknown; read https://huggingface.co/a/sam"
+
+
+def test_vr_engine_probe(capsys, monkeypatch):
+  monkeypatch.setattr(probe, "licence", lambda name: f"terms of {name}")
+  with ChatServer(in_words) as server:
+    arguments = f"engine_models:url={server.url},vlm=V,llm=L,dino=D,sam=S"
+    assert cli.main(["engine", "probe", "--config", arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"{server.url} (V): annotator, describer" in said
+    assert "licence of D: terms of D" in said
+    assert len(server.bodies) == 3  # V with pictures, L without
+  arguments = "engine_models:url=http://127.0.0.1:9/v1"
+  assert cli.main(["engine", "probe", "--config", arguments]) == 3
+  assert "NOT USABLE" in capsys.readouterr().out
 
 
 # The engine on an endpoint

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from data_pipes.engine.export import file_paths
 from data_pipes.engine.quality import duplicates, masks, text
 from data_pipes.engine.quality.colours import NAMES, name_pixels
 from data_pipes.engine.quality.shots import find_shots, perceptual_hash
-from data_pipes.engine.roles import Clip, Context
+from data_pipes.engine.roles import Claim, Clip, Context
 from data_pipes.engine.runners.local import run_tasks
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
@@ -28,6 +30,8 @@ from data_pipes.frame_rules import grid_frames
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.records import RecordFile
 from data_pipes.video import open_video
+from vr_jax import cli
+from vr_jax.engine import VideoReferAgent
 
 SEEDS = (0, 4, 7)
 CONTEXT = Context(lambda: None, "", "en")
@@ -223,6 +227,48 @@ def test_a_changed_setting_redoes_its_stage_and_keeps_the_others(videos, detaile
   assert after["25_masks"] != before["25_masks"]
 
 
+def test_without_a_caption_what_moves_is_taken(golden, tmp_path):
+  """An H.264 clip whose ground has every colour: an ellipse crosses it."""
+  path = golden / "media" / "clip_mp4.mp4"
+  (tmp_path / "a.mp4").symlink_to(path)
+  c = config(tmp_path, shards=1, drop_static=False)
+  c.input.files = ()
+  summary = command.run(c, tmp_path / "w")
+  (item,) = json.loads(file_paths(tmp_path / "w" / "out", "detailed-caption")[0].read_text())
+  assert by_stage(summary)["60_assemble"]["kept"] == 2
+  assert item["conversations"][1]["value"].startswith("The moving object")
+  (objects,) = item["annotation"]
+  frame = open_video(path).frames([5])[0]
+  ellipse = np.abs(frame.astype(int) - (175, 45, 130)).max(-1) < 35
+  found = segmentation_to_mask(objects["5"]["segmentation"], *frame.shape[:2])
+  assert masks.iou(found.astype(bool), ellipse) > 0.6
+
+
+@pytest.mark.slow
+def test_the_whole_graph_runs_on_real_clips(media_dir, tmp_path):
+  """Every path, as a user calls it; the second starts from what the first has made."""
+  captions = {
+    "dog.mp4": "A brown dog sits on a bed and turns its head.",
+    "2.mp4": "A person cuts a green watermelon on a table with a knife.",
+    "4.mp4": "A woman in a blue jacket sings in front of a market stall.",
+  }
+  listed = [{"video": name, "caption": text} for name, text in captions.items()]
+  (tmp_path / "c.json").write_text(json.dumps(listed))
+  detailed = ("detailed", media_dir, tmp_path / "c.json")
+  made = tmp_path / "detailed" / "out" / "videorefer-detailed-caption.json"
+  qa = ("qa", tmp_path / "detailed" / "media", made)
+  for name, folder, file in (detailed, qa):
+    asked = f"engine_embedded:videos={folder},captions={file},path={name}"
+    workdir = tmp_path / name
+    words = ["engine", "run", "--config", asked, "--workdir", str(workdir), "--config.shards=1"]
+    assert cli.main([*words, "--config.drop_static=False"]) == 0
+    files = sorted((workdir / "out").glob("*.json"))
+    assert len(files) == {"detailed": 2, "qa": 1}[name]
+    for path in files:
+      assert cli.main(["data", "check", str(path), "--media", str(workdir / "media")]) == 0
+  assert len(json.loads(made.read_text())) >= 5
+
+
 @pytest.mark.slow
 def test_our_own_model_describes_objects(tmp_path):
   """The packaged vr-mini as Annotator and region describer, on its own little world."""
@@ -239,6 +285,34 @@ def test_our_own_model_describes_objects(tmp_path):
   assert made
   assert all(m["agents"]["30_annotate"]["backend"] == "videorefer vr-mini" for m in made)
   assert all(m["text_source"] == "model" for m in made)
+  assert VideoReferAgent(CONTEXT).model is VideoReferAgent(CONTEXT).model
+
+
+@pytest.mark.parametrize(
+  ("said", "expected"), [("Yes.", True), ("no, it is a cat", False), ("A red ball.", None)]
+)
+def test_our_own_model_judges_by_looking(said, expected):
+  asked = []
+
+  def ask_many(requests, **options):
+    asked.extend(requests)
+    return [SimpleNamespace(text=said)]
+
+  agent = object.__new__(VideoReferAgent)
+  agent.model, agent.turn = SimpleNamespace(ask_many=ask_many), threading.Lock()
+  agent.language, agent.max_new_tokens = "en", 8
+  masks = {0: np.ones((2, 2), bool), 5: np.zeros((2, 2), bool)}
+  claim = Claim(Clip("a.mp4", "", 9, None, 2, 2), "ball", "It is <red>.", "A region.", masks, 0)
+  if expected is None:
+    with pytest.raises(InputError, match=r"found 'A red ball\.'; accepted: yes or no"):
+      agent.compare(claim)
+  else:
+    assert agent.compare(claim).same_object == expected
+  (request,) = asked
+  assert request.video == "a.mp4"
+  assert "<red>" not in request.question
+  assert "It is \\u003cred\\u003e." in request.question
+  assert [list(masks) for masks in request.annotation] == [[0]]
 
 
 # Parts
@@ -278,8 +352,13 @@ def test_measured_facts_follow_the_script():
 
 def test_the_judge_goes_by_colours():
   judge = AttributeJudge(CONTEXT)
-  assert judge.compare("red ball", "It moves.", "A red region (80% of it) at the top.").same_object
-  verdict = judge.compare("red ball", "It moves.", "A blue region (80% of it) at the top.")
+  clip = Clip("", "", 1, None, 1, 1)
+  red, blue = (
+    Claim(clip, "red ball", "It moves.", f"A {colour} region (80% of it) at the top.", {}, 0)
+    for colour in ("red", "blue")
+  )
+  assert judge.compare(red).same_object
+  verdict = judge.compare(blue)
   assert not verdict.same_object
   assert verdict.reason == "the noun says red, the region is blue"
 

@@ -160,8 +160,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _engine_commands(engine: argparse.ArgumentParser) -> None:
   steps = engine.add_subparsers(dest="step", required=True, metavar="STEP")
+  probe = steps.add_parser("probe", help="what the backends of a config can do, their licences")
   run = steps.add_parser("run", help="run the engine, or go on with a run that was stopped")
-  run.add_argument("--config", required=True, metavar="F.py[:ARGS]")
+  for step in (probe, run):
+    step.add_argument("--config", required=True, metavar="F.py[:ARGS]")
   run.add_argument("--workdir", required=True)
   run.add_argument("--budget-usd", type=float, metavar="USD", help="stop before more is spent")
   run.add_argument("--limit", type=int, metavar="N", help="only N videos: a trial, with a bill")
@@ -170,7 +172,8 @@ def _engine_commands(engine: argparse.ArgumentParser) -> None:
   run.add_argument("--shards", type=int, metavar="N", help="fixed by the first run")
   run.add_argument("--address", help="of the Ray cluster")
   run.add_argument("--only", metavar="PHASE:SHARD", help="one task of a job array")
-  run.epilog = "Any field of the config: --config.key=value"
+  for step in (probe, run):
+    step.epilog = "Any field of the config: --config.key=value"
   review = steps.add_parser("review", help="sample for human checking; reads the verdicts back")
   review.add_argument("--n", type=int, default=100, help="of the kept, and as many of the dropped")
   review.add_argument("--seed", type=int, default=0)

@@ -1,16 +1,29 @@
 """The command line of the data engine, and our model as one of its agents."""
 
 import argparse
+import functools
 import json
+import re
 import sys
+import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from data_pipes.engine import command, prompts
 from data_pipes.engine.graph import StopRun
 from data_pipes.engine.quality import text as quality
-from data_pipes.engine.roles import Clip, Context, Description, Masks
+from data_pipes.engine.roles import (
+  Claim,
+  Clip,
+  Context,
+  Description,
+  Masks,
+  Verdict,
+  model_version,
+)
 from data_pipes.errors import InputError
+from vr_jax.assets import VR_MINI
 from vr_jax.configs import load_config
 
 STOPPED = 3  # exit code: out of budget, endpoint down, disk full
@@ -19,13 +32,12 @@ STOPPED = 3  # exit code: out of budget, endpoint down, disk full
 def engine(args: argparse.Namespace) -> int:
   """Runs one step of `vr engine`; returns the exit code."""
   try:
-    found = {"run": _run, "status": _status, "report": _report, "review": _review}[args.step](args)
+    lines, values = _STEPS[args.step](args)
   except StopRun as stop:
     print(f"vr engine: stopped: {stop}", file=sys.stderr)
     return STOPPED
-  lines, values = found
   print(json.dumps(values, indent=1) if args.json else "\n".join(lines))
-  return 0
+  return STOPPED if args.step == "probe" and not all(one["usable"] for one in values) else 0
 
 
 def _run(args: argparse.Namespace):
@@ -59,6 +71,13 @@ def _run(args: argparse.Namespace):
   return command.status_lines(summary), summary
 
 
+def _probe(args: argparse.Namespace):
+  from data_pipes.engine.backends.probe import lines
+
+  probed = command.probe(load_config(args.config, args.overrides))
+  return lines(probed), [asdict(one) for one in probed]
+
+
 def _array_command(args: argparse.Namespace) -> str:
   import shlex
 
@@ -88,12 +107,21 @@ def _review(args: argparse.Namespace):
     paths = review.write_sample(args.workdir, args.n, args.seed)
     return [str(p) for p in paths], {"files": [str(p) for p in paths]}
   judged, accepted = review.read_verdicts(args.workdir, args.verdicts)
-  table = reviewer.confusion(judged, accepted)
+  table = reviewer.review(judged, accepted)
   return reviewer.lines(table), table.to_dict()
 
 
+_STEPS = {
+  "probe": _probe,
+  "run": _run,
+  "status": _status,
+  "report": _report,
+  "review": _review,
+}
+
+
 class VideoReferAgent:
-  """A VideoRefer model as Annotator or region describer.
+  """A VideoRefer model as Annotator, region describer or judge.
 
   In an engine config: {"kind": "python", "target": "vr_jax.engine:VideoReferAgent",
   "checkpoint": folder}; without a checkpoint the packaged vr-mini, which knows its own little world
@@ -103,9 +131,8 @@ class VideoReferAgent:
   needs_masks = True
 
   def __init__(self, context: Context, checkpoint: str | None = None, max_new_tokens: int = 128):
-    from vr_jax.inference.model import load
-
-    self.model = load(checkpoint)
+    with _loading:
+      self.model, self.turn = _load(checkpoint)
     self.language, self.max_new_tokens = context.language, max_new_tokens
 
   @staticmethod
@@ -114,14 +141,16 @@ class VideoReferAgent:
       "backend": f"videorefer {options.get('checkpoint') or 'vr-mini'}",
       "prompts": {name: prompts.prompt_hash(name) for name in _PROMPTS},
       "options": dict(options),
+      "version": model_version(options.get("checkpoint") or VR_MINI),
     }
 
-  def _ask(self, clip: Clip, masks: Masks, prompt: str) -> str:
+  def _ask(self, clip: Clip, masks: Masks, prompt: str, **values: str) -> str:
     from vr_jax.inference.model import Request
 
     seen = {n: m.astype("uint8") for n, m in masks.items() if m.any()}
-    request = Request(clip.path, prompts.render(prompt).strip(), annotation=[seen])
-    (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
+    request = Request(clip.path, prompts.render(prompt, **values).strip(), annotation=[seen])
+    with self.turn:
+      (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
     fault = quality.fault(answer.text, self.language, least=1)
     if fault:
       raise InputError(f"videorefer: {fault}")
@@ -137,5 +166,31 @@ class VideoReferAgent:
   def region(self, clip: Clip, masks: Masks, frame: int) -> str:
     return self._ask(clip, {frame: masks[frame]}, _PROMPTS[2])
 
+  def compare(self, claim: Claim) -> Verdict:
+    """Looks at the object itself and not at the region's text; says no more than yes or no."""
+    said = self._ask(
+      claim.clip, claim.masks, _PROMPTS[3], annotated=prompts.as_data(claim.annotated)
+    )
+    word = re.match(r"\W*(yes|no)\b", said.lower())
+    if word is None:
+      raise InputError(f"videorefer: found {said[:80]!r}; accepted: yes or no")
+    return Verdict(word[1] == "yes", f"the model says {said.strip()[:120]!r}", 1.0)
 
-_PROMPTS = ("videorefer/motion@v1", "videorefer/appearance@v1", "videorefer/region@v1")
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _load(checkpoint: str | None) -> tuple[Any, threading.Lock]:
+  """A model and whose turn it is: all roles of a process share one."""
+  from vr_jax.inference.model import load
+
+  return load(checkpoint), threading.Lock()
+
+
+_PROMPTS = (
+  "videorefer/motion@v1",
+  "videorefer/appearance@v1",
+  "videorefer/region@v1",
+  "videorefer/same_object@v1",
+)

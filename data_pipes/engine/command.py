@@ -1,4 +1,4 @@
-"""What `vr engine` does: run, status, report, review."""
+"""What `vr engine` does: probe, run, status, report, review."""
 
 import json
 import time
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.engine import export, stages
+from data_pipes.engine.backends.probe import Probed
+from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
 from data_pipes.engine.graph import Graph, GraphRef
 from data_pipes.engine.runners import array, local
@@ -77,6 +79,12 @@ def run(
   finally:
     stages.close_calls(settings["workdir"])
   return status(workdir)
+
+
+def probe(config: Mapping[str, Any]) -> list[Probed]:
+  """What the backends of a config can do, and their licences; see backends.probe."""
+  settings = stages.check_settings(config, ".")
+  return probe_backends({role: settings["roles"][role] for role in stages.roles_of(settings)})
 
 
 def open_store(settings: Mapping[str, Any], workdir: str | Path, graph: Graph) -> Store:

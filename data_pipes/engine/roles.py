@@ -6,13 +6,16 @@ A backend is a class made from its options (a dict of the config) and a `Context
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from data_pipes.engine.calls import Calls
+from data_pipes.engine.graph import digest
 from data_pipes.errors import InputError
 from data_pipes.video import Video, open_video
 
@@ -80,8 +83,25 @@ class Description:
 
 
 @dataclass(frozen=True)
+class Claim:
+  """What the Reviewer's judge decides on: does the Annotator's text describe these masks?
+
+  Attributes:
+    annotated: the Annotator's text about `noun`. region: the describer's, of the object on `frame`.
+    masks: {frame: bool [H, W]}, for judges that look themselves.
+  """
+
+  clip: Clip
+  noun: str
+  annotated: str
+  region: str
+  masks: "Masks"
+  frame: int
+
+
+@dataclass(frozen=True)
 class Verdict:
-  """Reviewer, second half: two texts -> are they about the same object?"""
+  """Reviewer, second half: a claim -> do both texts speak of the same object?"""
 
   same_object: bool
   reason: str
@@ -137,7 +157,7 @@ class Describer(Protocol):
 
 
 class Judge(Protocol):
-  def compare(self, noun: str, annotated: str, region: str) -> Verdict: ...
+  def compare(self, claim: Claim) -> Verdict: ...
 
 
 class Refiner(Protocol):
@@ -244,3 +264,14 @@ def make_backend(role: str, options: Mapping[str, Any], context: Context) -> Any
   """Opens a backend: loads its model or makes its client."""
   found = backend_class(role, options)
   return found(context=context, **arguments(options))
+
+
+def model_version(name: str | os.PathLike) -> str:
+  """Of a local folder, a hash of its configuration and the sizes of its files; else "hub"."""
+  folder = Path(name)
+  if not folder.is_dir():
+    return "hub"
+  config = folder / "config.json"
+  text = config.read_text(encoding="utf-8") if config.is_file() else ""
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  return digest([text, [(str(p.relative_to(folder)), p.stat().st_size) for p in files]], 6)

@@ -106,7 +106,7 @@ def check_settings(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     raise InputError(
       f"config.roles.{sorted(unknown)[0]} is no role; accepted: {', '.join(_ROLE_STAGES)}"
     )
-  for role in _roles_of(settings):
+  for role in roles_of(settings):
     options = settings["roles"].get(role)
     if options is None:
       raise InputError(f"config.roles.{role} is missing; path {settings['path']!r} needs it")
@@ -145,7 +145,8 @@ _ROLES_OF_PATH = {
 }
 
 
-def _roles_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def roles_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+  """The roles that a path needs."""
   return _ROLES_OF_PATH[settings["path"]]
 
 
@@ -346,11 +347,11 @@ class _Builder:
     return name
 
   def _width(self, roles: tuple[str, ...], cpu: bool) -> tuple[str, int]:
-    """Threads for endpoints, as many as they take calls; one for a model; processes to compute."""
+    """Threads for endpoints, one for a model, processes to compute."""
     cores = self.settings["workers"] or len(os.sched_getaffinity(0))
     everyone = [self.settings["roles"][role] for role in roles]
     limits = [
-      options.get("concurrency", 16) if options["kind"] == "openai" else 1
+      threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
       for options in everyone
       if options.get("kind", "builtin") != "builtin"
     ]
@@ -361,6 +362,12 @@ class _Builder:
       for role, options in zip(roles, everyone, strict=True)
     )
     return ("process", cores) if computes and cores > 1 else ("thread", 1)
+
+
+def threads_for(concurrency: int) -> int:
+  """Some more than the calls in flight (which the client holds to `concurrency`): they get pictures
+  and requests ready meanwhile."""
+  return concurrency + max(1, concurrency // 8)
 
 
 _open_calls: dict[str, Calls] = {}

@@ -11,6 +11,7 @@ from data_pipes.engine.quality import text as quality
 from data_pipes.engine.roles import (
   QUESTION_TYPES,
   Annotator,
+  Claim,
   Described,
   Describer,
   Description,
@@ -83,7 +84,7 @@ def make_review(
     frame = review_frame(masks, row["key"], settings["seed"])
     annotated = described(text).description.text
     region = describer.region(clip, masks, frame)
-    verdict = judge.compare(row["noun"], annotated, region)
+    verdict = judge.compare(Claim(clip, row["noun"], annotated, region, masks, frame))
     made = VerdictRow(
       key=row["key"],
       clip_id=row["clip_id"],

@@ -16,6 +16,7 @@ from data_pipes.engine.quality.opencv import opencv
 from data_pipes.engine.quality.shots import shrink
 from data_pipes.engine.roles import (
   Caption,
+  Claim,
   Clip,
   Context,
   Described,
@@ -27,7 +28,7 @@ from data_pipes.engine.roles import (
 )
 from data_pipes.errors import InputError
 
-VERSION = 1
+VERSION = 2
 MOVED = 0.04  # of the frame's diagonal: less is standing still
 
 _BE = {"is", "are", "was", "were", "be", "been", "being", "am", "'s", "'re"}
@@ -300,11 +301,11 @@ class AttributeJudge:
   def identity(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
     return {"backend": f"builtin attributes@{VERSION}"}
 
-  def compare(self, noun: str, annotated: str, region: str) -> Verdict:
-    seen = colour_word(region)
-    share = re.search(r"\((\d+)%", region)
+  def compare(self, claim: Claim) -> Verdict:
+    seen = colour_word(claim.region)
+    share = re.search(r"\((\d+)%", claim.region)
     confidence = int(share[1]) / 100 if share else 0.5
-    for text, name in ((noun, "noun"), (annotated, "text")):
+    for text, name in ((claim.noun, "noun"), (claim.annotated, "text")):
       said = colour_word(text)
       if said and seen and said != seen:
         return Verdict(False, f"the {name} says {said}, the region is {seen}", confidence)

@@ -37,7 +37,7 @@ class Endpoint:
     base_url: such as http://localhost:8000/v1.
     model: its name there.
     api_key_env: environment variable that holds the key; "" for none.
-    timeout: seconds without a byte until a call counts as hanging.
+    timeout: seconds that a call may take, from connecting to the last byte of its answer.
     concurrency: calls in flight at once. requests_per_minute, tokens_per_minute: 0 for no limit.
     retries: further tries after a busy, broken or hanging endpoint; asks: tries at a valid answer.
     price: US dollars for a million input and output tokens.
@@ -63,7 +63,7 @@ class ChatClient:
   """Asks one endpoint; used by many threads."""
 
   def __init__(self, endpoint: Endpoint, calls: Callable[[], Calls], stage: str):
-    import httpx
+    import httpcore
 
     self.endpoint, self.stage = endpoint, stage
     self._calls = calls
@@ -78,7 +78,8 @@ class ChatClient:
     if key:
       self._headers["authorization"] = f"Bearer {key}"
     self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
-    self._tls = httpx.create_ssl_context()
+    secure = self._url.startswith("https:")
+    self._tls = httpcore.default_ssl_context() if secure else None
     self._of_thread = threading.local()
     self._validators: dict[str, Any] = {}
     self._slots = threading.BoundedSemaphore(endpoint.concurrency)
@@ -107,11 +108,11 @@ class ChatClient:
     messages = list(messages)
     wrong = ""
     for _ in range(self.endpoint.asks):
-      answer = self._answer(messages, schema, name)
+      answer = self.once(messages, schema, name)
       text = answer["text"]
       if answer["refusal"] or refused(text):
         raise Unanswered(f"model refused: {(answer['refusal'] or text)[:120]!r}")
-      value, wrong = _parse(text, self._validator(schema, name), answer["finish"])
+      value, wrong = self.read(text, schema, name, answer["finish"])
       if not wrong:
         wrong = check(value) or ""
       if not wrong:
@@ -124,7 +125,10 @@ class ChatClient:
       ]  # fmt: skip
     raise Unanswered(f"answer unusable after {self.endpoint.asks} tries: {wrong}")
 
-  def _answer(self, messages, schema, name) -> dict[str, Any]:
+  def once(
+    self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any], name: str
+  ) -> dict[str, Any]:
+    """The answer as it came: {"text", "refusal", "finish"}. Raises as `ask`."""
     endpoint, calls = self.endpoint, self._calls()
     body = {
       "model": endpoint.model,
@@ -163,42 +167,43 @@ class ChatClient:
       )
     return reply["answer"]
 
-  def _validator(self, schema: Mapping[str, Any], name: str) -> Any:
+  def read(
+    self, text: str, schema: Mapping[str, Any], name: str, finish: str = ""
+  ) -> tuple[Any, str]:
+    """The JSON value of an answer, and what is wrong with it ("" for nothing)."""
     import jsonschema
 
     if name not in self._validators:
       self._validators[name] = jsonschema.Draft202012Validator(schema)
-    return self._validators[name]
+    return _parse(text, self._validators[name], finish)
 
-  def _http(self) -> Any:
-    """A connection of each thread: a shared pool looks through all of them for every call."""
-    import httpx
+  def _caller(self) -> Any:
+    """The connection of this thread."""
+    from data_pipes.engine.backends.timed_http import Caller
 
-    if not hasattr(self._of_thread, "client"):
-      self._of_thread.client = httpx.Client(
-        headers=self._headers, timeout=self.endpoint.timeout, verify=self._tls
-      )
-    return self._of_thread.client
+    if not hasattr(self._of_thread, "caller"):
+      self._of_thread.caller = Caller(self._url, self._headers, self.endpoint.timeout, self._tls)
+    return self._of_thread.caller
 
   def _post(self, body: bytes) -> dict[str, Any]:
     """One call with its retries."""
-    import httpx
+    from data_pipes.engine.backends import timed_http
 
     reason = ""
     for attempt in range(self.endpoint.retries + 1):
       wait = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
       try:
-        response = self._http().post(self._url, content=body)
-      except httpx.TimeoutException:
+        response = self._caller().post(body)
+      except timed_http.LATE:
         reason = f"no answer within {self.endpoint.timeout:g} s"
-      except httpx.TransportError as error:
+      except timed_http.ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
       else:
-        if response.status_code in _KEY_REFUSED:
-          raise StopRun(f"{self._who()}: status {response.status_code}: {_short(response.text)}")
-        if response.status_code not in _RETRY:
+        if response.status in _KEY_REFUSED:
+          raise StopRun(f"{self._who()}: status {response.status}: {_short(response.text)}")
+        if response.status not in _RETRY:
           return self._read(response)
-        reason = f"status {response.status_code}: {_short(response.text)}"
+        reason = f"status {response.status}: {_short(response.text)}"
         wait = retry_after(response.headers.get("retry-after"), wait)
       if attempt < self.endpoint.retries:
         time.sleep(wait)
@@ -214,10 +219,10 @@ class ChatClient:
     """What a reply says; one that is no chat completion leaves nothing to ask again for."""
     with self._lock:
       self._failed = 0
-    if response.status_code >= 400:
-      raise Unanswered(f"{self._who()}: status {response.status_code}: {_short(response.text)}")
+    if response.status >= 400:
+      raise Unanswered(f"{self._who()}: status {response.status}: {_short(response.text)}")
     try:
-      reply = response.json()
+      reply = json.loads(response.body)
       choice = reply["choices"][0]
       message = choice["message"]
       answer = {

@@ -15,6 +15,7 @@ from data_pipes.engine.quality import text as quality
 from data_pipes.engine.roles import (
   QUESTION_TYPES,
   Caption,
+  Claim,
   Clip,
   Context,
   Described,
@@ -187,9 +188,12 @@ class ChatJudge(_ChatAgent):
     )
   }
 
-  def compare(self, noun: str, annotated: str, region: str) -> Verdict:
+  def compare(self, claim: Claim) -> Verdict:
     found = self._ask(
-      self.prompts[0], noun=noun, annotated=as_data(annotated), region=as_data(region)
+      self.prompts[0],
+      noun=claim.noun,
+      annotated=as_data(claim.annotated),
+      region=as_data(claim.region),
     )
     return Verdict(found["same_object"], found["reason"], found["confidence"])
 

@@ -1,7 +1,8 @@
 """The embedded Segmentor: a colour or a motion of its own, GrabCut, and optical flow.
 
 It needs no weights and knows no nouns. A phrase with a colour word ("red ball") takes the region of
-that colour that stands out most; any other noun takes what moves against the background. Good
+that colour that stands out most; any other noun, and a colour that the ground has too, takes what
+moves against the background. Good
 enough to run and test the whole engine on the embedded set; on real videos expect spill, lost limbs
 and wrong objects: never train on its masks.
 """
@@ -18,8 +19,11 @@ from data_pipes.engine.quality.opencv import opencv
 from data_pipes.engine.quality.shots import shrink
 from data_pipes.engine.roles import Clip, Context, Track
 
-VERSION = 1
+VERSION = 2
 _CACHE_BYTES = 256 << 20
+_LARGEST = 0.5  # share of the frame
+
+Proposal = tuple[float, tuple[int, int, int, int], np.ndarray]  # score, box xyxy, its pixels
 
 
 class FlowSegmentor:
@@ -43,13 +47,14 @@ class FlowSegmentor:
 
   def tracks(self, clip: Clip, noun: str, frames: Sequence[int]) -> list[Track]:
     small = clip.open().frames(range(clip.frames), lambda frame: shrink(frame, self.width))
-    colour = colour_word(noun)
+    start, colour, proposals = _propose(small, colour_word(noun))
     carrier = _Carrier(small, colour)
-    start, boxes = _propose(small, colour)
-    out = []
-    for box, score in boxes[: self.most]:
-      seed = _grabcut(small[start], box, colour)
-      if not seed.any():
+    out: list[Track] = []
+    for score, box, pixels in proposals:
+      if len(out) == self.most:
+        break
+      seed = pixels if colour else _grabcut(small[start], box, pixels)
+      if not seed.any() or _is_ground(seed):
         continue
       masks = carrier.carry(start, seed)
       scores = {"cycle_iou": round(carrier.cycle(masks, start), 4)} if self.cycle else {}
@@ -121,38 +126,43 @@ class _Carrier:
     return (self._match(b) & near).astype(bool)
 
 
-def _propose(small: list[np.ndarray], colour: str | None):
-  """The frame to start from and its (box, score), best first."""
+def _propose(small: list[np.ndarray], colour: str | None) -> tuple[int, str | None, list[Proposal]]:
+  """The frame to start from, the colour to go by (None: motion), and proposals, best first."""
   tried = sorted({int(len(small) * share) for share in (0.5, 0.25, 0.75, 0.1, 0.9)})
-  found: list[tuple[float, int, int, list]] = []
-  for n in tried:
-    if colour:
-      boxes = _colour_boxes(small[n], colour)
-    else:
-      boxes = _motion_boxes(small[n], small[min(n + 1, len(small) - 1)])
-    if boxes:
-      found.append((boxes[0][1], -abs(n - len(small) // 2), n, boxes))
-  if not found:
-    return 0, []
-  _, _, start, boxes = max(found, key=lambda f: f[:2])
-  return start, boxes
+  found = {n: _of_colours(small[n], colour) for n in tried} if colour else {}
+  if not colour or any(regions is None for regions in found.values()):
+    colour, found = None, {n: _moving(small, n) for n in tried}
+  ranked = [(p[0][0], -abs(n - len(small) // 2), n) for n, p in found.items() if p]
+  if not ranked:
+    return 0, colour, []
+  start = max(ranked)[2]
+  return start, colour, found[start] or []
 
 
-def _colour_boxes(frame: np.ndarray, colour: str) -> list[tuple[tuple, float]]:
-  """Regions of a colour as (x1, y1, x2, y2) with a score, the largest compact one first."""
+def _of_colours(frame: np.ndarray, colour: str) -> list[Proposal] | None:
+  """Regions of a colour, the largest compact one first; None if the ground has that colour too."""
   cv2 = opencv()
-  match = _of_colour(frame, colour)
-  count, _, stats, _ = cv2.connectedComponentsWithStats(match)
-  height, width = match.shape
-  boxes = []
-  for x, y, w, h, area in stats[1:count].tolist():
+  count, labels, stats, _ = cv2.connectedComponentsWithStats(_of_colour(frame, colour))
+  height, width = labels.shape
+  out = []
+  for i in range(1, count):
+    x, y, w, h, area = stats[i].tolist()
     share = area / (height * width)
-    if share < 0.0015 or share > 0.5:
+    if share < 0.0015:
       continue
+    pixels = labels == i
+    if _is_ground(pixels):
+      return None
     touches = x == 0 or y == 0 or x + w == width or y + h == height
     score = float(np.sqrt(share) * area / (w * h) * (0.5 if touches else 1.0))
-    boxes.append(((x, y, x + w, y + h), score))
-  return sorted(boxes, key=lambda b: -b[1])
+    out.append((score, (x, y, x + w, y + h), pixels))
+  return sorted(out, key=lambda p: -p[0])
+
+
+def _is_ground(mask: np.ndarray) -> bool:
+  """Whether a region is no thing: it has most of the frame, or reaches three sides of it."""
+  sides = sum(bool(edge.any()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+  return sides >= 3 or float(mask.mean()) > _LARGEST
 
 
 def _of_colour(frame: np.ndarray, colour: str) -> np.ndarray:
@@ -164,10 +174,30 @@ def _of_colour(frame: np.ndarray, colour: str) -> np.ndarray:
   return cv2.morphologyEx(match, cv2.MORPH_CLOSE, kernel)
 
 
-def _motion_boxes(frame: np.ndarray, after: np.ndarray) -> list[tuple[tuple, float]]:
-  """Regions that move against the camera's motion (RANSAC homography), strongest first."""
+def _moving(frames: list[np.ndarray], n: int) -> list[Proposal]:
+  """Regions that move against the camera's motion, strongest first."""
   cv2 = opencv()
-  flow = _flow(frame, after)
+  others = [m for m in (n - 2, n + 2) if 0 <= m < len(frames)]
+  if not others:
+    return []
+  # What one side uncovers and the other does not is no motion.
+  residual = np.min([_residual(frames[n], frames[m]) for m in others], axis=0)
+  strong = (residual > max(0.7, 0.35 * float(residual.max()))).astype(np.uint8)
+  count, labels, stats, _ = cv2.connectedComponentsWithStats(strong)
+  out = []
+  for i in range(1, count):
+    x, y, w, h, area = stats[i].tolist()
+    share = area / strong.size
+    if 0.004 < share < _LARGEST:
+      pixels = labels == i
+      out.append((float(share * residual[pixels].mean()), (x, y, x + w, y + h), pixels))
+  return sorted(out, key=lambda p: -p[0])
+
+
+def _residual(frame: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Flow that no motion of the camera (RANSAC homography) explains: pixels, float32 [H, W]."""
+  cv2 = opencv()
+  flow = _flow(frame, other)
   height, width = flow.shape[:2]
   grid = np.stack(np.meshgrid(np.arange(0, width, 8), np.arange(0, height, 8)), -1).reshape(-1, 2)
   moved = grid + flow[grid[:, 1], grid[:, 0]]
@@ -176,35 +206,27 @@ def _motion_boxes(frame: np.ndarray, after: np.ndarray) -> list[tuple[tuple, flo
     grid.astype(np.float32), moved.astype(np.float32), cv2.RANSAC, 1.0
   )
   if homography is None:
-    return []
+    return np.zeros((height, width), np.float32)
   points = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
   camera = cv2.perspectiveTransform(points.reshape(-1, 1, 2), homography).reshape(height, width, 2)
   residual = np.linalg.norm(points + flow - camera, axis=-1)
-  residual = cv2.GaussianBlur(residual, (0, 0), width / 96)
-  strong = (residual > max(0.35, 0.35 * float(residual.max()))).astype(np.uint8)
-  count, labels, stats, _ = cv2.connectedComponentsWithStats(strong)
-  boxes = []
-  for i in range(1, count):
-    x, y, w, h, area = stats[i].tolist()
-    share = area / (height * width)
-    if 0.004 < share < 0.6:
-      boxes.append(((x, y, x + w, y + h), float(share * residual[labels == i].mean())))
-  return sorted(boxes, key=lambda b: -b[1])
+  return cv2.GaussianBlur(residual, (0, 0), width / 96)
 
 
-def _grabcut(frame: np.ndarray, box: tuple, colour: str | None) -> np.ndarray:
-  """GrabCut in a box, seeded with the ellipse in its middle (or the pixels of its colour)."""
+def _grabcut(frame: np.ndarray, box: tuple[int, int, int, int], moving: np.ndarray) -> np.ndarray:
+  """GrabCut around a box; what moves is probably the thing, and its inner part surely."""
   cv2 = opencv()
   height, width = frame.shape[:2]
-  x1, y1, x2, y2 = (round(v) for v in box)
-  if colour:
-    inside = np.zeros((height, width), np.uint8)
-    inside[y1:y2, x1:x2] = _of_colour(frame, colour)[y1:y2, x1:x2]
-    return inside.astype(bool)
+  x1, y1, x2, y2 = box
+  dx, dy = (x2 - x1) // 6, (y2 - y1) // 6
   labels = np.full((height, width), cv2.GC_BGD, np.uint8)
-  labels[y1:y2, x1:x2] = cv2.GC_PR_FGD
-  centre, axes = ((x1 + x2) // 2, (y1 + y2) // 2), (max(1, (x2 - x1) // 4), max(1, (y2 - y1) // 4))
-  cv2.ellipse(labels, centre, axes, 0, 0, 360, cv2.GC_FGD, cv2.FILLED)
+  labels[max(0, y1 - dy) : y2 + dy, max(0, x1 - dx) : x2 + dx] = cv2.GC_PR_BGD
+  labels[moving] = cv2.GC_PR_FGD
+  size = max(3, min(x2 - x1, y2 - y1) // 4 | 1)
+  inner = cv2.erode(moving.astype(np.uint8), np.ones((size, size), np.uint8), borderValue=0).astype(
+    bool
+  )
+  labels[inner if inner.any() else moving] = cv2.GC_FGD
   models = np.zeros((1, 65)), np.zeros((1, 65))
   cv2.setRNGSeed(0)
   bgr = np.ascontiguousarray(frame[..., ::-1])
@@ -212,7 +234,11 @@ def _grabcut(frame: np.ndarray, box: tuple, colour: str | None) -> np.ndarray:
     cv2.grabCut(bgr, labels, None, *models, 3, cv2.GC_INIT_WITH_MASK)
   except cv2.error:  # the box covers the frame: nothing to tell apart
     return np.zeros((height, width), bool)
-  return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+  found = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
+  count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
+  if count < 2:
+    return np.zeros((height, width), bool)
+  return parts == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
 
 
 def _flow(frame: np.ndarray, other: np.ndarray) -> np.ndarray:

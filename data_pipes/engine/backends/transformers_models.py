@@ -5,8 +5,9 @@ Frames are prepared here as the published processors do (their classes for SAM 2
 whose registry build does not load beside a CPU torch); no part of torchvision is used.
 """
 
+import functools
+import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ from PIL import Image
 from data_pipes.engine.backends.marking import outline, shrunk
 from data_pipes.engine.prompts import prompt_hash, render
 from data_pipes.engine.quality.masks import iou
-from data_pipes.engine.roles import Ambiguous, Clip, Context, Description, Masks, Track
+from data_pipes.engine.roles import (
+  Ambiguous,
+  Clip,
+  Context,
+  Description,
+  Masks,
+  Track,
+  model_version,
+)
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import uniform_frames
 
@@ -73,7 +82,7 @@ class DinoSam2:
   @staticmethod
   def identity(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
     own = {key: value for key, value in options.items() if key != "device"}
-    versions = {name: _version(options[name]) for name in ("detector", "tracker")}
+    versions = {name: model_version(options[name]) for name in ("detector", "tracker")}
     return {
       "backend": f"transformers {options['detector']} + {options['tracker']}",
       "options": own,
@@ -245,12 +254,9 @@ class _LocalCaptioner:
     size: int = 448,
     max_new_tokens: int = 128,
   ):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     self.frames, self.size, self.max_new_tokens = frames, size, max_new_tokens
-    with _named("model", model):
-      self.processor = AutoProcessor.from_pretrained(model)
-      self.model = _eval(AutoModelForImageTextToText, model, device)
+    with _named("model", model), _loading:
+      self.processor, self.model, self.turn = _captioner(model, device)
 
   @classmethod
   def identity(cls, options: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -258,7 +264,7 @@ class _LocalCaptioner:
       "backend": f"transformers {options['model']}",
       "prompts": {name: prompt_hash(name) for name in cls.prompts},
       "options": {key: value for key, value in options.items() if key != "device"},
-      "versions": {"model": _version(options["model"])},
+      "versions": {"model": model_version(options["model"])},
     }
 
   def _ask(self, images: Sequence[Image.Image], text: str) -> str:
@@ -273,10 +279,22 @@ class _LocalCaptioner:
       return_dict=True,
       return_tensors="pt",
     ).to(self.model.device)
-    with torch.inference_mode():
+    with self.turn, torch.inference_mode():
       ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
     return self.processor.decode(new, skip_special_tokens=True).strip()
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _captioner(model: str, device: str) -> tuple[Any, Any, threading.Lock]:
+  """Processor, model and whose turn it is: all roles of a process share one."""
+  from transformers import AutoModelForImageTextToText, AutoProcessor
+
+  processor = AutoProcessor.from_pretrained(model)
+  return processor, _eval(AutoModelForImageTextToText, model, device), threading.Lock()
 
 
 class LocalAnnotator(_LocalCaptioner):
@@ -322,16 +340,3 @@ class _named:
     if isinstance(error, OSError | ValueError):
       line = " ".join(str(error).split())[:200]
       raise InputError(f"{self.role} {self.name!r} cannot be loaded: {line}") from error
-
-
-def _version(name: str) -> str:
-  """Of a local folder, the hash of its configuration and the sizes of its weights."""
-  from data_pipes.engine.graph import digest
-
-  folder = Path(name)
-  if not folder.is_dir():
-    return "hub"
-  files = sorted(p for p in folder.iterdir() if p.is_file())
-  config = folder / "config.json"
-  text = config.read_text(encoding="utf-8") if config.is_file() else ""
-  return digest([text, [(p.name, p.stat().st_size) for p in files]], 6)

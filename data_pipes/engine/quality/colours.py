@@ -2,18 +2,10 @@
 
 import numpy as np
 
+from data_pipes.embedded.scenes import COLOURS
+
 # Centres in RGB; grey tones are told by their lightness.
-_NAMED = {
-  "red": (215, 40, 40),
-  "orange": (245, 140, 25),
-  "yellow": (240, 215, 55),
-  "green": (45, 165, 60),
-  "cyan": (55, 205, 215),
-  "blue": (45, 85, 225),
-  "purple": (145, 60, 190),
-  "pink": (245, 145, 190),
-  "brown": (120, 75, 40),
-}
+_NAMED = {**COLOURS, "brown": (120, 75, 40)}
 NAMES = (*_NAMED, "white", "grey", "black")
 _SYNONYMS = {"gray": "grey", "violet": "purple", "golden": "yellow", "turquoise": "cyan"}
 
