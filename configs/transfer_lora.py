@@ -13,6 +13,13 @@ Every matrix of the decoder has an adapter of rank `rank`, alpha is twice that; 
 connector and the region encoder a tenth of it (LLaVA's finetune_lora.sh, which has rank 128); batch
 16, three epochs. `qlora` keeps the decoder's matrices in int8 (extra [int8]). What trains is
 float32, all else bfloat16.
+
+Hardware: one GPU. `vr compile --config transfer_lora --target gpu:h100:1x1` (2026-11-24): 31.2
+GiB at the peak, of them 14.9 GiB frozen, which are 8.9 GiB with `qlora` (by count of bytes; its
+peak was not compiled). A step of 16 rows cannot take less than 1.4 s on an H100 and takes about 3
+s at the MFU of published runs (45 %): 1000 samples in 3 minutes. Not run at full size here. On
+vr-mini (`model=vr-mini,rank=8`, lr 2e-3, batch 4) 60 steps took the loss on 80 dialogues in
+another wording from 8.3 to 2.9 in two minutes on two busy cores.
 """
 
 from ml_collections import ConfigDict
