@@ -21,7 +21,6 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config
 from vr_jax.flops import count_flops
-from vr_jax.inference.programs import keep_on_disk
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
 from vr_jax.interop.convert import convert
@@ -31,6 +30,7 @@ from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import Decoder, is_factor, is_quantized
 from vr_jax.models.variants import adapter_parameters, decoder_flops
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
+from vr_jax.program_cache import keep_on_disk
 from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh, path_names
 from vr_jax.training import loop
 from vr_jax.training.checkpoint import (
