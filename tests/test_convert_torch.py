@@ -18,6 +18,7 @@ from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Safetensors, Tree, arrays, nested
 from vr_jax.models.connector import KINDS
+from vr_jax.models.decoder import is_factor
 from vr_jax.models.variants import DECODERS
 from vr_jax.training.checkpoint import export, make_meta, read_tokenizer_files
 
@@ -162,10 +163,34 @@ def test_peft_reads_our_adapter(family, tmp_path):
   factors = {p: (rng.normal(size=s) * 0.1).astype(np.float32) for p, s in shapes.items()}
   peft.write_adapter(tmp_path / "adapter", cfg, factors, alpha=12)
   merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
-  merged = peft.Merged(source.params, cfg, peft.Adapter(Tree(factors), 4, 12))
+  merged = peft.Merged(source.params, peft.Adapter(Tree(factors), 4, 12))
   found = proof.decoder_logits(dataclasses.replace(source, params=merged), tmp_path / "theirs")
   assert found["max_abs"] < TOLERANCE
   assert found["greedy_equal"] == 32
+
+
+def test_peft_reads_the_adapter_of_a_run(tmp_path):
+  """A checkpoint with adapters leaves as PEFT's, and merged."""
+  import transformers
+
+  config = transformers.AutoConfig.for_model("qwen2", **DECODER_CONFIGS["qwen2"])
+  module = randomised(transformers.AutoModelForCausalLM.from_config(config))
+  module.save_pretrained(tmp_path / "base")
+  source = open_source(tmp_path / "base")
+  cfg = dataclasses.replace(source.parts["llm"], lora_rank=4, lora_alpha=12.0)
+  rng = np.random.default_rng(0)
+  weights = arrays(source.params)
+  for path, shape in hf_decoder.decoder_shapes(cfg).items():
+    if is_factor(path):
+      weights[f"llm/{path}"] = (rng.normal(size=shape) * 0.1).astype(np.float32)
+  export(tmp_path / "run", nested(weights), make_meta({"name": "run", "llm": vars(cfg)}))
+  convert(tmp_path / "run", tmp_path / "adapter", "peft", logits="never", **QUIET)
+  merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
+  found = proof.decoder_logits(open_source(tmp_path / "run"), tmp_path / "theirs")
+  assert found["max_abs"] < TOLERANCE
+  assert found["greedy_equal"] == 32
+  parity = convert(tmp_path / "run", tmp_path / "merged", "hf", logits="always", **QUIET)
+  assert parity["passed"]
 
 
 TEXT_HALVES = {

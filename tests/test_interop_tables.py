@@ -133,7 +133,7 @@ def test_adapters_survive_the_peft_format_and_merge_as_their_product(name, tmp_p
 
   rng = np.random.default_rng(1)
   base = {f"llm/{k}": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-  merged = peft.Merged(Tree(base), cfg, opened)
+  merged = peft.Merged(Tree(base), opened)
   # In their layout an adapter is B @ A, whatever the matrix.
   theirs = {o.name: o.make(Tree(adapter)) for o in outputs(
     slots(Tree(adapter).shapes, peft.rows(cfg)), Tree(adapter).shapes)}  # fmt: skip

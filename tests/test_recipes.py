@@ -46,6 +46,26 @@ def test_each_stage_trains_what_the_paper_says(name, trained, parts):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(target.params_train)} == {"float32"}
 
 
+@pytest.mark.parametrize(
+  ("name", "dtypes"),
+  [
+    ("transfer_lora", {"bfloat16"}),
+    pytest.param("transfer_lora:qlora", {"bfloat16", "int8", "float32"}, marks=pytest.mark.int8),
+  ],
+)
+def test_transfer_trains_adapters_and_what_is_beside_the_decoder(name, dtypes):
+  target = target_of(name)
+  sides = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+  adapters = 28 * 64 * sides
+  assert elements(target.params_train["llm"]) == adapters == 161_480_704
+  assert elements(target.params_train) == adapters + CONNECTOR + REGION
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(target.params_frozen)} == dtypes
+  config = load_config(name)
+  assert config.schedule[0][1].get("peak", 1) == 10 * config.schedule[1][1]["peak"]
+  lora = model_config(config).llm
+  assert (lora.lora_rank, lora.lora_alpha) == (64, 128)
+
+
 def test_large_parameters_are_spread_over_the_fsdp_axis():
   target = target_of("stage3_instruct")
   whole = elements(target.params_train)

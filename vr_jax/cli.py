@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
   convert.add_argument("source", metavar="SRC", help="weights of any known format; see docs")
   convert.add_argument("result", metavar="DST", help="a folder (big_vision: a file) to write")
   convert.add_argument(
-    "--to", required=True, metavar="FORMAT", help="vr, videorefer, hf, torch or big_vision"
+    "--to", required=True, metavar="FORMAT", help="vr, videorefer, hf, torch, big_vision or peft"
   )
   convert.add_argument("--dtype", help="float32, float16, bfloat16 (default: as the source)")
   convert.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to merge into the decoder")

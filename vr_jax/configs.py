@@ -54,7 +54,9 @@ def base_config() -> ConfigDict:
   config.model_init = ()
   config.dont_load = ()
   config.tokenizer = placeholder(str)  # folder of tokenizer files; default: that of model_init
-  config.frozen_dtype = "float32"  # of the frozen parameters in memory: "float32" or "bfloat16"
+  # Of the frozen parameters in memory: "float32", "bfloat16", or "int8": the decoder's matrices,
+  # with a scale for each column, the others in bfloat16 (QLoRA; extra [int8]).
+  config.frozen_dtype = "float32"
 
   config.input = ConfigDict()
   # Annotation files in the published JSON format, or folders of shards (vr data prepare).

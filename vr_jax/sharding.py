@@ -60,11 +60,12 @@ SEQUENCE_RULES: ActivationRules = tuple(
 )
 FSDP_STRATEGY = ((".*", "fsdp(axis='fsdp')"),)
 TENSOR_STRATEGY = (
-  ("llm/layers/attn/(q|attn_vec)_einsum/.*", "shard_dim('tensor', 1)|fsdp('fsdp')"),
+  ("llm/layers/attn/(q|attn_vec)_einsum/[wb]", "shard_dim('tensor', 1)|fsdp('fsdp')"),
   # Too few key heads are in whole on every device.
-  ("llm/layers/attn/q?kv_einsum/.*", "shard_dim('tensor', 2, required=False)|fsdp('fsdp')"),
+  ("llm/layers/attn/q?kv_einsum/[wb]", "shard_dim('tensor', 2, required=False)|fsdp('fsdp')"),
   ("llm/layers/mlp/gating_einsum", "shard_dim('tensor', -1)|fsdp('fsdp')"),
   ("llm/layers/mlp/linear", "shard_dim('tensor', -2)|fsdp('fsdp')"),
+  # The others, adapters among them: gathered whole before their matmuls.
   (".*", "fsdp(('fsdp', 'tensor'))"),
 )
 

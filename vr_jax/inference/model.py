@@ -624,7 +624,7 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   cfg = opened.model_config()
   if not opened.tokenizer_files:
     raise InputError(f"{path}: {opened.kind} without tokenizer files; accepted: {MODELS}")
-  if checkpoint.is_checkpoint(path):  # whose arrays Orbax reads side by side
+  if isinstance(opened.params, checkpoint.StoredParams):  # which Orbax reads side by side
     params = checkpoint.load_for_inference(path).params
   else:
     params = nested(arrays(opened.params))

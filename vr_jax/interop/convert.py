@@ -69,6 +69,8 @@ def convert(
   source = open_source(src)
   if adapter is not None:
     source = _with_adapter(source, adapter)
+  if to == "peft":
+    source = _adapter_of(source)
   if logits == "always" and (reason := proof.cannot(source, to, logits)):
     raise InputError(f"--logits always: {reason}")
   _describe(source, report)
@@ -99,7 +101,7 @@ def convert(
   for note in target.notes:
     report(note)
   parity = _parity(source, src, to, tensors, [*source.notes, *target.notes])
-  back = reopen(to, stage, target)
+  back = reopen(to, stage, target, source)
   parity |= compare(source.params, back)
   allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
   parity["passed"] = parity["largest_difference"] <= allowed
@@ -112,12 +114,18 @@ def convert(
 def _with_adapter(source: Source, adapter: str | Path) -> Source:
   if "llm" not in source.parts:
     raise InputError(f"{source.path}: holds no decoder to merge the adapter {adapter} into")
-  llm = source.parts["llm"]
-  opened = peft.open_adapter(adapter, llm)
-  fields = {f: getattr(source, f) for f in source.__dataclass_fields__}
-  fields["params"] = peft.Merged(source.params, llm, opened)
-  fields["notes"] = (*source.notes, f"adapter: {adapter}, rank {opened.rank}, merged")
-  return Source(**fields)
+  return source.with_adapter(peft.open_adapter(adapter, source.parts["llm"]), adapter)
+
+
+def _adapter_of(source: Source) -> Source:
+  """The adapter alone that a source has merged in."""
+  if source.adapter is None:
+    raise InputError(
+      f"{source.path}: holds no adapter; --to peft takes a run whose model has llm.lora_rank"
+    )
+  kind = f"adapter of rank {source.adapter.rank}"
+  parts, adapter = {"llm": source.parts["llm"]}, source.adapter
+  return Source(kind, source.path, parts, adapter.params, adapter=adapter)
 
 
 def _describe(source: Source, report: Callable[[str], None]) -> None:
@@ -298,8 +306,10 @@ def _progress(items: list[Item]) -> Iterator[Item]:
 # --- Proof and the end ------------------------------------------------------------------------
 
 
-def reopen(to: str, stage: Path, target: Target) -> Parameters:
+def reopen(to: str, stage: Path, target: Target, source: Source) -> Parameters:
   """The parameters of a result, read as anyone would read it."""
+  if to == "peft":
+    return peft.open_adapter(stage, source.parts["llm"]).params
   if to == "hf" and not (stage / "config.json").is_file():
     names = [f for f in ("tower", "decoder") if (stage / f).is_dir()]
     opened = [open_source(stage / name) for name in names]

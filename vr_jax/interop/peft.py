@@ -1,8 +1,8 @@
 """LoRA adapters of the decoder in the PEFT format: read, written, merged into the base.
 
-An adapter is a parameter tree beside the decoder's: for a matrix at `layers/attn/q_einsum/w` the
-factors `layers/attn/q_einsum/w/lora_a` [X,D,r] and `.../lora_b` [X,r,N,H], whose product over r,
-times alpha / r, is added to the matrix.
+An adapter's factors lie beside the matrices, as in a decoder with `lora_rank`: for a matrix at
+`layers/attn/q_einsum/w` they are `layers/attn/q_einsum/w_lora_a` [X,D,r] and `w_lora_b` [X,r,N,H],
+whose product over r, times alpha / r, is added to the matrix.
 
 Source: LoRA (arXiv 2106.09685); the files of the library peft (adapter_config.json,
 adapter_model.safetensors).
@@ -11,7 +11,7 @@ adapter_model.safetensors).
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vr_jax.interop.table import (
   HEADS_OUT,
   Mapped,
   Parameters,
+  Part,
   Row,
   Safetensors,
   Shapes,
@@ -38,7 +39,7 @@ from vr_jax.interop.table import (
   their_shape,
 )
 from vr_jax.interop.writers import ShardWriter
-from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.decoder import DecoderConfig, is_factor
 
 _PREFIX = "base_model.model."
 _MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"
@@ -75,27 +76,24 @@ def rows(cfg: DecoderConfig) -> list[Row]:
       heads_in = "attn_vec" in row.ours
       heads_out = row.transform is not DENSE and not heads_in
       a, b = _HEADS_A if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
-      table.append(Row(f"{row.ours}/lora_a", renamed(row.theirs, "A"), a))
-      table.append(Row(f"{row.ours}/lora_b", renamed(row.theirs, "B"), b))
+      table.append(Row(f"{row.ours}_lora_a", renamed(row.theirs, "A"), a))
+      table.append(Row(f"{row.ours}_lora_b", renamed(row.theirs, "B"), b))
   return table
 
 
 def adapter_shapes(cfg: DecoderConfig, rank: int, adapted: Mapping[str, Any]) -> Shapes:
   """Path -> shape of the factors of the matrices at the paths `adapted`."""
-  shapes = {}
-  for path, shape in hf_decoder.decoder_shapes(cfg).items():
-    if path not in adapted:
-      continue
-    if path.endswith("attn_vec_einsum/w"):  # [X,N,H,D]
-      factors = (*shape[:-1], rank), (shape[0], rank, shape[-1])
-    elif path.endswith("_einsum/w"):  # [X,(T,)N,D,H]
-      lead, (heads, width, head_dim) = shape[:-3], shape[-3:]
-      factors = (*lead, width, rank), (*lead, rank, heads, head_dim)
-    else:  # [X,(2,)in,out]
-      lead, (inputs, out) = shape[:-2], shape[-2:]
-      factors = (*lead, inputs, rank), (*lead, rank, out)
-    shapes[f"{path}/lora_a"], shapes[f"{path}/lora_b"] = factors
-  return shapes
+  with_factors = hf_decoder.decoder_shapes(dataclasses.replace(cfg, lora_rank=rank))
+  return {
+    path: shape
+    for path, shape in with_factors.items()
+    if is_factor(path) and re.sub("_lora_[ab]$", "", path) in adapted
+  }
+
+
+def is_adapter(path: str | Path) -> bool:
+  """Whether a folder holds an adapter in the PEFT format."""
+  return (Path(path) / "adapter_config.json").is_file()
 
 
 def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
@@ -105,7 +103,7 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
     InputError: no adapter, one of another kind (DoRA, a bias, ranks that differ), or one whose
       tensors do not fit the decoder.
   """
-  folder = Path(folder)
+  folder, cfg = Path(folder), dataclasses.replace(cfg, lora_rank=0)
   where = folder / "adapter_config.json"
   fields = read_json(where)
   for key, accepted in (
@@ -174,6 +172,13 @@ def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:
   return found
 
 
+def factors_of(params: Parameters) -> Parameters:
+  """The factors among a model's parameters, by paths relative to the decoder."""
+  factors = Part(params, "llm/")
+  factors.shapes = {path: shape for path, shape in factors.shapes.items() if is_factor(path)}
+  return factors
+
+
 def write_adapter(
   folder: str | Path, cfg: DecoderConfig, adapter: Mapping[str, Any], alpha: float
 ) -> None:
@@ -185,9 +190,14 @@ def write_adapter(
   writer = ShardWriter(folder, entries, stem="adapter_model")
   for output in made:
     writer.write(output.name, output.make(tree))
-  rank = next(shape[-1] for path, shape in tree.shapes.items() if path.endswith("lora_a"))
-  modules = sorted({output.name.split(".")[-3] for output in made})
-  fields = {
+  rank = next(shape[-1] for path, shape in tree.shapes.items() if path.endswith("_lora_a"))
+  fields = config_json([output.name for output in made], rank, alpha)
+  (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def config_json(names: Iterable[str], rank: int, alpha: float) -> dict[str, Any]:
+  """The fields of adapter_config.json for an adapter of these tensors."""
+  return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "r": rank,
@@ -195,11 +205,10 @@ def write_adapter(
     "lora_dropout": 0.0,
     "bias": "none",
     "fan_in_fan_out": False,
-    "target_modules": modules,
+    "target_modules": sorted({name.split(".")[-3] for name in names}),
     "base_model_name_or_path": None,
     "inference_mode": True,
   }
-  (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def read_adapter(folder: str | Path, cfg: DecoderConfig) -> tuple[dict[str, Any], float]:
@@ -209,26 +218,25 @@ def read_adapter(folder: str | Path, cfg: DecoderConfig) -> tuple[dict[str, Any]
 
 
 class Merged:
-  """A model's parameters with an adapter added to its decoder, in float32; dtype unchanged."""
+  """A model's parameters with an adapter added to its decoder, in float32; dtype unchanged.
 
-  def __init__(self, base: Parameters, cfg: DecoderConfig, adapter: Adapter):
+  `base` are those without it.
+  """
+
+  def __init__(self, base: Parameters, adapter: Adapter):
     self.shapes = base.shapes
-    self._base, self._adapter = base, adapter
-    self._slots: dict[str, list[Slot]] = {}
-    body = {p.removeprefix("llm/"): s for p, s in base.shapes.items() if p.startswith("llm/")}
-    for slot in slots(body, hf_decoder.rows(cfg)):
-      self._slots.setdefault(f"llm/{slot.ours}", []).append(slot)
+    self.base, self._adapter = base, adapter
 
   def dtype(self, path: str) -> np.dtype:
-    return self._base.dtype(path)
+    return self.base.dtype(path)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    value = self._base.read(path, index)
+    value = self.base.read(path, index)
     own = path.removeprefix("llm/")
-    if not path.startswith("llm/") or f"{own}/lora_a" not in self._adapter.params.shapes:
+    if not path.startswith("llm/") or f"{own}_lora_a" not in self._adapter.params.shapes:
       return value
-    a = self._adapter.params.read(f"{own}/lora_a", index).astype(np.float32)
-    b = self._adapter.params.read(f"{own}/lora_b", index).astype(np.float32)
+    a = self._adapter.params.read(f"{own}_lora_a", index).astype(np.float32)
+    b = self._adapter.params.read(f"{own}_lora_b", index).astype(np.float32)
     return (value + self._adapter.scale * _product(own, a, b)).astype(value.dtype)
 
 

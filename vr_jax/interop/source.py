@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from vr_jax.interop.peft import Adapter, Merged
 from vr_jax.interop.table import Parameters, Tensors
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
@@ -35,6 +36,7 @@ class Source:
     skipped: tensors that no part of this model uses.
     kept: those of them that belong to a published folder.
     origin: JSON of the foreign folder that the way back needs (its config files).
+    adapter: what is merged into the decoder, if anything is (`params` are then `peft.Merged`).
   """
 
   kind: str
@@ -49,11 +51,18 @@ class Source:
   skipped: tuple[str, ...] = ()
   kept: Kept | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  adapter: Adapter | None = None
 
   @property
   def whole(self) -> bool:
     """Whether it is a whole VideoRefer."""
     return set(self.parts) == set(PARTS)
+
+  def with_adapter(self, adapter: Adapter, where: str | Path) -> "Source":
+    """The same with an adapter, which is from `where`, merged into the decoder."""
+    note = f"adapter: {where}, rank {adapter.rank}, merged"
+    merged = Merged(self.params, adapter)
+    return dataclasses.replace(self, params=merged, adapter=adapter, notes=(*self.notes, note))
 
   def model(self) -> dict[str, Any]:
     """The `model` of a checkpoint's meta: settings and the configs of the parts, as JSON."""

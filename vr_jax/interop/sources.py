@@ -10,6 +10,7 @@ from vr_jax.interop import (
   hf_paligemma,
   hf_tower,
   partial,
+  peft,
   torch_folder,
   videorefer,
   vr,
@@ -43,7 +44,7 @@ def open_source(path: str | Path) -> Source:
     return vr.open_checkpoint(folder)
   if (folder / "config.json").is_file():
     return _open_configured(folder)
-  if (folder / "adapter_config.json").is_file():
+  if peft.is_adapter(folder):
     raise InputError(f"{path}: an adapter alone; convert its base with --adapter {path}")
   if any((folder / name).is_file() for name in partial.FILES):
     return partial.open_partial(folder)

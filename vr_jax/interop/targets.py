@@ -14,6 +14,7 @@ from vr_jax.interop import (
   hf_decoder,
   hf_paligemma,
   hf_tower,
+  peft,
   torch_folder,
   videorefer,
   vr,
@@ -231,12 +232,25 @@ def to_big_vision(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   return target
 
 
+def to_peft(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """An adapter (of a source that is one alone), as the library peft writes it."""
+  adapter, target = source.adapter, Target()
+  assert adapter is not None
+  shapes = source.params.shapes
+  made = outputs(slots(shapes, peft.rows(source.parts["llm"])), shapes)
+  _shards(target, folder, made, source.params, cast, 1 << 60, stem="adapter_model")
+  fields = peft.config_json([output.name for output in made], adapter.rank, adapter.alpha)
+  target.files["adapter_config.json"] = _json(fields)
+  return target
+
+
 FORMATS: Mapping[str, Callable[[Source, Path, Cast, int], Target]] = {
   "vr": to_vr,
   "videorefer": to_videorefer,
   "hf": to_hf,
   "torch": to_torch,
   "big_vision": to_big_vision,
+  "peft": to_peft,
 }
 
 

@@ -1,7 +1,8 @@
 """The language model: one decoder whose switches give Gemma 1, Gemma 2, Gemma 3 and Qwen2.
 
 Letters: B batch, L slot of this call, S key slot, D width, N query head, K key/value head,
-H head width, F MLP width, W vocabulary, X layer, Z kind of layer (local, global).
+H head width, F MLP width, W vocabulary, X layer, Z kind of layer (local, global), R rank of an
+adapter.
 
 Parameters carry big_vision's Gemma names, with the layer axis X in front:
   embedder/{input_embedding, output_embedding}  [W,D]   (output only if the head is untied)
@@ -12,16 +13,19 @@ Parameters carry big_vision's Gemma names, with the layer axis X in front:
   layers/mlp/{gating_einsum [X,2,D,F], linear [X,F,D]}
   layers/{pre_attention_norm,pre_ffw_norm}/scale [X,D], final_norm/scale [D]
   layers/{post_attention_norm,post_ffw_norm}/scale      (Gemma 2, Gemma 3)
+  layers/…/<matrix>_lora_{a,b}                          (with `lora_rank`: see `_adapter`)
 
 `fuse` lays them out for inference: layers apart (layers_0, …), one matrix for q, k and v, one for
 gate and up, matmul weights in the dtype of the matmuls.
 
-Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Qwen2 (2407.10671).
+Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Qwen2 (2407.10671),
+LoRA (2106.09685).
 """
 
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipes.errors import InputError
 from vr_jax.attention import Causal, attention
 from vr_jax.remat import remat
-from vr_jax.sharding import ActivationRules, shard_act
+from vr_jax.sharding import ActivationRules, path_names, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
@@ -49,6 +54,8 @@ class DecoderConfig:
   matmuls and the KV cache. `remat` is none, dots, full or offload. `prefix_lm`: slots of a prefix
   see the whole prefix (PaliGemma); otherwise causal. `layout` is that of the parameters: "scanned"
   (training, checkpoints) or "fused" (what `fuse` makes, for `shards` devices of a tensor axis).
+  `lora_rank`: every matrix of a layer has an adapter of that rank (0: none), whose product counts
+  `lora_alpha` / `lora_rank` times.
   """
 
   width: int
@@ -79,6 +86,8 @@ class DecoderConfig:
   remat: str = "none"
   layout: str = "scanned"
   shards: int = 1
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
 
   def layer_kinds(self) -> tuple[str, ...]:
     """ "local" or "global" for each layer."""
@@ -198,21 +207,61 @@ def _scaled_by(*in_axes: int):
 
 def _matmul(x: Float[Array, "... D"], w: Any) -> Float[Array, "... F"]:
   """x @ w in the dtype of x; the last axis of w stays. w may be int8, a scale for each column."""
-  values = getattr(w, "qvalue", w)  # qwix.QArray, see `quantize`
+  values = getattr(w, "qvalue", w)  # qwix.QArray, see `quantized`
   y = x @ values.reshape(x.shape[-1], -1).astype(x.dtype)
   return y if values is w else y * w.scale.reshape(-1).astype(x.dtype)
+
+
+def is_factor(path: str) -> bool:
+  """Whether a parameter's path is that of a factor of an adapter."""
+  return path.endswith(("_lora_a", "_lora_b"))
+
+
+def _adapter(
+  module: nn.Module,
+  cfg: DecoderConfig,
+  name: str,
+  x: Float[Array, "B L *inputs"],
+  outputs: tuple[int, ...],
+  stack: tuple[int, ...] = (),
+) -> Float[Array, "..."]:
+  """What the adapter of the matrix `name` of `module` adds to the matrix's product with `x`.
+
+  The matrix is [*stack, *inputs, *outputs], the result [*stack, B, L, *outputs]; the factors are
+  `<name>_lora_a` [*stack, *inputs, R], random, and `<name>_lora_b` [*stack, R, *outputs], zeros at
+  first.
+  """
+  rank, inputs, n = cfg.lora_rank, x.shape[2:], len(stack)
+  # The start of the library peft: uniform, to 1 / sqrt(size of the inputs).
+  axes = {"in_axis": range(n, n + len(inputs)), "out_axis": -1, "batch_axis": range(n)}
+  init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", **axes)
+  a = module.param(f"{name}_lora_a", init, (*stack, *inputs, rank)).astype(x.dtype)
+  b = module.param(f"{name}_lora_b", nn.initializers.zeros, (*stack, rank, *outputs))
+  T = math.prod(stack)
+  low = jnp.einsum("BLI,TIR->TBLR", x.reshape(*x.shape[:2], -1), a.reshape(T, -1, rank))
+  # T makes it a batched matmul even where it is 1: remat "dots" keeps `low`, not what is as large
+  # as the product and cheap to make again.
+  y = jnp.einsum("TBLR,TRO->TBLO", low, b.astype(x.dtype).reshape(T, rank, -1))
+  return y.reshape(*stack, *x.shape[:2], *outputs) * (cfg.lora_alpha / rank)
 
 
 class Einsum(nn.Module):
   """A projection with big_vision's parameter names: `w`, and `b` of shape `bias` if given."""
 
+  cfg: DecoderConfig
   shape: tuple[int, ...]
   bias: tuple[int, ...] | None = None
 
   @nn.compact
   def __call__(self, equation: str, x: Float[Array, "B L D"]) -> Float[Array, "... B L N H"]:
     w = self.param("w", _scaled_by(-2), self.shape)
-    y = jnp.einsum(equation, x, w.astype(x.dtype))
+    values = getattr(w, "qvalue", w)  # qwix.QArray, see `quantized`
+    y = jnp.einsum(equation, x, values.astype(x.dtype))
+    if values is not w:
+      y *= jnp.expand_dims(w.scale.squeeze(-2).astype(x.dtype), (-4, -3))
+    if self.cfg.lora_rank:
+      *stack, N, _, H = self.shape
+      y += _adapter(self, self.cfg, "w", x, (N, H), tuple(stack))
     if self.bias is not None:
       b = self.param("b", nn.initializers.zeros, self.bias).astype(x.dtype)
       y = y + jnp.expand_dims(b, (-4, -3))  # [N,H] or [T,N,H] onto [B,L,N,H] or [T,B,L,N,H]
@@ -245,7 +294,8 @@ class OutputProjection(nn.Module):
   def __call__(self, x: Float[Array, "B L N H"]) -> Float[Array, "B L D"]:
     N, H = x.shape[-2:]
     w = self.param("w", _scaled_by(0, 1), (N, H, self.cfg.width))
-    return _matmul(x.reshape(*x.shape[:-2], N * H), w)
+    y = _matmul(x.reshape(*x.shape[:-2], N * H), w)
+    return y + _adapter(self, self.cfg, "w", x, (self.cfg.width,)) if self.cfg.lora_rank else y
 
 
 class Attention(nn.Module):
@@ -261,7 +311,7 @@ class Attention(nn.Module):
 
     def project(name, equation, *shape):
       bias = (*shape[:-2], H) if c.qkv_bias else None
-      return Einsum(shape, bias, name=name)(equation, x)
+      return Einsum(c, shape, bias, name=name)(equation, x)
 
     if c.layout == "fused":
       q, k, v = FusedProjection(c, name="qkv")(x)
@@ -327,11 +377,16 @@ class FeedForward(nn.Module):
       both = both.reshape(*x.shape[:-1], c.shards, 2, -1)
       gate, up = (both[..., i, :].reshape(*x.shape[:-1], F) for i in range(2))
     else:
-      gating = self.param("gating_einsum", _scaled_by(1), (2, D, F)).astype(x.dtype)
-      gate, up = x @ gating[0], x @ gating[1]
+      gating = self.param("gating_einsum", _scaled_by(1), (2, D, F))
+      gate, up = (_matmul(x, gating[i]) for i in range(2))
+      if c.lora_rank:
+        share = _adapter(self, c, "gating_einsum", x, (F,), (2,))
+        gate, up = gate + share[0], up + share[1]
     linear = self.param("linear", _scaled_by(0), (F, D))
     gate, up = (shard_act(t, self.rules, "batch", None, "mlp") for t in (gate, up))
-    return _matmul(ACTIVATIONS[c.activation](gate) * up, linear)
+    hidden = ACTIVATIONS[c.activation](gate) * up
+    y = _matmul(hidden, linear)
+    return y + _adapter(self, c, "linear", hidden, (D,)) if c.lora_rank else y
 
 
 class Block(nn.Module):
@@ -613,17 +668,43 @@ def _interleaved(sizes: tuple[int, ...], shards: int) -> np.ndarray:
   return np.concatenate([block[i] for i in range(shards) for block in blocks])
 
 
-def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-  """A fused decoder whose layers' matmul weights are int8, scaled by column (extra [int8]).
+# The axes that a matrix of a layer is summed over; the others have each their own scale.
+_SUMMED = (
+  (r"attn/(q|kv|qkv)_einsum/w|attn/qkv/w|mlp/(gating_einsum|gate_up|linear)", (-2,)),
+  (r"attn/attn_vec_einsum/w", (-3, -2)),
+)
 
-  Norms, biases and the token tables stay as they are.
+
+def quantized(path: str, w: Array) -> Any:
+  """A matrix of a decoder's layer, in either layout, as a qwix.QArray: int8, scales by column.
+
+  Norms, biases, adapters and the token tables stay as they are. Needs the extra [int8].
+
+  Raises:
+    InputError: qwix is not installed.
   """
-  import qwix
+  found = re.search(r"(?:^|/)layers(_\d+)?/(.+)", path)
+  summed = [axes for pattern, axes in _SUMMED if found and re.fullmatch(pattern, found[2])]
+  if not summed:
+    return w
+  try:
+    import qwix
+  except ModuleNotFoundError:
+    raise InputError("int8 weights need qwix; pip install 'vr-jax[int8]'") from None
 
-  def of(path, w):
-    name = path[-2].key if path[-1].key == "w" else path[-1].key
-    if name not in ("qkv", "attn_vec_einsum", "gate_up", "linear"):
-      return w
-    return qwix.quantize(jnp.asarray(w), jnp.int8, channelwise_axes=(w.ndim - 1,))
+  def of_layer(w):
+    columns = [axis for axis in range(w.ndim) if axis - w.ndim not in summed[0]]
+    return qwix.quantize(w, jnp.int8, channelwise_axes=columns)
 
-  return jax.tree_util.tree_map_with_path(of, dict(params))
+  # Of a stack layer by layer, in float32: little memory, and scales as exact as the weights.
+  return of_layer(w) if found[1] else jax.lax.map(lambda w: of_layer(w.astype(jnp.float32)), w)
+
+
+def is_quantized(leaf: Any) -> bool:
+  """Whether a leaf of a parameter tree is int8 values with scales (not an array)."""
+  return hasattr(leaf, "qvalue")
+
+
+def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
+  """The decoder's parameters with the matrices of its layers in int8; see `quantized`."""
+  return jax.tree.map(lambda path, w: quantized(path, jnp.asarray(w)), path_names(params), params)

@@ -204,10 +204,17 @@ def connector_flops(cfg: ConnectorConfig, tower_width: int, frames: int, grid: i
   return total
 
 
+def adapter_parameters(cfg: DecoderConfig) -> int:
+  """Parameters of the adapters of a decoder's matrices."""
+  D, attn, kv = cfg.width, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+  sides = 2 * (D + attn) + 2 * (D + kv) + 3 * (D + cfg.mlp_dim)
+  return cfg.depth * cfg.lora_rank * sides
+
+
 def decoder_flops(cfg: DecoderConfig, slots: int, head_rows: int) -> int:
   """A prefill of `slots` slots, with the head applied to `head_rows` of them."""
   D, attn, kv = cfg.width, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-  matmuls = cfg.depth * (2 * D * attn + 2 * D * kv + 3 * D * cfg.mlp_dim)
+  matmuls = cfg.depth * (2 * D * attn + 2 * D * kv + 3 * D * cfg.mlp_dim) + adapter_parameters(cfg)
   keys = sum(
     _mean_keys(slots, cfg.window if kind == "local" else None) for kind in cfg.layer_kinds()
   )
@@ -244,7 +251,7 @@ def training_flops(
   before the first object token nothing where the region encoder alone trains.
 
   Args:
-    trained: the parts that train.
+    trained: the parts that train; "adapters" where of the decoder they alone do.
     frames: different frames that the tower sees.
     scene_frames: of the connector, 1 for an image, 0 for text alone (default: the model's).
   """
@@ -256,6 +263,8 @@ def training_flops(
   decoder = decoder_flops(cfg.llm, slots, supervised)
   if "llm" in trained:
     decoder *= 3
+  elif "adapters" in trained:
+    decoder = 2 * decoder + 2 * slots * adapter_parameters(cfg.llm)
   elif "connector" in trained:
     decoder *= 2
   elif scene_frames:

@@ -114,8 +114,8 @@ class VideoRefer(nn.Module):
   """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out.
 
   `rules` place the activations on the mesh (see `sharding.shard_act`); () leaves them alone.
-  `trained` names the parts that gradients are asked of; it changes no value, only what is kept for
-  the backward pass.
+  `trained` names the parts that gradients are asked of ("adapters" for those of `llm` alone); it
+  changes no value, only what is kept for the backward pass.
   """
 
   cfg: VideoReferConfig

@@ -32,7 +32,7 @@ from vr_jax.training.loop import accum_steps, state_target
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.start import model_config
 from vr_jax.training.step import TrainState, make_step
-from vr_jax.training.videorefer_task import videorefer_loss
+from vr_jax.training.videorefer_task import trained_parts, videorefer_loss
 
 GIB = 2**30
 LENGTHS = 128  # row lengths are assumed in multiples of it
@@ -251,7 +251,7 @@ def saved_bytes(cfg: DecoderConfig, tokens: int, policy: str, tensor: int = 1) -
 
 def needed_flops(step: Step) -> int:
   """FLOPs that the mathematics asks of a step whose rows are all full."""
-  shape, trained = step.shape, set(step.state.params_train)
+  shape, trained = step.shape, trained_parts(step.config, step.cfg)
   supervised = min(step.config.loss_budget or shape.length, 100)
   row = training_flops(step.cfg, trained, shape.frames, shape.length, supervised)
   return step.config.input.batch_size * row

@@ -10,6 +10,7 @@ W/profile             a trace of the steps of config.profile_steps
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
 from vr_jax.hardware import chip_of
-from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings
+from vr_jax.models.decoder import is_quantized, quantized
+from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings, path_names
 from vr_jax.training.checkpoint import Checkpoints, export, make_meta
 from vr_jax.training.heartbeat import Heartbeat
 from vr_jax.training.metrics import Ledger, MetricsWriter, Profiler, Progress, resident_gb
@@ -55,6 +57,8 @@ MAY_CHANGE = (
   "input.media",
   "input.max_unreadable",
 )
+
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class Result(NamedTuple):
@@ -201,8 +205,9 @@ def state_target(
   Raises:
     InputError: schedule, sharding_strategy or frozen_dtype do not fit.
   """
-  if config.frozen_dtype not in ("float32", "bfloat16"):
-    raise InputError(f"config.frozen_dtype={config.frozen_dtype!r}: accepted: float32, bfloat16")
+  if config.frozen_dtype not in FROZEN_DTYPES:
+    accepted = ", ".join(FROZEN_DTYPES)
+    raise InputError(f"config.frozen_dtype={config.frozen_dtype!r}: accepted: {accepted}")
 
   def create():
     params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -211,6 +216,13 @@ def state_target(
   state = jax.eval_shape(create)
   placed = param_shardings(shapes, mesh, config.sharding_strategy)
   train, frozen = (sub_tree(placed, like) for like in (state.params_train, state.params_frozen))
+  if config.frozen_dtype == "int8":
+    if not any(map(is_quantized, jax.tree.leaves(state.params_frozen, is_leaf=is_quantized))):
+      raise InputError(
+        "config.frozen_dtype='int8': config.schedule freezes no matrix of the decoder; accepted "
+        "then: float32, bfloat16"
+      )
+    frozen = jax.tree.map(_like_the_matrix, state.params_frozen, frozen, is_leaf=is_quantized)
   shardings = dataclasses.replace(
     state,
     step=NamedSharding(mesh, P()),
@@ -227,15 +239,23 @@ def initial_state(task: Task, optimizer: Optimizer, target: TrainState, key: Arr
   """The state of step 0: weights that the task starts from, the rest initialised in place."""
   wanted = target.params()
   loaded = task.start(wanted)
-  loaded = jax.tree.map(
-    lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding),
-    loaded,
-    sub_tree(wanted, loaded),
-  )
+
+  def put(path, x, like):
+    if not is_quantized(like):
+      return jax.device_put(x.astype(like.dtype), like.sharding)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    quantize = jax.jit(functools.partial(quantized, path), out_shardings=shardings)
+    return quantize(jax.device_put(x, like.qvalue.sharding))
+
+  loaded = jax.tree.map(put, path_names(loaded), loaded, sub_tree(wanted, loaded))
   rest = _without(wanted, loaded)
 
   def init(key):
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), sub_tree(task.init(key), rest), rest)
+    def cast(path, x, like):
+      return quantized(path, x) if is_quantized(like) else x.astype(like.dtype)
+
+    fresh = sub_tree(task.init(key), rest)
+    return jax.tree.map(cast, path_names(fresh), fresh, rest)
 
   if rest:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, rest)
@@ -248,6 +268,18 @@ def initial_state(task: Task, optimizer: Optimizer, target: TrainState, key: Arr
     params_frozen=sub_tree(loaded, target.params_frozen),
     opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
   )
+
+
+def _like_the_matrix(leaf: Any, sharding: NamedSharding) -> Any:
+  """The shardings of a parameter's arrays: the scales of int8 values lie with their columns."""
+  if not is_quantized(leaf):
+    return sharding
+
+  def place(array):
+    axes = zip(sharding.spec, array.shape, strict=True)
+    return NamedSharding(sharding.mesh, P(*(axis if n > 1 else None for axis, n in axes)))
+
+  return jax.tree.map(place, leaf)
 
 
 class Report:

@@ -2,7 +2,8 @@
 
 A source is weights of any format that `vr_jax.interop.sources` knows: a checkpoint of ours, a
 published VideoRefer folder or one of its stages' files, folders of transformers, a big_vision npz,
-a Gemma folder. Each part of the model may come from another one.
+a Gemma folder. Each part of the model may come from another one, and the decoder's adapter from a
+PEFT folder.
 """
 
 import dataclasses
@@ -20,11 +21,13 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.configs import nearest
+from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
 from vr_jax.interop.big_vision import fit_positions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import Part, arrays
+from vr_jax.interop.table import Joined, Part, arrays
+from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.training.checkpoint import (
@@ -64,8 +67,9 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
   """The parameters that `model_init` names, checked against `shapes`: a part of the tree.
 
   Entries are ("", path) for all that the source holds or (part, path) for that part of it; later
-  entries win. Parameters that match a regex of `dont_load` are left out. Says on stdout what comes
-  from where.
+  entries win. Parameters that match a regex of `dont_load` are left out. An adapter that a
+  checkpoint holds stays apart if the model has one of its rank and alpha, else it is merged. Says
+  on stdout what comes from where.
 
   Raises:
     InputError: a source lacks a parameter, has one too many or one of another shape; the message
@@ -76,12 +80,15 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
   loaded: dict[str, Any] = {}
   came: dict[str, str] = {}
   for part, path in config.model_init:
-    source, found = _read(path, part)
+    llm = model_config(config).llm if any(map(is_factor, wanted)) else None
+    source, found = _read(path, part, llm)
     changes = fit_tower(found, wanted)
     if part == "llm":
       changes += fit_vocabulary(found, wanted)
     held = {k.split("/")[0] for k in found}
-    expected = [k for k in wanted if k.split("/")[0] in held]
+    alone = all(map(is_factor, found))  # an adapter
+    needed = {k for k in wanted if k.split("/")[0] in held and not (alone or is_factor(k))}
+    expected = [k for k in wanted if k in found or k in needed]
     problems = [f"{k} is missing" for k in expected if k not in found and k not in fresh]
     problems += [f"{k} is not expected" for k in found if k not in wanted]
     problems += [
@@ -92,7 +99,12 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
     if problems:
       more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
       raise InputError(f"config.model_init: {path}: {'; '.join(problems[:5])}{more}")
-    loaded |= {k: found[k].astype(wanted[k].dtype) for k in expected if k not in fresh}
+    # (What is kept in int8 is cast there, layer by layer.)
+    loaded |= {
+      k: found[k] if is_quantized(wanted[k]) else found[k].astype(wanted[k].dtype)
+      for k in expected
+      if k not in fresh
+    }
     told = "".join(f"; {line}" for line in (*source.notes, *changes))
     came |= {k: f"{path} ({source.kind}{told})" for k in expected if k not in fresh}
   _print_origins(wanted, came)
@@ -111,10 +123,11 @@ def _print_origins(wanted: Mapping[str, Any], came: Mapping[str, str]) -> None:
       print(f"model_init: {part:9} {tensors:4} arrays {size:13,} parameters from {origin}")
 
 
-def _read(path: str | Path, part: str) -> tuple[Source, dict[str, Any]]:
+def _read(path: str | Path, part: str, llm: DecoderConfig | None) -> tuple[Source, dict[str, Any]]:
   """A source and its parameters by path; only those of `part` ("img", …) if given.
 
-  A tower that holds more than the model runs, as SigLIP folders do, gives what is run.
+  A tower that holds more than the model runs, as SigLIP folders do, gives what is run. `llm`: the
+  model's decoder, if it has adapters.
 
   Raises:
     InputError: no source, or one without that part.
@@ -122,12 +135,37 @@ def _read(path: str | Path, part: str) -> tuple[Source, dict[str, Any]]:
   if part and part not in PARTS:
     raise InputError(f"config.model_init: part {part!r}: accepted: {', '.join(PARTS)}, or ''")
   try:
-    source = open_source(path)
+    source = _open_adapter(path, llm) if peft.is_adapter(path) else open_source(path)
   except InputError as error:
     raise InputError(f"config.model_init: {error}") from error
   if part and part not in source.parts:
     raise InputError(f"config.model_init: {path} holds {', '.join(source.parts)}, not {part!r}")
-  return source, arrays(Part(source.params, f"{part}/", f"{part}/") if part else source.params)
+  params, adapter = source.params, source.adapter
+  if adapter and isinstance(params, peft.Merged) and _same_adapter(adapter, llm):
+    params = Joined(params.base, Part(adapter.params, "", "llm/"))
+    source = dataclasses.replace(source, notes=source.notes[:-1])  # that it is merged
+  return source, arrays(Part(params, f"{part}/", f"{part}/") if part else params)
+
+
+def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
+  """A PEFT folder as the adapter that a decoder begins with."""
+  if llm is None:
+    raise InputError(
+      f"{path}: an adapter, and the model has none; set llm.lora_rank in config.model, or merge it "
+      f"before: vr convert BASE MERGED --to vr --adapter {path}"
+    )
+  adapter = peft.open_adapter(path, llm)
+  if not _same_adapter(adapter, llm):
+    raise InputError(
+      f"{path}: an adapter of rank {adapter.rank} and alpha {adapter.alpha:g}; the model has "
+      f"llm.lora_rank={llm.lora_rank} and llm.lora_alpha={llm.lora_alpha:g}; accepted: the same"
+    )
+  return Source("PEFT adapter", Path(path), {"llm": llm}, Part(adapter.params, "", "llm/"))
+
+
+def _same_adapter(adapter: peft.Adapter, llm: DecoderConfig | None) -> bool:
+  mine = None if llm is None else (llm.lora_rank, llm.lora_alpha)
+  return (adapter.rank, adapter.alpha) == mine
 
 
 def fit_tower(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from data_pipes.errors import InputError
+from vr_jax.models.decoder import quantized
+from vr_jax.sharding import path_names
 from vr_jax.training.loss import LossSums
 from vr_jax.training.schedule import Optimizer, Params, ScheduleTable, merge, split_by_table
 
@@ -44,12 +46,21 @@ class TrainState:
   ) -> "TrainState":
     """The state before the first step (also under `jax.eval_shape`)."""
     train, frozen = split_by_table(params, table)
-    frozen = jax.tree.map(lambda p: p.astype(frozen_dtype), frozen)
+    frozen = jax.tree.map(lambda path, p: stored(path, p, frozen_dtype), path_names(frozen), frozen)
     return cls(jnp.zeros((), jnp.int32), train, frozen, optimizer.init(train))
 
   def params(self) -> Params:
     """The whole parameter tree."""
     return merge(self.params_train, self.params_frozen)
+
+
+def stored(path: str, p: Array, dtype: str) -> Any:
+  """A frozen parameter as it is kept: "float32", "bfloat16", or "int8": the matrices of the decoder
+  as `decoder.quantized`, all others in bfloat16."""
+  if dtype != "int8":
+    return p.astype(dtype)
+  matrix = quantized(path, p)
+  return p.astype("bfloat16") if matrix is p else matrix
 
 
 class Cuts(NamedTuple):

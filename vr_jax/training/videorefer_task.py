@@ -44,8 +44,10 @@ from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
 from vr_jax.models.connector import scene_token_count
+from vr_jax.models.decoder import is_factor
 from vr_jax.models.variants import get_variant, training_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
+from vr_jax.sharding import path_names
 from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
@@ -130,10 +132,15 @@ def videorefer_loss(config: ConfigDict, cfg: VideoReferConfig) -> Callable[..., 
 
 
 def trained_parts(config: ConfigDict, cfg: VideoReferConfig) -> tuple[str, ...]:
-  """The parts of the model of which the schedule trains something."""
+  """The parts of the model of which the schedule trains something.
+
+  Where of the decoder its adapters alone train, "adapters" stands in the place of "llm".
+  """
   shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
   trained, _ = split_by_table(shapes, config.schedule)
-  return tuple(part for part in PARTS if part in trained)
+  adapters = all(is_factor(path) for path in jax.tree.leaves(path_names(trained.get("llm", {}))))
+  names = {"llm": "adapters"} if adapters else {}
+  return tuple(names.get(part, part) for part in PARTS if part in trained)
 
 
 def work_of(rows: Rows, cfg: VideoReferConfig, trained: Sequence[str]) -> tuple[int, int]:
