@@ -63,6 +63,7 @@ class Clip:
       published rule; the default rule keeps the cells it covers most.
     features: (tokens [objects, U, D], kept [objects, U]) where they are cached; objects then have
       no masks here.
+    placed: the frames lie in their slots of the row already, in the order of `numbers`.
   """
 
   frames: Mapping[int, np.ndarray]
@@ -70,6 +71,7 @@ class Clip:
   objects: Sequence[Mapping[int, np.ndarray]]
   vanished: Sequence[tuple[int, int]] = ()
   features: tuple[np.ndarray, np.ndarray] | None = None
+  placed: bool = False
 
   def numbers(self) -> list[int]:
     """The frame numbers the row stores, each once: scene frames, then those of masks alone."""
@@ -94,30 +96,12 @@ def build_row(
     InputError: the tags do not match the clip (also after cutting), or the row does not fit.
   """
   row = empty_row(shape)
-  _place(row, text, clip, shape, region_id, where, _Used())
-  return row
-
-
-def build_packed(
-  parts: Sequence[tuple[Text, Clip | None, str]], shape: RowShape, region_id: int
-) -> Row:
-  """Lays several dialogues, (text, clip, where) each, out in one row of `shape`.
-
-  Each is laid out as `build_row` does it and is a segment of its own, so that the loss of the row
-  is the sum of theirs.
-
-  Raises:
-    InputError: as build_row, for the first that is wrong or finds no room.
-  """
-  row = empty_row(shape)
-  used = _Used()
-  for text, clip, where in parts:
-    used = _place(row, text, clip, shape, region_id, where, used)
+  place(row, text, clip, shape, region_id, where)
   return row
 
 
 @dataclass(frozen=True)
-class _Used:
+class Used:
   """How much of a row its samples take so far."""
 
   samples: int = 0
@@ -127,16 +111,20 @@ class _Used:
   length: int = 0
 
 
-def _place(
+def place(
   row: Row,
   text: Text,
   clip: Clip | None,
   shape: RowShape,
   region_id: int,
-  where: str,
-  at: _Used,
-) -> _Used:
-  """Lays one dialogue out behind what the row holds; returns what it holds then."""
+  where: str = "question",
+  at: Used = Used(),
+) -> Used:
+  """Lays one dialogue out behind what the row holds; returns what it holds then.
+
+  As `build_row` does it; in a packed row each is a segment of its own, so that the loss of the row
+  is the sum of theirs. Raises InputError before anything is written.
+  """
   n = shape.grid * shape.grid
   is_tag = np.isin(text.ids, list(MEDIA_IDS.values()))
   is_region = _spliced_regions(text, clip, region_id, where)
@@ -160,7 +148,7 @@ def _place(
   row["supervised"][used] = (visual < 0) & (text.labels[source] != IGNORE)
   if shape.clips:
     row["segments"][used] = at.samples
-  after = _Used(
+  after = Used(
     samples=at.samples + 1,
     clips=at.clips + (clip is not None),
     frames=at.frames + need.frames,
@@ -171,8 +159,9 @@ def _place(
     return after
 
   slot = {number: p for p, number in enumerate(clip.numbers(), at.frames)}
-  for number, p in slot.items():
-    row["frames"][p] = clip.frames[number]
+  if not clip.placed:
+    for number, p in slot.items():
+      row["frames"][p] = clip.frames[number]
   scene = row["scene"][at.clips] if shape.clips else row["scene"]
   scene[:] = [slot[number] for number in clip.scene]
   if shape.feature_width:
@@ -189,30 +178,42 @@ def _place(
 
 def empty_row(shape: RowShape) -> Row:
   """A row with nothing in it: no valid slot, nothing supervised."""
-  packed = {"segments": np.full(shape.length, -1, np.int32)} if shape.clips else {}
+  return rows_of(empty_rows(shape, 1))[0]
+
+
+def empty_rows(shape: RowShape, count: int) -> Row:
+  """A batch of `count` empty rows, axis B first; `rows_of` gives each to be filled in place."""
+  B = count
+  packed = {"segments": np.full((B, shape.length), -1, np.int32)} if shape.clips else {}
   if shape.feature_width:
     import ml_dtypes  # here, as environments with PyTorch alone lack it
 
-    kept = (shape.objects, shape.tokens_per_object)
+    kept = (B, shape.objects, shape.tokens_per_object)
     objects = {
       "object_tokens": np.zeros((*kept, shape.feature_width), ml_dtypes.bfloat16),
       "object_kept": np.zeros(kept, bool),
     }
   else:
     objects = {
-      "region_masks": np.zeros((shape.objects, shape.frames, shape.grid**2), np.uint8),
-      "region_frames": np.full((shape.objects, shape.object_frames), -1, np.int32),
+      "region_masks": np.zeros((B, shape.objects, shape.frames, shape.grid**2), np.uint8),
+      "region_frames": np.full((B, shape.objects, shape.object_frames), -1, np.int32),
     }
+  clips = (B, shape.clips) if shape.clips else (B,)
   return {
-    "frames": np.zeros((shape.frames, shape.image_size, shape.image_size, 3), np.uint8),
-    "scene": np.zeros((shape.clips, shape.scene) if shape.clips else shape.scene, np.int32),
+    "frames": np.zeros((B, shape.frames, shape.image_size, shape.image_size, 3), np.uint8),
+    "scene": np.zeros((*clips, shape.scene), np.int32),
     **objects,
-    "tokens": np.zeros(shape.length, np.int32),
-    "visual": np.full(shape.length, -1, np.int32),
-    "valid": np.zeros(shape.length, bool),
-    "supervised": np.zeros(shape.length, bool),
+    "tokens": np.zeros((B, shape.length), np.int32),
+    "visual": np.full((B, shape.length), -1, np.int32),
+    "valid": np.zeros((B, shape.length), bool),
+    "supervised": np.zeros((B, shape.length), bool),
     **packed,
   }
+
+
+def rows_of(batch: Row) -> list[Row]:
+  """The rows of a batch as views of it."""
+  return [{key: array[b] for key, array in batch.items()} for b in range(len(batch["tokens"]))]
 
 
 def collate(rows: Sequence[Row]) -> Row:
@@ -249,9 +250,9 @@ def needs(text: Text, clip: Clip | None, region_id: int, where: str = "question"
   )
 
 
-def check_fit(need: Needs, shape: RowShape, where: str, used: _Used | None = None) -> None:
+def check_fit(need: Needs, shape: RowShape, where: str, used: Used | None = None) -> None:
   """Raises InputError with the numbers if a sample does not fit behind what the row holds."""
-  used = used or _Used()
+  used = used or Used()
   length = need.length(shape.tokens_per_object, shape.scene_tokens)
   rows = [
     ("frames", used.frames + need.frames, shape.frames),

@@ -16,13 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import open_image, read_image
 from data_pipes.masks import check_segmentation, mask_to_grid, segmentation_to_mask, vanished
-from data_pipes.records import Record, Span, parse_objects, parse_record, scan_items
+from data_pipes.records import (
+  Record,
+  Span,
+  check_text,
+  parse_objects,
+  parse_record,
+  scan_items,
+)
 from data_pipes.video import open_video, scene_ids
 
 DEFECTS = {
@@ -57,6 +64,7 @@ NOTICES = {
   "variable-rate": "frames at unequal times: rules that go by seconds use the average rate",
   "rotated": "a player turns the frames: so do we, and masks must be of the turned size",
   "odd-size": "a side of an odd number of pixels: used as it is",
+  "orientation": "an image's orientation tag is ignored, as published: masks must be as stored",
   "alpha": "transparency is dropped",
   "greyscale": "grey becomes equal red, green and blue",
   "size-differs": "height and width are not those of the media, whose own are used",
@@ -145,6 +153,7 @@ def parse_item(item: Any, where: str) -> Record:
     raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
   objects = parse_objects(item, where)
   _check_bench(item, kind, objects, where)
+  check_text((item.get("id"), path, item.get("caption"), item.get("Question")), where)
   return Record(item.get("id", where), where, "video", path, (), objects, None)
 
 
@@ -252,8 +261,11 @@ def inspect_media(path: Path, kind: str) -> Media:
 
   Raises Defect: absent, empty, unreadable or too large.
   """
-  if not path.exists():
-    raise Defect("media-absent", f"{path}: no such file")
+  try:
+    if not path.exists():
+      raise Defect("media-absent", f"{path}: no such file")
+  except OSError as error:  # a name too long, a folder that may not be read
+    raise Defect("media-absent", f"{path}: {error.strerror}") from None
   if path.is_file() and path.stat().st_size == 0:
     raise Defect("media-empty", f"{path}: the file is empty")
   try:
@@ -274,8 +286,10 @@ def _image(path: Path) -> Media:
 def _of_mode(image: Image.Image) -> Iterator[Finding]:
   if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
     yield Finding("alpha", f"mode {image.mode}")
-  if image.mode in ("1", "L", "LA", "La", "I", "F", "I;16"):
+  if image.mode in ("1", "L", "LA", "La"):
     yield Finding("greyscale", f"mode {image.mode}")
+  if (tag := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+    yield Finding("orientation", f"tag {tag}")
 
 
 def _video(path: Path) -> Media:
@@ -291,6 +305,10 @@ def _video(path: Path) -> Media:
   height, width = video.size
   if video.kind == "video" and (height % 2 or width % 2):
     found.append(Finding("odd-size", f"{height}x{width} (height x width)"))
+  if video.alpha:
+    found.append(Finding("alpha", "a video with transparency"))
+  if video.grey:
+    found.append(Finding("greyscale", "a video without colour"))
   return Media(len(video), (int(height), int(width)), tuple(found))
 
 
@@ -674,6 +692,10 @@ def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[d
   return json.dumps(item, ensure_ascii=False).encode(), changes
 
 
+def _printable(value: Any) -> str:
+  return str(value).encode("utf-8", "backslashreplace").decode()
+
+
 def table(summary: Mapping[str, Any]) -> Iterator[str]:
   """The summary as lines for a terminal."""
   for file in summary["files"]:
@@ -682,7 +704,7 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
       yield f"  -> {file['fixed']}: {file['kept']} items, {file['mended']} of them mended"
   for name in ("defects", "notices"):
     for kind, own in summary[name].items():
-      ids = ", ".join(map(str, itertools.islice(own["ids"], 5)))
+      ids = ", ".join(_printable(i) for i in itertools.islice(own["ids"], 5))
       more = ", ..." if own["items"] > 5 else ""
       yield f"{name[:-1]:<7} {kind:<17} {own['items']:>7} items  {own['what']}"
       yield f"{'':<7} ids {ids}{more}; first: {own['reason']}"

@@ -42,6 +42,7 @@ def read_clip(
   size: tuple[int, int] | None = None,
   start: float | None = None,
   end: float | None = None,
+  room: np.ndarray | None = None,
 ) -> Clip:
   """Reads the scene frames and the frames of all masks in one pass.
 
@@ -57,6 +58,8 @@ def read_clip(
       vanishes under that is counted in the clip, whatever the rule.
     size: (height, width) that polygons refer to; by default the frame's.
     start, end: seconds between which scene frames are taken.
+    room: free frame slots of a row [.., S, S, 3], into which a video's frames are written as they
+      are decoded, if they fit.
 
   Raises:
     InputError: unreadable media, a frame the media lacks, a mask of another size than its frame.
@@ -92,8 +95,13 @@ def read_clip(
   def at_model(frame: np.ndarray) -> np.ndarray:
     return to_model(frame, shape.image_size, aspect_ratio)
 
-  frames = [at_model(pixels)] if image else read_scene(video, numbers, at_model)
-  return replace(clip, frames=dict(zip(numbers, frames, strict=True)))
+  if image:
+    return replace(clip, frames={0: at_model(pixels)})
+  into = None
+  if room is not None and len(numbers) <= len(room):
+    into = dict(zip(numbers, room, strict=False))
+  frames = read_scene(video, numbers, at_model, into)
+  return replace(clip, frames=dict(zip(numbers, frames, strict=True)), placed=into is not None)
 
 
 def _whole_mask(

@@ -28,7 +28,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
   except FileNotFoundError as error:
     raise InputError(f"{path}: no such image") from error
   except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-    if isinstance(error, InputError):
+    if isinstance(error, Defect):
       raise
     reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
     raise InputError(f"{path}: cannot be read as an image ({reason})") from error
@@ -57,7 +57,12 @@ def check_pixels(path: str | os.PathLike, height: int, width: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-  """A PIL image of any mode as RGB uint8 [H, W, 3]; transparency is dropped."""
+  """A PIL image as RGB uint8 [H, W, 3]; transparency is dropped.
+
+  Raises InputError for more than 8 bits a channel, which Pillow would cut off at 255.
+  """
+  if image.mode.startswith(("I", "F")):
+    raise InputError(f"mode {image.mode}: more than 8 bits a channel; accepted: 8-bit images")
   return np.asarray(image.convert("RGB"))
 
 

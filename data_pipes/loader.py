@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING
 import grain
 import numpy as np
 
-from data_pipes.batch import Row, collate, empty_row
+from data_pipes.batch import Row, empty_row, empty_rows, rows_of
 from data_pipes.errors import InputError
-from data_pipes.samples import Samples
+from data_pipes.samples import RowSource
 
 if TYPE_CHECKING:
-  from data_pipes.packing import BucketSamples, PackedSamples
+  from data_pipes.packing import BucketSamples
 
+BUFFERED = 4  # batches held ready
 _ENDLESS = 1 << 32  # epochs
 
 log = logging.getLogger(__name__)
+
+
+class TooManyFailures(InputError):
+  """More samples could not be read than a run allows."""
 
 
 class Failures:
@@ -45,7 +50,7 @@ class Failures:
     return len(self.messages)
 
   def add(self, index: int, message: str, total: int) -> None:
-    """Counts sample `index` of `total` once. Raises InputError above the allowed share."""
+    """Counts sample `index` of `total` once. Raises TooManyFailures above the allowed share."""
     with self._lock:
       if index not in self._seen:
         self._seen.add(index)
@@ -55,14 +60,14 @@ class Failures:
           self._report(message)
       failed = len(self._seen)
     if failed > self.max_share * total:
-      raise InputError(
+      raise TooManyFailures(
         f"{failed} of {total} samples could not be read; accepted: a share up to "
         f"{self.max_share:g}; the last: {message}"
       )
 
 
 def make_dataset(
-  samples: "Sequence[Samples] | Sequence[PackedSamples]",
+  samples: Sequence[RowSource],
   *,
   batch_size: int,
   seed: int,
@@ -129,21 +134,17 @@ def make_dataset(
     of = next(i for i in range(len(samples)) if number < ends[i + 1])
     return of, number - ends[of]
 
-  def name(number: int) -> list[str]:
-    if number < 0:
-      return []
-    of, index = located(number)
-    return samples[of].names(index)
+  def name(numbers: Sequence[int]) -> list[str]:
+    found = (located(number) for number in numbers if number >= 0)
+    return [name for of, index in found for name in samples[of].names(index)]
 
-  def load(number: int) -> Row:
-    if number < 0:
-      return empty_row(shape)
-    of, index = located(number)
-    try:
-      return samples[of][index]
-    except InputError as error:
-      failures.add(number, str(error), ends[-1])
-      return empty_row(shape)
+  def load(numbers: Sequence[int]) -> Row:
+    batch = empty_rows(shape, len(numbers))
+    for number, row in zip(numbers, rows_of(batch), strict=True):
+      if number >= 0:
+        of, index = located(number)
+        _fill(samples[of], row, index, failures, number, ends[-1])
+    return batch
 
   order = order[: len(order) // batch_size * batch_size]  # or processes would differ in length
   if not len(order):
@@ -151,9 +152,24 @@ def make_dataset(
       f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
       "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
     )
-  rows = order[process_index::process_count].map(name if names else load)
-  together = _joined if names else collate
-  return rows.batch(batch_size // process_count, drop_remainder=True, batch_fn=together)
+  own = order[process_index::process_count]
+  # One element a batch: Grain's part of a row is to look up its number.
+  numbers = own.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
+  return numbers.map(name if names else load)
+
+
+def _fill(
+  source: RowSource, row: Row, index: int, failures: Failures, number: int, total: int
+) -> None:
+  """Row `index` of a source; left empty, and counted as sample `number`, where it fails."""
+  try:
+    source.fill(row, index)
+  except TooManyFailures:
+    raise
+  except InputError as error:
+    for key, empty in empty_row(source.shape).items():
+      row[key][...] = empty
+    failures.add(number, str(error), total)
 
 
 def make_bucketed_dataset(
@@ -190,31 +206,18 @@ def make_bucketed_dataset(
     mixed = rng.permutation(len(batches)) if shuffle else range(len(batches))
     return [batches[i] for i in mixed]
 
-  def load_row(bucket: "BucketSamples", index: int) -> Row:
-    try:
-      return bucket[index]
-    except InputError as error:
-      failures.add(int(bucket.numbers[index]), str(error), total)
-      return empty_row(bucket.shape)
-
   def load(position: int) -> Row | list[str]:
     epoch, at = divmod(position, per_epoch)
-    b, rows = order(epoch)[at]
-    mine = range(process_index, batch_size, process_count)
+    b, numbers = order(epoch)[at]
+    mine, bucket = numbers[process_index::process_count], buckets[b]
     if names:
-      return _joined([buckets[b].names(rows[i]) for i in mine if i < len(rows)])
-    return collate(
-      [
-        load_row(buckets[b], rows[i]) if i < len(rows) else empty_row(buckets[b].shape)
-        for i in mine
-      ]
-    )
+      return [name for index in mine for name in bucket.names(index)]
+    batch = empty_rows(bucket.shape, batch_size // process_count)
+    for index, row in zip(mine, rows_of(batch), strict=False):  # the last ones may stay empty
+      _fill(bucket, row, index, failures, int(bucket.numbers[index]), total)
+    return batch
 
   return grain.MapDataset.range(per_epoch * (_ENDLESS if epochs is None else epochs)).map(load)
-
-
-def _joined(names: Sequence[list[str]]) -> list[str]:
-  return [name for row in names for name in row]
 
 
 def batches_of(buckets: "Sequence[BucketSamples]", batch_size: int) -> int:
@@ -223,7 +226,7 @@ def batches_of(buckets: "Sequence[BucketSamples]", batch_size: int) -> int:
 
 
 def prefetched(
-  dataset: grain.MapDataset, start: int = 0, *, threads: int = 2, buffered: int = 4
+  dataset: grain.MapDataset, start: int = 0, *, threads: int = 2, buffered: int = BUFFERED
 ) -> Iterator[Row]:
   """Batches from position `start` on, read ahead by threads.
 

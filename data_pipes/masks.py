@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipes.errors import InputError
-from data_pipes.images import read_image
+from data_pipes.images import MAX_PIXELS, read_image
 
 GRID_RULES = ("keep", "published", "area")
 _POLYGON_SCALE = 5  # COCO draws polygon edges on a grid five times finer than the pixels
@@ -188,6 +188,8 @@ def _size(segmentation: dict) -> tuple[int, int]:
   if isinstance(size, list | tuple) and len(size) == 2:
     height, width = size
     if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+      if height * width > MAX_PIXELS:
+        raise InputError(f"mask size is {height}x{width}; accepted: up to {MAX_PIXELS} pixels")
       return height, width
   raise InputError(f"mask size is {_short(size)}; [height, width] is needed")
 

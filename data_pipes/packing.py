@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipes.batch import Needs, Row, RowShape, build_packed, build_row, empty_row, fit_shape
+from data_pipes.batch import Needs, Row, RowShape, Used, fit_shape, place
 from data_pipes.errors import InputError
 from data_pipes.loader import Failures
-from data_pipes.samples import Samples
+from data_pipes.samples import RowSource, Samples
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.nd
   return [np.array(row) for row in rows]
 
 
-class PackedSamples:
+class PackedSamples(RowSource):
   """Random access to packed rows, as `Samples` gives single ones.
 
   A sample that cannot be read is left out of its row and counted; the others of the row stay.
@@ -153,21 +153,20 @@ class PackedSamples:
     return len(self._plan.rows)
 
   def names(self, index: int) -> list[str]:
-    """How messages name the samples of row `index`."""
     located = (_locate(self._ends, number) for number in self._plan.rows[index])
     return [name for of, own in located for name in self._sets[of].names(own)]
 
-  def __getitem__(self, index: int) -> Row:
-    parts = []
+  def fill(self, row: Row, index: int) -> None:
+    used = Used()
     for number in self._plan.rows[index]:
       of, own = _locate(self._ends, number)
+      samples, room = self._sets[of], row["frames"][used.frames :]
       try:
-        parts.append(self._sets[of].part(own))
+        text, clip, where = samples.part(own, room)
+        used = place(row, text, clip, self.shape, samples.tokenizer.region_id, where, used)
       except InputError as error:
+        room[:] = 0  # what was decoded of it
         self._failures.add(int(number), str(error), int(self._ends[-1]))
-    if not parts:
-      return empty_row(self.shape)
-    return build_packed(parts, self.shape, self._sets[0].tokenizer.region_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Bucket:
   shape: RowShape
 
 
-class BucketSamples:
+class BucketSamples(RowSource):
   """Random access to the rows of one bucket."""
 
   def __init__(self, sets: Sequence[Samples], bucket: Bucket):
@@ -189,14 +188,13 @@ class BucketSamples:
     return len(self.numbers)
 
   def names(self, index: int) -> list[str]:
-    """How messages name the samples of row `index`."""
     of, own = _locate(self._ends, self.numbers[index])
     return self._sets[of].names(own)
 
-  def __getitem__(self, index: int) -> Row:
+  def fill(self, row: Row, index: int) -> None:
     of, own = _locate(self._ends, self.numbers[index])
-    text, clip, where = self._sets[of].part(own)
-    return build_row(text, clip, self.shape, self._sets[of].tokenizer.region_id, where)
+    text, clip, where = self._sets[of].part(own, row["frames"])
+    place(row, text, clip, self.shape, self._sets[of].tokenizer.region_id, where)
 
 
 def _locate(ends: np.ndarray, number: int) -> tuple[int, int]:

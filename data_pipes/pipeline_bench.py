@@ -1,24 +1,27 @@
 """`vr data bench`: the input pipeline alone, with the time of each stage and what limits it.
 
-Times are CPU seconds of the thread that does the work, so other load on the machine hardly counts;
-samples a second a core is one over their sum.
+Times are CPU seconds, so other load on the machine counts less; samples a second a core is one over
+those of the whole loader a sample.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from data_pipes.batch import Clip, build_row, collate, fit_shape
+from data_pipes.batch import Clip, Row, empty_rows, fit_shape, place, rows_of
 from data_pipes.clips import media_path, read_clip
 from data_pipes.errors import InputError
-from data_pipes.loader import Failures, make_dataset, prefetched
+from data_pipes.loader import BUFFERED, make_dataset, prefetched
 from data_pipes.records import Record, RecordFile
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video, read_scene, scene_ids
 
-STAGES = ("read", "text", "open", "decode", "resize and masks", "lay out", "collate")
+STAGES = ("read", "text", "open", "decode", "resize and masks", "lay out")
 
 
 def bench(
@@ -32,14 +35,17 @@ def bench(
   samples: int = 64,
   batch_size: int = 8,
   threads: int = 2,
+  repeats: int = 1,
 ) -> dict[str, Any]:
-  """Reads up to `samples` records three times: stage by stage, whole, and through the loader.
+  """Reads up to `samples` records stage by stage, then by the loader and by plain threads in turn.
 
   Args:
     sizes: image_size, grid, tokens_per_object, scene_tokens of a row.
+    repeats: of the turns; their medians count.
 
-  Returns CPU milliseconds a sample by stage, samples/s/core, the loader's wall rate with `threads`,
-  its own CPU share, and encodes per unique frame.
+  Returns CPU milliseconds a sample by stage, the loader's samples/s/core and its wall rate with
+  `threads`, the share of its CPU time that it takes more than plain threads that make the same
+  batches, and encodes per unique frame.
   """
   count = min(samples, len(records))
   if not count:
@@ -49,40 +55,59 @@ def bench(
   needs = [record_needs(r, i, tokenizer, scene, rules) for i, r in enumerate(chosen)]
   shape = fit_shape(needs, scene=scene, **sizes)
   source = Samples(chosen, tokenizer, shape, media_root=media, rules=rules)
-  stages, frames = _stages(records, step, count, source, batch_size)
+  stages, frames, slots = _stages(records, step, count, source, batch_size)
   per_sample = {name: 1e3 * seconds / count for name, seconds in stages.items()}
 
-  start = time.process_time()
-  rows = [source[i] for i in range(count)]
-  direct = time.process_time() - start
-  slots = sum(int((row["frames"].any((1, 2, 3))).sum()) for row in rows)
-  del rows
-  failures = Failures()
-  dataset = make_dataset(
-    [source], batch_size=batch_size, seed=0, drop_remainder=False, failures=failures
-  )
-  wall, start = time.perf_counter(), time.process_time()
-  batches = sum(1 for _ in prefetched(dataset, threads=threads))
-  through, wall = time.process_time() - start, time.perf_counter() - wall
-  total = sum(stages.values())
+  dataset = make_dataset([source], batch_size=batch_size, seed=0, drop_remainder=False)
+  runs = []
+  for _ in range(repeats):
+    loader = _time(prefetched(dataset, threads=threads))
+    runs.append((*loader, _time(_by_hand(source, batch_size, threads))[0]))
+  cpu, wall, _ = map(median, zip(*runs, strict=True))
   return {
     "samples": count,
     "frames_a_sample": frames / count,
     "cpu_ms_a_sample": per_sample,
-    "samples_per_second_per_core": count / total,
+    "samples_per_second_per_core": count / cpu,
     "limited_by": max(stages, key=lambda name: stages[name]),
     "threads": threads,
-    "loader_samples_per_second": batches * batch_size / wall,
-    # What Grain, threads and hand-over cost beside making and collating the rows.
-    "loader_overhead": max(through - direct - stages["collate"], 0) / through,
+    "loader_samples_per_second": count / wall,
+    "loader_overhead": median(1 - plain / own for own, _, plain in runs),
     "encodes_per_unique_frame": slots / max(frames, 1),
   }
 
 
+def _time(batches: Iterator[Row]) -> tuple[float, float]:
+  """(CPU seconds of the process, wall seconds) until they end."""
+  wall, cpu = time.perf_counter(), time.process_time()
+  deque(batches, maxlen=0)
+  return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _by_hand(source: Samples, batch_size: int, threads: int) -> Iterator[Row]:
+  """The loader's batches, out of order, by threads that do nothing else."""
+
+  def load(first: int) -> Row:
+    numbers = range(first, min(first + batch_size, len(source)))
+    batch = empty_rows(source.shape, batch_size)
+    for number, row in zip(numbers, rows_of(batch), strict=False):
+      source.fill(row, number)
+    return batch
+
+  waiting: deque = deque()
+  with ThreadPoolExecutor(threads) as pool:
+    for first in range(0, len(source), batch_size):
+      waiting.append(pool.submit(load, first))
+      if len(waiting) > BUFFERED:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+
+
 def _stages(
   records: Sequence[Record] | RecordFile, step: float, count: int, source: Samples, batch_size: int
-) -> tuple[dict[str, float], int]:
-  """(CPU seconds by stage, unique frames of all samples)."""
+) -> tuple[dict[str, float], int, int]:
+  """(CPU seconds by stage, unique frames of all samples, frame slots that they fill)."""
   clock = dict.fromkeys(STAGES, 0.0)
 
   def timed(stage: str, call: Callable, *args: Any, **options: Any) -> Any:
@@ -93,22 +118,26 @@ def _stages(
 
   rules, shape = source.rules, source.shape
   region_id = source.tokenizer.region_id
-  rows, unique = [], 0
+  unique = slots = 0
   for i in range(count):
+    if i % batch_size == 0:
+      batch = timed("lay out", empty_rows, shape, batch_size)
+      rows = rows_of(batch)
+    row = rows[i % batch_size]
     record = timed("read", records.__getitem__, int(i * step))
     text = timed("text", rules.text, record, source.tokenizer)
     clip = None
     if record.media is not None:
-      clip, frames = _clip(record, rules.objects(record, i), source, timed)
+      clip, frames = _clip(record, rules.objects(record, i), source, row, timed)
       unique += frames
-    rows.append(timed("lay out", build_row, text, clip, shape, region_id, record.where))
-    if len(rows) == batch_size or i == count - 1:
-      timed("collate", collate, rows)
-      rows = []
-  return clock, unique
+    timed("lay out", place, row, text, clip, shape, region_id, record.where)
+    slots += int(row["frames"].any((1, 2, 3)).sum())
+  return clock, unique, slots
 
 
-def _clip(record: Record, objects: list, source: Samples, timed: Callable) -> tuple[Clip, int]:
+def _clip(
+  record: Record, objects: list, source: Samples, row: Row, timed: Callable
+) -> tuple[Clip, int]:
   """The clip as `read_clip` gives it, its frames decoded before, so that both are timed apart."""
   image = record.media == "image"
   path = record.stored or media_path(source.media_root, record.path)
@@ -127,6 +156,7 @@ def _clip(record: Record, objects: list, source: Samples, timed: Callable) -> tu
     aspect_ratio=rules.aspect_ratio,
     mask_rule=rules.mask_rule,
     size=record.size,
+    room=row["frames"],
   )
   return clip, len(numbers)
 
@@ -154,6 +184,6 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
   yield f"{result['samples_per_second_per_core']:.1f} samples/s/core; limit: {result['limited_by']}"
   yield (
     f"loader with {result['threads']} threads: {result['loader_samples_per_second']:.1f} samples/s "
-    f"(wall), {result['loader_overhead']:.1%} of the CPU time its own"
+    f"(wall), {result['loader_overhead']:.1%} of the CPU time Grain's own"
   )
   yield f"encodes per unique frame: {result['encodes_per_unique_frame']:.2f}"

@@ -10,7 +10,7 @@ import io
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from PIL import Image
 from data_pipes.check import (
   Checks,
   Finding,
-  Media,
   check_file,
   check_frames,
   check_masks,
@@ -36,7 +35,7 @@ from data_pipes.tasks import Journal, committed
 from data_pipes.video import open_video, scene_ids
 
 SETTINGS = "settings.json"
-REJECTS = "rejects.jsonl"
+REJECTS, NOTICES = "rejects.jsonl", "notices.jsonl"
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Prepare:
   # Stage index
 
   def _index(self, number: int) -> None:
-    """Lines: the file; then [shard, item, offset, length, media path] or a reject."""
+    """Lines: the file; then [shard, item, offset, length, media, path] or a reject."""
     path = self.settings.files[number]
     checks = Checks(reject=self.settings.reject)
     with committed(self.output("index", number)) as part, open(part, "w") as out:
@@ -176,18 +175,19 @@ class Prepare:
         text = record.path or f"{number}:{i}"
         code = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         shard = int.from_bytes(code, "big") % self.settings.shards
-        out.write(json.dumps([shard, i, span.offset, len(span.raw), record.path]) + "\n")
+        place = [shard, i, span.offset, len(span.raw), record.media, record.path]
+        out.write(json.dumps(place) + "\n")
 
   def _entries(self, shard: int) -> dict[str, list[tuple[int, int, int, int]]]:
-    """{media path: [(file, item, offset, length)]} of a shard; each text-only item by itself."""
+    """{media and path: [(file, item, offset, length)]} of a shard; each text by itself."""
     groups: dict[str, list] = {}
     for number in range(len(self.settings.files)):
       with open(self.output("index", number)) as lines:
         next(lines)
         for line in lines:
           if line[0] == "[" and (entry := json.loads(line))[0] == shard:
-            _, item, offset, length, path = entry
-            key = f"media {path}" if path else f"text {number}:{item}"
+            _, item, offset, length, media, path = entry
+            key = f"{media} {path}" if media else f"text {number}:{item}"
             groups.setdefault(key, []).append((number, item, offset, length))
     return groups
 
@@ -207,20 +207,24 @@ class Prepare:
     """One clip with its samples: a line of JSON, then the frames."""
     samples: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
+    notices: list[dict[str, Any]] = []
     items = [(*entry[:2], *self._read(*entry)) for entry in entries]
     clip, frames = None, []
     checks = Checks(reject=self.settings.reject)
     try:
-      clip, frames, outcomes = self._decode([record for *_, record in items], checks)
+      clip, frames, findings = self._decode([record for *_, record in items], checks)
     except Defect as error:
-      outcomes = [_rejected([Finding(error.kind, str(error))], checks)] * len(items)
-    for (number, index, text, record), rejected in zip(items, outcomes, strict=True):
+      findings = [[Finding(error.kind, str(error))]] * len(items)
+    for (number, index, text, record), found in zip(items, findings, strict=True):
       at = {"file": number, "item": index}
-      if rejected:
-        rejects.append({**at, "id": record.id, "media": record.path} | rejected)
+      named = {**at, "id": record.id, "media": record.path}
+      if rejected := _rejected(found, checks):
+        rejects.append(named | rejected)
       else:
         samples.append({**at, "text": text})
-    head = {"clip": clip, "sizes": [len(f) for f in frames], "samples": samples, "rejects": rejects}
+        notices += [named | {"class": f.kind, "reason": f.reason} for f in found]
+    head = {"clip": clip, "sizes": [len(f) for f in frames], "samples": samples}
+    head |= {"rejects": rejects, "notices": notices}
     return json.dumps(head).encode() + b"\n" + b"".join(frames)
 
   def _read(self, number: int, index: int, offset: int, length: int) -> tuple[str, Record]:
@@ -232,17 +236,19 @@ class Prepare:
 
   def _decode(
     self, records: list[Record], checks: Checks
-  ) -> tuple[dict[str, Any] | None, list[bytes], list[dict[str, str] | None]]:
-    """(clip, frames, why each record is rejected or None). Raises Defect if the media is bad."""
+  ) -> tuple[dict[str, Any] | None, list[bytes], list[list[Finding]]]:
+    """(clip, frames, what was found of each record). Raises Defect if the media is bad."""
     path, kind = records[0].path, records[0].media
     if kind is None:
-      return None, [], [None] * len(records)
+      return None, [], [[] for _ in records]
     file = media_path(self.settings.media, path)
     media = inspect_media(file, kind)
-    outcomes = [_rejected([*media.findings, *_media_findings(r, media)], checks) for r in records]
-    good = [r for r, rejected in zip(records, outcomes, strict=True) if not rejected]
+    findings = [
+      [*media.findings, *check_masks(r, media.size), *check_frames(r, media)] for r in records
+    ]
+    good = [r for r, found in zip(records, findings, strict=True) if not _rejected(found, checks)]
     if not good:
-      return None, [], outcomes
+      return None, [], findings
     clip: dict[str, Any] = {"path": path, "kind": "image", "frames": [0], "size": list(media.size)}
     try:
       if kind == "image":
@@ -260,7 +266,7 @@ class Prepare:
     except (InputError, OSError) as error:
       raise Defect("media-damaged", str(error)) from error
     clip |= {"index_space": "presented", "rule": self.settings.rule, "source": _hash_media(file)}
-    return clip, frames, outcomes
+    return clip, frames, findings
 
   def _encode(self, frame) -> bytes:
     if self.settings.size:
@@ -277,7 +283,7 @@ class Prepare:
 
     names = {kind: shard_name(kind, shard, self.settings.shards) for kind in ("frames", "samples")}
     counts: Counter[str] = Counter()
-    rejects = []
+    rejects, notices = [], []
     with committed(self.out / names["frames"]) as a, committed(self.out / names["samples"]) as b:
       frame_writer = ArrayRecordWriter(str(a), FRAME_OPTIONS)
       sample_writer = ArrayRecordWriter(str(b), SAMPLE_OPTIONS)
@@ -285,6 +291,7 @@ class Prepare:
         line, _, blobs = journal[key].partition(b"\n")
         head = json.loads(line)
         rejects += head["rejects"]
+        notices += head["notices"]
         clip = head["clip"] and {**head["clip"], "first": counts["frames"]}
         for sample in head["samples"]:
           # The item stands as it was written; text in front of it makes the whole one JSON object.
@@ -303,17 +310,24 @@ class Prepare:
       sample_writer.close()
     files = {name: _hash_file(self.out / name) for name in names.values()}
     with committed(self.output("shards", shard)) as part:
-      part.write_text(json.dumps({**counts, "files": files, "rejects": rejects}) + "\n")
+      lists = {"files": files, "rejects": rejects, "notices": notices}
+      part.write_text(json.dumps({**counts, **lists}) + "\n")
 
   # Stage manifest
 
   def _manifest(self, _: int) -> None:
-    """Counts, checksums and rejects of all shards; rejects one by one in rejects.jsonl."""
+    """Counts and checksums of all shards; rejects and notices one by one in files of their own."""
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    notices: Counter[str] = Counter()
     checksums: dict[str, str] = {}
     of_shards = []
-    with committed(self.out / REJECTS) as part, open(part, "w") as out:
+    with (
+      committed(self.out / REJECTS) as rejects_part,
+      committed(self.out / NOTICES) as notices_part,
+      open(rejects_part, "w") as out,
+      open(notices_part, "w") as noted,
+    ):
 
       def reject(line: Mapping[str, Any]) -> None:
         reasons[line["class"]] += 1
@@ -330,6 +344,9 @@ class Prepare:
         own = json.loads(self.output("shards", shard).read_text())
         for line in own.pop("rejects"):
           reject(line)
+        for line in own.pop("notices"):
+          notices[line["class"]] += 1
+          noted.write(json.dumps(line) + "\n")
         checksums |= own.pop("files")
         of_shards.append(own.get("samples", 0))
         totals.update(own)
@@ -343,6 +360,7 @@ class Prepare:
       "frame_bytes": totals["frame_bytes"],
       "rejected": sum(reasons.values()),
       "rejects": dict(sorted(reasons.items())),
+      "notices": dict(sorted(notices.items())),
       "samples_of_shards": of_shards,
       "checksums": checksums,
     }
@@ -359,12 +377,10 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
   if manifest["rejected"]:
     lines.append(f"{manifest['rejected']} of {manifest['items']} rejected, see {out / REJECTS}")
     lines += [f"  {kind:<17} {count:>7}" for kind, count in manifest["rejects"].items()]
+  if manifest["notices"]:
+    lines.append(f"{sum(manifest['notices'].values())} notices of samples, see {out / NOTICES}")
+    lines += [f"  {kind:<17} {count:>7}" for kind, count in manifest["notices"].items()]
   return "\n".join(lines)
-
-
-def _media_findings(record: Record, media: Media) -> Iterator[Finding]:
-  yield from check_masks(record, media.size)
-  yield from check_frames(record, media)
 
 
 def _rejected(found: Iterable[Finding], checks: Checks) -> dict[str, str] | None:

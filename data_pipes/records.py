@@ -5,7 +5,7 @@ ranges; nothing here ever holds a whole file.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import Defect, InputError
+from data_pipes.images import MAX_PIXELS
 from data_pipes.prompts import MEDIA_TAGS, ROLES, Turn, from_human, tag_to_head
 from data_pipes.tokenizer import REGION
 from data_pipes.video import Video
 
 _BLOCK = 4 << 20  # bytes
 _SPACE = " \t\n\r"
+_FRAME_DIGITS = 9  # of a frame number
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,19 @@ def parse_record(item: Any, where: str) -> Record:
   objects = parse_objects(item, where, media)
   _check_tag(turns, media, len(objects), where)
   size = _parse_size(item, where)
+  check_text((item.get("id"), path, *(turn.text for turn in turns)), where)
   return Record(item.get("id", where), where, media, path, turns, objects, size)
+
+
+def check_text(values: Iterable[Any], where: str) -> None:
+  """Raises Defect for text that no UTF-8 can hold: JSON can write half a surrogate pair."""
+  for value in values:
+    try:
+      value.encode() if isinstance(value, str) else None
+    except UnicodeEncodeError:
+      raise Defect(
+        "utf-8", f"{where}: found {value!r}, half a surrogate pair; accepted: JSON in UTF-8"
+      ) from None
 
 
 def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "video") -> tuple:
@@ -235,6 +249,10 @@ def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
             if cut or "Unterminated" in error.msg:
               raise fail("the file ends inside an item (truncated?)") from None
             raise fail(error.msg) from None
+        except RecursionError:
+          raise fail("lists or objects are nested too deep") from None
+        except ValueError as error:  # a number of thousands of digits
+          raise fail(str(error).partition(":")[0]) from None
         else:
           if end < len(text) or ended:
             break
@@ -272,11 +290,12 @@ def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
   height, width = item.get("height"), item.get("width")
   if height is None and width is None:
     return None
-  if type(height) is not int or type(width) is not int or min(height, width) < 1:
+  whole = type(height) is int and type(width) is int and min(height, width) > 0
+  if not whole or height * width > MAX_PIXELS:
     raise Defect(
       "size",
       f"{where}: keys 'height', 'width': found {height!r}, {width!r}; accepted: two positive whole "
-      "numbers, or neither key",
+      f"numbers, at most {MAX_PIXELS} pixels, or neither key",
     )
   return height, width
 
@@ -315,7 +334,7 @@ def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any
     raise Defect("object", f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
   frames = {}
   for key, value in entry.items():
-    if not key.isdecimal():
+    if not key.isdecimal() or len(key) > _FRAME_DIGITS:
       raise Defect(
         "frame-key", f'{where}: frame key: found {key!r}; accepted: a frame number such as "36"'
       )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipes.batch import Clip, Needs, Row, RowShape, build_row
+import numpy as np
+
+from data_pipes.batch import Clip, Needs, Row, RowShape, empty_row, place
 from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, read_clip
 from data_pipes.errors import InputError
 from data_pipes.feature_shards import FeatureShards, sample_key
@@ -109,8 +111,34 @@ def record_needs(
   )
 
 
-class Samples:
-  """Random access to the rows of one set of records: `samples[i]` decodes and builds row i.
+class RowSource:
+  """Random access to rows of one shape: `rows[i]` decodes and builds row i."""
+
+  shape: RowShape
+
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def fill(self, row: Row, index: int) -> None:
+    """Builds row `index` in `row`, an empty one of `shape`. Raises InputError, and leaves rubbish.
+
+    So that a batch is decoded where it lies: frames are the bulk of the bytes, and each copy into
+    memory that is fresh from the system costs about as much as decoding a tenth of them.
+    """
+    raise NotImplementedError
+
+  def names(self, index: int) -> list[str]:
+    """How messages name the samples of row `index`."""
+    raise NotImplementedError
+
+  def __getitem__(self, index: int) -> Row:
+    row = empty_row(self.shape)
+    self.fill(row, index)
+    return row
+
+
+class Samples(RowSource):
+  """Random access to the rows of one set of records, a sample each.
 
   Attributes:
     vanished: masks met so far that the published rule leaves in no cell of the grid; the first
@@ -140,18 +168,17 @@ class Samples:
   def __len__(self) -> int:
     return len(self.records)
 
-  def __getitem__(self, index: int) -> Row:
-    text, clip, where = self.part(index)
-    return build_row(text, clip, self.shape, self.tokenizer.region_id, where)
+  def fill(self, row: Row, index: int) -> None:
+    text, clip, where = self.part(index, row["frames"])
+    place(row, text, clip, self.shape, self.tokenizer.region_id, where)
 
   def names(self, index: int) -> list[str]:
-    """How messages name the samples of row `index`."""
     return [self.records[index].where]
 
-  def part(self, index: int) -> tuple[Text, Clip | None, str]:
+  def part(self, index: int, room: np.ndarray | None = None) -> tuple[Text, Clip | None, str]:
     """Sample `index` before it is laid out: its text, its decoded clip, and how messages name it.
 
-    Raises InputError.
+    The frames are decoded into `room`, free slots of a row, if they fit. Raises InputError.
     """
     record = self.records[index]
     try:
@@ -170,6 +197,7 @@ class Samples:
           aspect_ratio=self.rules.aspect_ratio,
           mask_rule=self.rules.mask_rule,
           size=record.size,
+          room=room,
         )
         clip = replace(clip, features=cached)
     except (InputError, OSError) as error:

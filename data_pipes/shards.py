@@ -3,7 +3,7 @@
 OUT/samples-00000-of-00016.array_record   a record a sample: JSON {file, item, clip, record}
 OUT/frames-00000-of-00016.array_record    a record a frame: the JPEG or PNG bytes
 OUT/manifest.json                         counts, checksums, settings, rejects by class
-OUT/rejects.jsonl                         every reject with its reason
+OUT/rejects.jsonl, notices.jsonl          every reject and every notice of a sample, with reasons
 
 `record` is the item as the annotation file has it. `clip` says how its frames lie: `frames` are
 their presented numbers, `pts` and `time_base` when they appear, `first` the record of the first
@@ -93,7 +93,10 @@ class ShardSet(Sequence[Record]):
     """The parsed JSON of a sample: file, item, clip, record."""
     if not 0 <= index < len(self):
       raise IndexError(index)
-    return json.loads(self._samples[index])
+    try:
+      return json.loads(self._samples[index])
+    except RuntimeError as error:  # a checksum of ArrayRecord's
+      raise InputError(f"{self.path}: sample {index} is damaged ({_reason(error)})") from error
 
   def source(self, index: int) -> tuple[str, int]:
     """The annotation file and the number of the item in it."""
@@ -111,6 +114,10 @@ class ShardSet(Sequence[Record]):
     else:
       return
     raise InputError(f"{self.path}: found {found}; accepted: shards prepared with {accepted}")
+
+
+def _reason(error: RuntimeError) -> str:
+  return str(error).splitlines()[0].partition(" (computed")[0]
 
 
 class StoredClip(Video):
@@ -141,7 +148,11 @@ class StoredClip(Video):
     missing = [n for n in numbers if n not in self._rows]
     if missing:
       raise InputError(f"{self.name}: frame {missing[0]} is not stored; prepare the shards with it")
-    for data in self._frames.__getitems__([self._rows[n] for n in numbers]):
+    try:
+      stored = self._frames.__getitems__([self._rows[n] for n in numbers])
+    except RuntimeError as error:  # a checksum of ArrayRecord's
+      raise InputError(f"{self.name}: a stored frame is damaged ({_reason(error)})") from error
+    for data in stored:
       try:
         with Image.open(io.BytesIO(data)) as image:
           yield np.asarray(image.convert("RGB"))

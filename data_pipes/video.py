@@ -8,7 +8,7 @@ own count may be larger: edit lists hide frames, and some readers then shift eve
 import bisect
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,6 +29,7 @@ _SEEK_PACKETS = 256
 
 
 Convert = Callable[[np.ndarray], np.ndarray]
+Slots = Mapping[int, np.ndarray]
 
 
 class Video:
@@ -43,6 +44,7 @@ class Video:
     claimed: frames that the container claims to hold; other than len(video) where an edit list
       hides some or the file is cut off. Readers that go by it are off by the difference.
     rotation: degrees that a player turns the frames by.
+    alpha, grey: the frames have transparency, which is dropped; they have no colour.
   """
 
   name: str
@@ -51,6 +53,8 @@ class Video:
   size: tuple[int, int]
   claimed: int | None = None
   rotation: int = 0
+  alpha: bool = False
+  grey: bool = False
 
   def __len__(self) -> int:
     raise NotImplementedError
@@ -67,12 +71,15 @@ class Video:
     """The frames of ascending, distinct, valid numbers, in that order; fewer if it breaks off."""
     raise NotImplementedError
 
-  def frames(self, ids: Iterable[int], convert: Convert | None = None) -> list[np.ndarray]:
+  def frames(
+    self, ids: Iterable[int], convert: Convert | None = None, into: Slots | None = None
+  ) -> list[np.ndarray]:
     """RGB uint8 [H, W, 3] frames in the order asked; a repeated id gives the same array again.
 
     Ask for all frames of a video at once: each call decodes anew. `convert` is applied to each
-    frame as it is decoded, so that not all of them are held at full size. Raises InputError for an
-    id that the video does not have and for frames that cannot be decoded.
+    frame as it is decoded, so that not all of them are held at full size; then it is written to
+    `into[id]`, where that is given. Raises InputError for an id that the video does not have and
+    for frames that cannot be decoded.
     """
     ids = [int(i) for i in ids]
     for i in ids:
@@ -84,7 +91,7 @@ class Video:
     found = {}
     if numbers:
       for number, frame in zip(numbers, self._read(numbers), strict=False):
-        found[number] = frame if convert is None else convert(frame)
+        found[number] = _taken(number, frame, convert, into)
     if len(found) < len(numbers):
       raise InputError(f"{self.name}: frame {numbers[len(found)]} is damaged")
     return [found[i] for i in ids]
@@ -243,6 +250,9 @@ class _Stream(Video):
       fps = stream.average_rate or stream.guessed_rate
       self.claimed = stream.frames or packets
       self.rotation = first.rotation % 360
+      components = first.format.components
+      self.alpha = any(c.is_alpha for c in components)
+      self.grey = sum(not c.is_alpha for c in components) == 1 and not first.format.has_palette
       turned = first.rotation % 180 != 0
       self.size = (first.width, first.height) if turned else (first.height, first.width)
     self._keyframes = sorted(keyframes, key=lambda k: k.pts)
@@ -288,7 +298,7 @@ class _Stream(Video):
       for frame in self._decode(wanted, skip=True):
         yield frame
         done += 1
-    except _SkipFailed:  # a keyframe that is no true entry point
+    except _SkipFailed:  # a keyframe that is no true entry point, or damage
       yield from self._decode(wanted[done:], skip=False)
 
   def _count_through(self, numbers: list[int]) -> Iterator[np.ndarray]:
@@ -304,21 +314,19 @@ class _Stream(Video):
   def _decode(self, wanted: list[int], skip: bool) -> Iterator[np.ndarray]:
     """The frames of these ascending times, until one cannot be had.
 
-    Decodes onwards from one to the next. With `skip` it leaves out the groups of pictures between,
-    and raises _SkipFailed where that does not lead to the frame.
+    Decodes onwards from one to the next. With `skip` it leaves out the groups of pictures between
+    and the frames that no other needs, and raises _SkipFailed where that does not lead to it.
     """
     with self._open() as container:
       stream = container.streams.video[0]
-      packets = _Packets(container, stream)
+      packets, asked = _Packets(container, stream), set(wanted)
       to_rgb_frame = _RgbFrames()
       decoded: Iterator[av.VideoFrame] = iter(())
-      skipped = False
       for pts in wanted:
         if skip and (keyframe := self._keyframe(pts)) and keyframe.packet > packets.next:
           # The decoder has not reached this keyframe, and no frame before it is wanted any more.
           stream.codec_context.flush_buffers()
           packets.skip_to(keyframe)
-          skipped = True
         frame = None
         while frame is None or frame.pts is None or frame.pts < pts:
           frame = next(decoded, None)
@@ -326,9 +334,12 @@ class _Stream(Video):
             packet = packets.take()
             if packet is None:
               break
+            if skip:
+              needed = packet.pts is None or packet.pts in asked
+              stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             decoded = iter(packet.decode())
-        if frame is None or frame.pts != pts or (skipped and frame.is_corrupt):
-          if skipped:
+        if frame is None or frame.pts != pts or (skip and frame.is_corrupt):
+          if skip:
             raise _SkipFailed()
           return
         yield to_rgb_frame(frame)
@@ -443,16 +454,26 @@ def scene_ids(
   return ids[:max_frames]
 
 
+def _taken(
+  number: int, frame: np.ndarray, convert: Convert | None, into: Slots | None
+) -> np.ndarray:
+  frame = frame if convert is None else convert(frame)
+  if into is None:
+    return frame
+  into[number][...] = frame
+  return into[number]
+
+
 def read_scene(
-  video: Video, ids: Sequence[int], convert: Convert | None = None
+  video: Video, ids: Sequence[int], convert: Convert | None = None, into: Slots | None = None
 ) -> list[np.ndarray]:
   """Frames of `scene_ids`: those of `video.frames`, and black ones [H, W, 3] where asked."""
   height, width = video.size
   sizes = {BLACK_SWAPPED: (width, height, 3), BLACK: (height, width, 3)}
-  real = iter(video.frames((i for i in ids if i not in sizes), convert))
-  black = {i: np.zeros(size, np.uint8) for i, size in sizes.items() if i in ids}
-  if convert is not None:
-    black = {i: convert(frame) for i, frame in black.items()}
+  real = iter(video.frames((i for i in ids if i not in sizes), convert, into))
+  black = {
+    i: _taken(i, np.zeros(size, np.uint8), convert, into) for i, size in sizes.items() if i in ids
+  }
   return [black[i] if i in black else next(real) for i in ids]
 
 

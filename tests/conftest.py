@@ -22,8 +22,15 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def media_dir() -> Path:
-  """Real clips for tests that want them: VR_MEDIA_DIR; such tests are skipped where it is unset."""
+  """Real clips (dog.mp4, 2.mp4, 4.mp4) in VR_MEDIA_DIR; tests that use it have the marker media."""
   folder = os.environ.get("VR_MEDIA_DIR")
   if not folder:
-    pytest.skip("VR_MEDIA_DIR is not set")
+    pytest.fail("set VR_MEDIA_DIR to the folder of the real clips to run tests marked media")
   return Path(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if "media_dir" in item.fixturenames:
+      item.add_marker(pytest.mark.media)

@@ -426,7 +426,7 @@ assert not {"jax", "flax", "vr_jax", "data_pipes"} & {name.split(".")[0] for nam
 """
 
 
-@pytest.mark.parametrize("clip", ["clip_mp4.mp4", "dog.mp4"])
+@pytest.mark.parametrize("clip", ["clip_mp4.mp4", pytest.param("dog.mp4", marks=pytest.mark.media)])
 def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
   clip, golden, tmp_path, capsys, request
 ):

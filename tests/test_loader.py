@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipes.batch import RowShape, build_row
+from data_pipes.batch import RowShape, place
 from data_pipes.clips import choose_mask_frames
 from data_pipes.errors import InputError
 from data_pipes.loader import Failures, make_dataset, prefetched
 from data_pipes.prompts import IGNORE, Text
 from data_pipes.records import RecordFile, parse_record
-from data_pipes.samples import RowRules, Samples, record_needs
+from data_pipes.samples import RowRules, RowSource, Samples, record_needs
 from data_pipes.tokenizer import Tokenizer
 
 SHAPE = RowShape(
@@ -23,7 +23,7 @@ SHAPE = RowShape(
 )  # fmt: skip
 
 
-class Numbered:
+class Numbered(RowSource):
   """Stands for Samples: row i holds the number `first + i`; those in `broken` cannot be read."""
 
   shape = SHAPE
@@ -34,11 +34,12 @@ class Numbered:
   def __len__(self):
     return self.count
 
-  def __getitem__(self, index):
+  def fill(self, row, index):
+    ids = np.array([self.first + index], np.int32)
+    row["frames"][:] = 1
+    place(row, Text(ids, ids), None, SHAPE, region_id=-1)
     if index in self.broken:
       raise InputError(f"item {index}: found nothing")
-    ids = np.array([self.first + index], np.int32)
-    return build_row(Text(ids, ids), None, SHAPE, region_id=-1)
 
 
 def _numbers(batch):

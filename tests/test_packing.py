@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipes.batch import Needs, RowShape, build_packed, collate
+from data_pipes.batch import Needs, RowShape, Used, collate, empty_row, place
 from data_pipes.errors import InputError
 from data_pipes.loader import Failures, batches_of, make_bucketed_dataset, make_dataset, prefetched
 from data_pipes.packing import (
@@ -63,6 +63,13 @@ def mixed_needs(count, seed=0):
     text = int(rng.integers(20, 300))
     needs.append(Needs(frames, 16 * (kind != 3), objects, int(objects > 0) * 8, text))
   return needs
+
+
+def build_packed(parts, shape, region_id):
+  row, used = empty_row(shape), Used()
+  for text, clip, where in parts:
+    used = place(row, text, clip, shape, region_id, where, used)
+  return row
 
 
 def test_a_plan_holds_every_sample_once_within_the_budgets():

@@ -1,5 +1,6 @@
 """vr data prepare: shards equal to their sources, whole after a kill, rejects with reasons."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,12 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_check import CASES, item, mask, media, write, write_clip  # noqa: F401 (media)
+from test_data_check import (  # noqa: F401 (media)
+  CASES,
+  SOUND,
+  item,
+  mask,
+  media,
+  write,
+  write_clip,
+)
 
 from data_pipes import check
 from data_pipes.batch import RowShape
 from data_pipes.check import Checks
 from data_pipes.errors import InputError
+from data_pipes.loader import Failures, make_dataset, prefetched
 from data_pipes.prepare import Prepare, Settings
 from data_pipes.records import RecordFile
 from data_pipes.samples import RowRules, Samples
@@ -205,8 +215,56 @@ def test_prepare_rejects_what_check_finds(tmp_path, media):  # noqa: F811
     tmp_path / "t", [file], media, shards=2, reject=("alpha", "rotated", "variable-rate")
   )
   assert strict.manifest["rejects"] == shards.manifest["rejects"] | {
-    "alpha": 1, "rotated": 1, "variable-rate": 1,
+    "alpha": 2, "rotated": 1, "variable-rate": 1,
   }  # fmt: skip
+  # What is used although it was noticed is counted, with the item and the reason.
+  lines = map(json.loads, (tmp_path / "s/notices.jsonl").read_text().splitlines())
+  noticed = {(line["item"], line["class"]): line["reason"] for line in lines}
+  assert noticed == {
+    (i, kind): reason for i, (kind, _, reason) in enumerate(CASES) if kind in check.NOTICES
+    and kind != "vanishing"
+  }  # fmt: skip
+  assert sum(shards.manifest["notices"].values()) == len(noticed)
+  assert strict.manifest["notices"] == {
+    k: n for k, n in shards.manifest["notices"].items() if k not in strict.manifest["rejects"]
+  }
+
+
+def test_a_corrupt_video_in_the_middle_of_a_shard(tmp_path, media):  # noqa: F811
+  items = [
+    item(id=i, video=name, annotation=..., conversations=SOUND[6]["conversations"])
+    for i, name in enumerate(("a.mp4", "broken.mp4", "odd.mp4"))
+  ]
+  file = write(tmp_path / "f.json", items)
+  shards = prepare(tmp_path / "s", [file], media, shards=1)
+  (line,) = map(json.loads, (tmp_path / "s/rejects.jsonl").read_text().splitlines())
+  assert line == {
+    "file": 0, "item": 1, "id": 1, "media": "broken.mp4", "class": "media-damaged",
+    "reason": f"{media}/broken.mp4: damaged video (Invalid data found when processing input)",
+  }  # fmt: skip
+  assert [shards.source(i)[1] for i in range(len(shards))] == [0, 2]
+  clips = [shards[i].stored for i in range(2)]
+  assert [len(clip.frames(clip.stored())) for clip in clips] == [16, 16]
+
+
+def test_a_shard_damaged_later_is_an_unreadable_sample(tmp_path, media, tokenizer):  # noqa: F811
+  file = write(tmp_path / "f.json", [item(id=1), item(id=2, video="uneven.mp4")])
+  prepare(tmp_path / "s", [file], media, shards=1)
+  path = next((tmp_path / "s").glob("frames-*"))
+  data = bytearray(path.read_bytes())
+  at = data.index(b"JFIF") + 600
+  data[at : at + 40] = bytes(40)
+  path.write_bytes(data)
+  shape = dataclasses.replace(SHAPE, frames=24)
+  samples = Samples(ShardSet(tmp_path / "s"), tokenizer, shape)
+  failures = Failures(max_share=0.5)
+  (batch,) = prefetched(
+    make_dataset([samples], batch_size=2, seed=0, drop_remainder=True, failures=failures)
+  )
+  assert sorted(batch["valid"].any(1).tolist()) == [False, True]
+  assert sorted(batch["frames"].any((1, 2, 3, 4)).tolist()) == [False, True]
+  (message,) = failures.messages
+  assert message.startswith(f"{tmp_path}/s: sample 0 (id 1): {tmp_path}/s: a.mp4: a stored frame")
 
 
 def test_a_broken_off_annotation_file_is_refused(tmp_path, media):  # noqa: F811

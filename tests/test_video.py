@@ -232,6 +232,29 @@ def test_groups_that_nobody_wants_are_not_decoded(clips, name, monkeypatch):
   assert len(fed) == len(set(fed))
 
 
+class Counted:
+  """A packet that notes how many frames come out of it."""
+
+  def __init__(self, packet, decoded):
+    self.packet, self.decoded, self.pts = packet, decoded, packet.pts
+
+  def decode(self):
+    frames = self.packet.decode()
+    self.decoded += frames
+    return frames
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "mpeg4.mp4", "hevc.mp4"])
+def test_frames_that_no_other_needs_are_not_decoded(clips, name, monkeypatch):
+  decoded = []
+  take = video_module._Packets.take
+  monkeypatch.setattr(video_module._Packets, "take", lambda self: Counted(take(self), decoded))
+  video, wanted = open_video(clips[name]), decode_all(clips[name])
+  for i, frame in zip([0, 7, 38], video.frames([0, 7, 38]), strict=True):
+    np.testing.assert_array_equal(frame, wanted[i])
+  assert len(decoded) <= 30  # of 40
+
+
 def cut_by_edit_list(source: Path, path: Path, frames: int) -> Path:
   """The clip with its first frames hidden: the edit list's media time is moved."""
   data = bytearray(source.read_bytes())
