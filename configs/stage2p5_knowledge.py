@@ -10,8 +10,9 @@ From the paper (appendix B.1): lr 2e-5 (the released scripts say 1e-5: `lr=1e-5`
 epoch, half of the samples with one mask frame and half with all (how they are drawn is not
 published: here by a hash of the sample's number).
 
-Hardware: 8.0 B trained parameters with AdamW moments and gradients are 128 GB in float32, over 8
-GPUs of 80 GB (`devices` is their number), activations recomputed. Not run at full size here.
+Hardware, by `vr compile` (2026-11-24; nothing of this size was run here): the smallest tried are
+eight H100 (28.9 GiB each; about 3.6 s a step at 45 % MFU) and sixteen v6e or v5p chips (16.1 GiB
+each; 2.2 s by the links of v6e, 3.2 s at 55 % MFU on v5p).
 """
 
 from ml_collections import ConfigDict
