@@ -10,7 +10,7 @@ From the paper (appendix B.1): lr 2e-5 (the released scripts say 1e-5: `lr=1e-5`
 epoch, half of the samples with one mask frame and half with all. The paper's model then scores 71.9
 on VideoRefer-Bench-Q and 3.42 on Bench-D in single-frame mode.
 
-Hardware: as stage2p5_knowledge.py. Not run at full size here.
+Hardware: as stage2p5_knowledge.py.
 """
 
 from ml_collections import ConfigDict
