@@ -453,6 +453,7 @@ def _quickstart(args: argparse.Namespace) -> int | None:
     command = [sys.executable, "-m", "vr_jax", "quickstart", "--workdir", args.workdir]
     command += ["--json"] if args.json else []
     return subprocess.call(command, env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+  logging.basicConfig(format="%(message)s")
   from vr_jax import quickstart
 
   # With --json the results alone go to stdout.
