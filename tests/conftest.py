@@ -1,11 +1,15 @@
 """Test-wide settings: eight simulated CPU devices, and absl flags parsed (Grain reads them)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+
+from vr_jax.program_cache import keep_on_disk
 
 jax.config.update("jax_num_cpu_devices", 8)
 if not flags.FLAGS.is_parsed():
@@ -27,6 +31,17 @@ def media_dir() -> Path:
   if not folder:
     pytest.fail("set VR_MEDIA_DIR to the folder of the real clips to run tests marked media")
   return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def programs_on_disk(tmp_path_factory) -> Iterator[Path]:
+  """A folder where the programs of a module's tests are kept, so that none is compiled twice."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  yield keep_on_disk(tmp_path_factory.mktemp("programs"))
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,27 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.inference.placement import parse_mesh
 from vr_jax.inference.programs import compilations
-from vr_jax.program_cache import keep_on_disk
 from vr_jax.sharding import make_mesh
 
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_disk(tmp_path_factory):
-  """Models that are loaded again find their programs on disk."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  yield keep_on_disk(tmp_path_factory.mktemp("programs"))
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+# Models that are loaded again find their programs on disk.
+pytestmark = pytest.mark.usefixtures("programs_on_disk")
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +216,8 @@ def test_weights_by_name(tiny, requests):
     vr_jax.load(tiny, weights="int3")
 
 
-def test_programs_are_kept_on_disk(on_disk, model, answers):
-  assert len(list(on_disk.iterdir())) >= 5
+def test_programs_are_kept_on_disk(programs_on_disk, model, answers):
+  assert len(list(programs_on_disk.iterdir())) >= 5
 
 
 @pytest.mark.int8

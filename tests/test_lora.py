@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 from small_model import CONFIG, with_llm
 from test_decoder import FAMILIES, apply, example, init
@@ -30,7 +29,6 @@ from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import Decoder, is_factor, is_quantized
 from vr_jax.models.variants import adapter_parameters, decoder_flops
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
-from vr_jax.program_cache import keep_on_disk
 from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh, path_names
 from vr_jax.training import loop
 from vr_jax.training.checkpoint import (
@@ -48,16 +46,8 @@ from vr_jax.training.start import model_config, starting_params
 from vr_jax.training.step import TrainState
 from vr_jax.training.videorefer_task import trained_parts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def on_disk(tmp_path_factory):
-  """A run that goes on finds its programs on disk."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  yield keep_on_disk(tmp_path_factory.mktemp("programs"))
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+# A run that goes on finds its programs on disk.
+pytestmark = pytest.mark.usefixtures("programs_on_disk")
 
 
 ADAPTERS = ((".*_lora_.*", {"decay": "constant"}), (".*", None))

@@ -219,7 +219,11 @@ def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:
         return files
     elif (Path(path) / "tokenizer_config.json").is_file():
       return read_tokenizer_files(path)
-  raise InputError("config.tokenizer is not set and no source in model_init has tokenizer files")
+  sources = ", ".join(str(path) for _, path in config.model_init) or "none"
+  raise InputError(
+    "config.tokenizer is not set and no source in model_init has tokenizer files "
+    f"(or is not there): {sources}"
+  )
 
 
 def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
