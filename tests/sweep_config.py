@@ -18,6 +18,6 @@ def sweep(add, arg=None):
 
   for lr in (0.02, 0.005):
     add(**arguments(lr=lr))
-    add(b2=0.99, **arguments(lr=lr))
+    add(b1=0.5, **arguments(lr=lr))
   if parse_arg(arg, lr=0.01, epochs=1.0, broken=False).broken:
     add(**{"input.batch_size": 5})

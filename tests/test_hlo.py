@@ -72,6 +72,23 @@ def test_trips_stand_in_the_condition_where_they_are_not_noted():
   assert Program(TEXT.replace(noted, "metadata={}")).collectives()["all-gather"].count == 1
 
 
+def test_a_collective_spread_over_fusions_is_one():
+  """As programs for TPUs have them: a start, what it runs beside, and its end hold it alike."""
+  gather = "%g = bf16[64,16]{1,0} all-gather(%p), channel_id=7, dimensions={0}"
+  names = ("start", "beside", "done")
+  fused = "".join(
+    f"%{name} (p: bf16[8,16]) -> bf16[64,16] {{\n  %p = bf16[8,16]{{1,0}} parameter(0)\n"
+    f"  ROOT {gather}\n}}\n\n"
+    for name in names
+  )
+  calls = "".join(
+    f"  %f{name} = bf16[64,16]{{1,0}} fusion(%w), kind=kCustom, calls=%{name}\n" for name in names
+  )
+  text = TEXT.replace("%body (t", f"{fused}%body (t").replace("  %ag = ", f"{calls}  %ag = ")
+  found = Program(text).collectives()
+  assert found["all-gather"] == (2 * 28, 2 * 28 * 64 * 16 * 2)
+
+
 def test_buffers_inside_fusions_and_on_the_host_are_none():
   size, shape = Program(TEXT).largest(2000, 99999)
   assert (size, shape) == (2000 * 4 * 4, "f32[2000,4]{1,0}")

@@ -18,14 +18,14 @@ from vr_jax.sweep import read_sweep, unfinished, write_table
 
 TESTS = Path(__file__).parent
 SWEEP = str(TESTS / "sweep_config.py")
-NAMES = ["lr=0.02", "lr=0.02,b2=0.99", "lr=0.005", "lr=0.005,b2=0.99"]
+NAMES = ["lr=0.02", "lr=0.02,b1=0.5", "lr=0.005", "lr=0.005,b1=0.5"]
 
 
 def test_members_have_the_configs_that_were_added():
   members = read_sweep(f"{SWEEP}:epochs=2.0")
   assert [m.name for m in members] == NAMES
   config = load_config(members[3].spec, members[3].overrides)
-  assert (config.lr, config.b2, config.total_epochs) == (0.005, 0.99, 2.0)
+  assert (config.lr, config.b1, config.total_epochs) == (0.005, 0.5, 2.0)
   seeds = read_sweep(SWEEP, seeds=2)
   assert [m.name for m in seeds[:2]] == ["lr=0.02,seed=42", "lr=0.02,seed=43"]
   assert [load_config(m.spec, m.overrides).seed for m in seeds[:2]] == [42, 43]

@@ -100,13 +100,20 @@ class Program:
         yield instruction, self._trips[name]
 
   def collectives(self) -> dict[str, Collectives]:
-    """By kind, in the order of KINDS; kinds that do not occur are left out."""
+    """By kind, in the order of KINDS; kinds that do not occur are left out.
+
+    The TPU compiler overlaps a collective with arithmetic by writing it down in its start, in each
+    fusion that it runs beside and in its end: what has the same channel is one.
+    """
     sizes = {i.name: _bytes(i.type) for of in self.computations.values() for i in of}
     found = {kind: [0, 0] for kind in KINDS}
+    channels = set()
     for instruction, times in self.instructions():
       kind = instruction.operation.removesuffix("-start")
-      if kind not in found:
+      channel = re.search(r"channel_id=(\d+)", instruction.rest)
+      if kind not in found or (channel and channel[1] in channels):
         continue
+      channels |= {channel[1]} if channel else set()
       operands = instruction.rest[: _closing(instruction.rest)]
       taken = sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
       if kind == "all-gather":

@@ -12,6 +12,7 @@ stage. Arrays are channels-last throughout.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -96,6 +97,17 @@ class DepthwiseConv3x3(nn.Module):
     return y.astype(x.dtype)
 
 
+def gathered(rules: ActivationRules) -> Callable[..., jax.Array]:
+  """The matmul of an `nn.Dense` whose kernel may lie spread over a mesh: the kernel is gathered and
+  its gradient summed. Left to the compiler, tokens would be exchanged to suit the kernel's parts."""
+
+  def matmul(x, kernel, dimensions, precision=None):
+    kernel = shard_act(kernel, rules, None, None)
+    return jax.lax.dot_general(x, kernel, dimensions, precision)
+
+  return matmul
+
+
 class SqueezeExcite(nn.Module):
   """Channels scaled by a gate that sees their mean over the image."""
 
@@ -105,10 +117,13 @@ class SqueezeExcite(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "X h w C"]) -> Float[Array, "X h w C"]:
+    def dense(width, name):
+      return nn.Dense(width, dtype=self.dtype, dot_general=gathered(self.rules), name=name)
+
     y = x.mean((1, 2), dtype=jnp.float32).astype(self.dtype)
-    y = nn.silu(nn.Dense(self.squeezed, dtype=self.dtype, name="fc1")(y))
+    y = nn.silu(dense(self.squeezed, "fc1")(y))
     y = shard_act(y, self.rules, "frame", None)
-    y = nn.sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y))
+    y = nn.sigmoid(dense(x.shape[-1], "fc2")(y))
     y = shard_act(y, self.rules, "frame", None)
     return x * y[:, None, None]
 
@@ -131,7 +146,8 @@ class Bottleneck(nn.Module):
       return LayerNorm(c.dtype, epsilon=1e-5, name=name)
 
     def conv1x1(name):
-      return nn.Dense(c.width, use_bias=False, dtype=c.dtype, name=name)
+      matmul = gathered(self.rules)
+      return nn.Dense(c.width, use_bias=False, dtype=c.dtype, dot_general=matmul, name=name)
 
     y = nn.silu(norm("norm1")(conv1x1("conv1")(x)))
     y = nn.silu(norm("norm2")(DepthwiseConv3x3(name="conv2")(y)))
@@ -166,6 +182,7 @@ class Sampler(nn.Module):
   """
 
   cfg: ConnectorConfig
+  rules: ActivationRules = ()
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T h w C"]) -> Float[Array, "B t h2 w2 C"]:
@@ -180,18 +197,15 @@ class Sampler(nn.Module):
       kernel = self.param("kernel", init, (a, b, d, C, c.width)).astype(c.dtype)
       bias = self.param("bias", nn.initializers.zeros, (c.width,)).astype(c.dtype)
       x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, t, h, w, a * b * d * C)
-      x = x.astype(c.dtype) @ kernel.reshape(-1, c.width) + bias
+      kernel = shard_act(kernel.reshape(-1, c.width), self.rules, None, None)
+      x = x.astype(c.dtype) @ kernel + bias
     else:
       x = x.mean((2, 4, 6), dtype=jnp.float32).astype(c.dtype)
     return nn.silu(x)
 
 
 class Mlp(nn.Module):
-  """Linear layers fc1, fc2, ... with the exact (erf) GELU between them.
-
-  With `rules`, kernels that lie spread over a mesh are gathered and their gradients summed: few
-  tokens would otherwise be exchanged to suit the kernels.
-  """
+  """Linear layers fc1, fc2, ... with the exact (erf) GELU between them."""
 
   width: int
   depth: int
@@ -200,10 +214,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
-    def matmul(x, kernel, dimensions, precision=None):
-      kernel = shard_act(kernel, self.rules, None, None)
-      return jax.lax.dot_general(x, kernel, dimensions, precision)
-
+    matmul = gathered(self.rules)
     for i in range(self.depth):
       x = nn.gelu(x, approximate=False) if i else x
       x = nn.Dense(self.width, dtype=self.dtype, dot_general=matmul, name=f"fc{i + 1}")(x)
@@ -258,8 +269,8 @@ class Connector(nn.Module):
       x = out["s1"] = Stage(c, kind.stage_depth, self.rules, name="s1")(
         x.reshape(B, T, side, side, D)
       )
-      x = out["sampler"] = Sampler(c, name="sampler")(jnp.repeat(x, repeats, axis=1))
+      x = out["sampler"] = Sampler(c, self.rules, name="sampler")(jnp.repeat(x, repeats, axis=1))
       x = out["s2"] = Stage(c, kind.stage_depth, self.rules, name="s2")(x)
       x = x.reshape(B, -1, x.shape[-1])
-    out["tokens"] = Mlp(c.width, kind.readout_depth, c.dtype, name="readout")(x)
+    out["tokens"] = Mlp(c.width, kind.readout_depth, c.dtype, self.rules, name="readout")(x)
     return out
