@@ -31,8 +31,10 @@ class Spread(NamedTuple):
 
   @classmethod
   def of(cls, values: list[float]) -> "Spread":
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return cls(statistics.median(values), tenths[0], tenths[-1])
+    if len(values) == 1:
+      return cls(*values * 3)
+    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+    return cls(statistics.median(values), low, high)
 
 
 NAN = Spread(float("nan"), float("nan"), float("nan"))

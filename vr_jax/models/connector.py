@@ -98,8 +98,11 @@ class DepthwiseConv3x3(nn.Module):
 
 
 def gathered(rules: ActivationRules) -> Callable[..., jax.Array]:
-  """The matmul of an `nn.Dense` whose kernel may lie spread over a mesh: the kernel is gathered and
-  its gradient summed. Left to the compiler, tokens would be exchanged to suit the kernel's parts."""
+  """The matmul of an `nn.Dense` whose kernel may lie spread over a mesh.
+
+  The kernel is gathered and its gradient summed; left to the compiler, tokens would be exchanged to
+  suit the kernel's parts.
+  """
 
   def matmul(x, kernel, dimensions, precision=None):
     kernel = shard_act(kernel, rules, None, None)
