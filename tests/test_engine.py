@@ -83,6 +83,18 @@ def test_sharing_changes_the_work_and_not_the_answers(model, requests, answers):
   assert shared["objects"] == apart["objects"] == 7
 
 
+def test_views_of_the_same_frames_are_the_same_video(model):
+  videos = np.random.default_rng(0).integers(0, 256, (2, 4, 20, 20, 3), np.uint8)
+  model.visual.forget()
+  apart = [vr_jax.Request(videos[i % 2].copy(), "What happens?") for i in range(4)]
+  wanted = model.ask_many(apart, **OPTIONS)
+  assert model.visual.counts["prefixes"] == 4
+  model.visual.forget()
+  views = [vr_jax.Request(videos[i % 2], "What happens?") for i in range(4)]
+  assert model.ask_many(views, **OPTIONS) == wanted
+  assert model.visual.counts["prefixes"] == 2
+
+
 def test_a_prefix_is_kept_for_the_next_call(model, requests, answers):
   model.visual.forget()
   first = model.ask_many([requests[0]], **OPTIONS)

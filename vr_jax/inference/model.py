@@ -557,6 +557,9 @@ def _around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
 
 def _identity(video: Any, call: object) -> Hashable:
   """What tells a video from all others, also in later calls if it is a file."""
+  if isinstance(video, np.ndarray):  # views of the same memory are the same video
+    memory = video.__array_interface__
+    return memory["data"][0], video.shape, video.strides, video.dtype.str, call
   if not isinstance(video, str | os.PathLike):
     return id(video), call
   path = Path(video)
