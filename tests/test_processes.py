@@ -273,9 +273,9 @@ def test_training_from_shards_killed_goes_on_in_one_process_and_again_in_two(
   third, codes, errors = run(resumed, 2, "again")
   assert codes == [0, 0], errors
   assert (min(second), min(third), max(third)) == (one, two, steps - 1)
-  for found, last in ((first, one), (second, two), (third, steps)):
-    for position in range(min(found), last):
-      assert sorted(found[position]) == sorted(straight[position]), position
+  for batches, last in ((first, one), (second, two), (third, steps)):
+    for position in range(min(batches), last):
+      assert sorted(batches[position]) == sorted(straight[position]), position
   assert_same_losses(whole, resumed, steps)
   # AdamW scales the rounding of small gradients up; as a whole the parameters went the same way.
   start, ours, theirs = map(load_params, (model, whole, resumed))
