@@ -29,7 +29,7 @@ ones are frame 0), the visual table begins with C * V scene tokens, and there is
 segments int32 [L]: the number of the sample in the row, -1 in padding.
 
 Where object features are cached, object_tokens bfloat16 [R, U, D] and object_kept bool [R, U] stand
-for region_masks and region_frames.
+for region_masks and region_frames; where frame features are, frames is bfloat16 [P, N, D].
 """
 
 
@@ -48,6 +48,7 @@ class RowShape:
   scene_tokens: int  # V
   clips: int = 0  # C, of packed rows; 0: a row is one sample
   feature_width: int = 0  # D, of cached object features; 0: objects come as masks
+  frame_features: bool = False  # frames come as cached features too, not as pixels
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Clip:
   """A video or an image as decoded for one row. Frame numbers count in the source.
 
   Attributes:
-    frames: {frame number: uint8 [S, S, 3]}, at least those named below.
+    frames: {frame number: uint8 [S, S, 3]}, at least those named below; or features [N, D].
     scene: the T scene frames in order; an image is T times its frame 0.
     objects: per object {frame number: uint8 [N] mask on the tower's grid}, in merge order. A frame
       with an empty mask counts as a frame of the object.
@@ -185,9 +186,12 @@ def empty_rows(shape: RowShape, count: int) -> Row:
   """A batch of `count` empty rows, axis B first; `rows_of` gives each to be filled in place."""
   B = count
   packed = {"segments": np.full((B, shape.length), -1, np.int32)} if shape.clips else {}
+  pixels = ((shape.image_size, shape.image_size, 3), np.uint8)
   if shape.feature_width:
     import ml_dtypes  # here, as environments with PyTorch alone lack it
 
+    if shape.frame_features:
+      pixels = ((shape.grid**2, shape.feature_width), ml_dtypes.bfloat16)
     kept = (B, shape.objects, shape.tokens_per_object)
     objects = {
       "object_tokens": np.zeros((*kept, shape.feature_width), ml_dtypes.bfloat16),
@@ -200,7 +204,7 @@ def empty_rows(shape: RowShape, count: int) -> Row:
     }
   clips = (B, shape.clips) if shape.clips else (B,)
   return {
-    "frames": np.zeros((B, shape.frames, shape.image_size, shape.image_size, 3), np.uint8),
+    "frames": np.zeros((B, shape.frames, *pixels[0]), pixels[1]),
     "scene": np.zeros((*clips, shape.scene), np.int32),
     **objects,
     "tokens": np.zeros((B, shape.length), np.int32),

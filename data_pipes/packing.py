@@ -22,8 +22,8 @@ from data_pipes.samples import RowSource, Samples
 log = logging.getLogger(__name__)
 
 MAX_SHAPES = 3  # of an epoch: each is compiled once
-_WINDOW = 8192  # samples packed together, the longest first
-_FULL = 0.97  # of its length: a row that is not offered to the next window
+_WINDOW = 8192  # samples packed together
+_OPEN = 1024  # rows that are offered to the next window, the emptiest
 _FIELDS = tuple(field.name for field in dataclasses.fields(Needs))
 
 
@@ -58,7 +58,7 @@ def plan_rows(
     sizes: image_size, grid, tokens_per_object and scene_tokens of the rows.
     scene: T.
     budgets: frames, objects, clips and object_frames of a row where they are set. Otherwise what a
-      full row has on average and some more (frames: a fifth, so that few slots stay empty for want
+      full row has on average and some more (frames: a tenth, so that few slots stay empty for want
       of frames, and few frames are encoded for nothing), and what the largest sample needs.
     seed: of the order in which samples are packed.
 
@@ -71,7 +71,7 @@ def plan_rows(
   order = np.random.default_rng(seed).permutation(len(take))
   full_rows = take[:, 0].sum() / length
   room = [length]
-  for column, slack, multiple in ((1, 1.2, 8), (2, 1.4, 4), (3, 1.4, 1)):
+  for column, slack, multiple in ((1, 1.1, 8), (2, 1.4, 4), (3, 1.4, 1)):
     usual = math.ceil(take[:, column].sum() * slack / max(full_rows, 1))
     usual = -(-max(usual, int(take[:, column].max(initial=0)), 1) // multiple) * multiple
     room.append(budgets.get(names[column], usual))
@@ -111,13 +111,17 @@ def _takes(wanted: Sequence[Needs], sizes: dict[str, int]) -> np.ndarray:
 
 
 def _assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-  """Best fit, the longest of a window first; rows in the order in which they were opened."""
+  """Best fit in a random order, those of text alone last; rows in the order of their opening.
+
+  Not the longest first: a clip takes so many slots that a row holds few, and the short ones, left
+  to themselves, leave room that nothing fits.
+  """
   rows: list[list[int]] = []
   left = np.zeros((0, 4), np.int64)  # of the open rows
   open_rows: list[int] = []
   for start in range(0, len(order), _WINDOW):
     window = order[start : start + _WINDOW]
-    window = window[np.argsort(-take[window, 0], kind="stable")]
+    window = window[np.argsort(take[window, 3] == 0, kind="stable")]
     for i in window:
       fits = (left >= take[i]).all(1)
       if fits.any():
@@ -132,7 +136,7 @@ def _assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.nd
       if left[at, 0] * 64 < room[0]:  # too little for anything
         left = np.delete(left, at, 0)
         del open_rows[at]
-    keep = np.flatnonzero(left[:, 0] > (1 - _FULL) * room[0])
+    keep = np.sort(np.argsort(-left[:, 0], kind="stable")[:_OPEN])
     left, open_rows = left[keep], [open_rows[k] for k in keep]
   return [np.array(row) for row in rows]
 

@@ -1,13 +1,13 @@
 """`vr data bench`: the input pipeline alone, with the time of each stage and what limits it.
 
 Times are CPU seconds, so other load on the machine counts less; samples a second a core is one over
-those of the whole loader a sample.
+those of the whole loader a sample. Grain's own part is what the loader takes for samples in which
+there is nothing to do: beside real ones it is less than the noise of decoding.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 from data_pipes.batch import Clip, Row, empty_rows, fit_shape, place, rows_of
 from data_pipes.clips import media_path, read_clip
 from data_pipes.errors import InputError
-from data_pipes.loader import BUFFERED, make_dataset, prefetched
+from data_pipes.loader import make_dataset, prefetched
+from data_pipes.packing import plan_rows
 from data_pipes.records import Record, RecordFile
-from data_pipes.samples import RowRules, Samples, record_needs
+from data_pipes.samples import RowRules, RowSource, Samples, record_needs
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video, read_scene, scene_ids
 
+_EMPTY = 4000  # samples that Grain's own time is taken of
+_PLANNED = 4000  # samples that packing is tried on, at most
 STAGES = ("read", "text", "open", "decode", "resize and masks", "lay out")
 
 
@@ -36,16 +39,18 @@ def bench(
   batch_size: int = 8,
   threads: int = 2,
   repeats: int = 1,
+  pack: int = 8192,
 ) -> dict[str, Any]:
-  """Reads up to `samples` records stage by stage, then by the loader and by plain threads in turn.
+  """Reads up to `samples` records stage by stage, then by the loader; plans packed rows of them.
 
   Args:
     sizes: image_size, grid, tokens_per_object, scene_tokens of a row.
-    repeats: of the turns; their medians count.
+    repeats: of the loader's turns; their medians count.
+    pack: slots of a packed row; as many as the longest sample takes, if that is more.
 
   Returns CPU milliseconds a sample by stage, the loader's samples/s/core and its wall rate with
-  `threads`, the share of its CPU time that it takes more than plain threads that make the same
-  batches, and encodes per unique frame.
+  `threads`, Grain's own microseconds a sample and their share of the loader's, encodes per unique
+  frame, and how full packed rows are.
   """
   count = min(samples, len(records))
   if not count:
@@ -59,11 +64,9 @@ def bench(
   per_sample = {name: 1e3 * seconds / count for name, seconds in stages.items()}
 
   dataset = make_dataset([source], batch_size=batch_size, seed=0, drop_remainder=False)
-  runs = []
-  for _ in range(repeats):
-    loader = _time(prefetched(dataset, threads=threads))
-    runs.append((*loader, _time(_by_hand(source, batch_size, threads))[0]))
-  cpu, wall, _ = map(median, zip(*runs, strict=True))
+  runs = [_time(prefetched(dataset, threads=threads)) for _ in range(repeats)]
+  cpu, wall = map(median, zip(*runs, strict=True))
+  own = grain_seconds(batch_size, threads, max(repeats, 3))
   return {
     "samples": count,
     "frames_a_sample": frames / count,
@@ -72,8 +75,51 @@ def bench(
     "limited_by": max(stages, key=lambda name: stages[name]),
     "threads": threads,
     "loader_samples_per_second": count / wall,
-    "loader_overhead": median(1 - plain / own for own, _, plain in runs),
+    "grain_us_a_sample": 1e6 * own,
+    "loader_overhead": own * count / cpu,
     "encodes_per_unique_frame": slots / max(frames, 1),
+    "packing": _packing(records, source, sizes, scene, pack),
+  }
+
+
+class _Empty(RowSource):
+  """Samples in which there is nothing to do."""
+
+  shape = fit_shape([], image_size=1, grid=1, tokens_per_object=1, scene_tokens=1)
+
+  def __len__(self) -> int:
+    return _EMPTY
+
+  def fill(self, row: Row, index: int) -> None:
+    pass
+
+
+def grain_seconds(batch_size: int, threads: int, repeats: int = 3) -> float:
+  """CPU seconds that the loader takes for a sample besides making it; the median of `repeats`."""
+  dataset = make_dataset([_Empty()], batch_size=batch_size, seed=0, drop_remainder=False)
+  return median(_time(prefetched(dataset, threads=threads))[0] for _ in range(repeats)) / _EMPTY
+
+
+def _packing(
+  records: Sequence[Record] | RecordFile,
+  source: Samples,
+  sizes: Mapping[str, int],
+  scene: int,
+  pack: int,
+) -> dict[str, Any]:
+  """How full packed rows of evenly chosen records are."""
+  count = min(len(records), _PLANNED)
+  needs = []
+  for i in (int(k * len(records) / count) for k in range(count)):
+    needs.append(record_needs(records[i], i, source.tokenizer, scene, source.rules))
+  longest = max(n.length(sizes["tokens_per_object"], sizes["scene_tokens"]) for n in needs)
+  plan = plan_rows(needs, max(pack, longest), sizes=dict(sizes), scene=scene)
+  return {
+    "length": plan.shape.length,
+    "samples": count,
+    "rows": len(plan.rows),
+    "slots_filled": plan.fill["length"],
+    "frames_filled": plan.fill["frames"],
   }
 
 
@@ -82,26 +128,6 @@ def _time(batches: Iterator[Row]) -> tuple[float, float]:
   wall, cpu = time.perf_counter(), time.process_time()
   deque(batches, maxlen=0)
   return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def _by_hand(source: Samples, batch_size: int, threads: int) -> Iterator[Row]:
-  """The loader's batches, out of order, by threads that do nothing else."""
-
-  def load(first: int) -> Row:
-    numbers = range(first, min(first + batch_size, len(source)))
-    batch = empty_rows(source.shape, batch_size)
-    for number, row in zip(numbers, rows_of(batch), strict=False):
-      source.fill(row, number)
-    return batch
-
-  waiting: deque = deque()
-  with ThreadPoolExecutor(threads) as pool:
-    for first in range(0, len(source), batch_size):
-      waiting.append(pool.submit(load, first))
-      if len(waiting) > BUFFERED:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
 
 
 def _stages(
@@ -184,6 +210,13 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
   yield f"{result['samples_per_second_per_core']:.1f} samples/s/core; limit: {result['limited_by']}"
   yield (
     f"loader with {result['threads']} threads: {result['loader_samples_per_second']:.1f} samples/s "
-    f"(wall), {result['loader_overhead']:.1%} of the CPU time Grain's own"
+    f"(wall); Grain's own {result['grain_us_a_sample']:.0f} us a sample, "
+    f"{result['loader_overhead']:.2%} of its CPU time"
   )
   yield f"encodes per unique frame: {result['encodes_per_unique_frame']:.2f}"
+  packing = result["packing"]
+  yield (
+    f"packed rows of {packing['length']}: {packing['slots_filled']:.1%} of the slots and "
+    f"{packing['frames_filled']:.1%} of the frames filled, {packing['samples']} samples in "
+    f"{packing['rows']} rows"
+  )

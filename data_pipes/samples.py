@@ -157,7 +157,8 @@ class Samples(RowSource):
   ):
     """`records` is a RecordFile or a list; `media_root` the folder its paths start from.
 
-    `features` are cached object features, where `rules.cached`.
+    `features` are cached object features, where `rules.cached`; frames come from there too where
+    `shape.frame_features`.
     """
     self.features = features
     self.records, self.tokenizer, self.shape = records, tokenizer, shape
@@ -189,16 +190,21 @@ class Samples(RowSource):
         if self.features is not None:
           cached = self.features.get(index, sample_key(record, objects))
           objects = [{} for _ in objects]
-        clip = read_clip(
-          record.stored or media_path(self.media_root, record.path),
-          self.shape,
-          objects,
-          image=record.media == "image",
-          aspect_ratio=self.rules.aspect_ratio,
-          mask_rule=self.rules.mask_rule,
-          size=record.size,
-          room=room,
-        )
+        image = record.media == "image"
+        if self.shape.frame_features:
+          clip = self.features.frames.clip(record.stored, image, self.shape.scene)
+          clip = replace(clip, objects=objects)
+        else:
+          clip = read_clip(
+            record.stored or media_path(self.media_root, record.path),
+            self.shape,
+            objects,
+            image=image,
+            aspect_ratio=self.rules.aspect_ratio,
+            mask_rule=self.rules.mask_rule,
+            size=record.size,
+            room=room,
+          )
         clip = replace(clip, features=cached)
     except (InputError, OSError) as error:
       raise InputError(f"{record.where}: {error}") from error

@@ -98,6 +98,10 @@ class ShardSet(Sequence[Record]):
     except RuntimeError as error:  # a checksum of ArrayRecord's
       raise InputError(f"{self.path}: sample {index} is damaged ({_reason(error)})") from error
 
+  def of_shard(self, shard: int) -> range:
+    """The samples that lie in shard number `shard`."""
+    return range(self._ends[shard - 1] if shard else 0, self._ends[shard])
+
   def source(self, index: int) -> tuple[str, int]:
     """The annotation file and the number of the item in it."""
     sample = self.sample(index)
@@ -128,7 +132,8 @@ class StoredClip(Video):
     self.kind, self.fps = clip["kind"], clip.get("fps")
     self.size = tuple(clip["size"])
     self.claimed, self.rotation = clip.get("claimed"), clip.get("rotation", 0)
-    self.source, self.aspect_ratio = clip["source"], clip["rule"]["aspect_ratio"]
+    self.source, self.rule = clip["source"], clip["rule"]
+    self.aspect_ratio = self.rule["aspect_ratio"]
     self._count = clip.get("count", 1)
     self._rows = {number: clip["first"] + k for k, number in enumerate(clip["frames"])}
     self._frames = frames

@@ -182,7 +182,7 @@ def run_ray(
   cpus: float = 1,
   progress: Progress = lambda stage, done, total: None,
 ) -> None:
-  """Runs what is left of a job as Ray tasks of `cpus` each; all hosts must see the job's folders.
+  """Runs what is left of a job as Ray tasks of `cpus` each; all hosts must see its folders alike.
 
   Raises:
     InputError: Ray is not installed, or no node has that many CPUs.
@@ -196,8 +196,11 @@ def run_ray(
     if not any(node["Resources"].get("CPU", 0) >= cpus for node in ray.nodes() if node["Alive"]):
       raise InputError(f"no Ray node has the {cpus:g} CPUs that a task takes")
 
+    here = Path.cwd()  # paths may be relative to it
+
     @ray.remote(num_cpus=cpus, max_retries=3)
     def run(stage: str, shard: int) -> None:
+      os.chdir(here)
       job.run(stage, shard)
 
     for stage in job.stages:

@@ -127,5 +127,10 @@ def test_bench_names_the_time_of_every_stage(shown, golden):
   assert all(ms >= 0 for ms in result["cpu_ms_a_sample"].values())
   assert result["encodes_per_unique_frame"] == 1.0
   assert result["frames_a_sample"] > 16
-  assert 0 <= result["loader_overhead"] < 1
+  assert 0 < result["grain_us_a_sample"] < 1e4
+  sample = sum(result["cpu_ms_a_sample"].values())
+  assert 0 < result["loader_overhead"] < result["grain_us_a_sample"] / (100 * sample)
+  packing = result["packing"]
+  assert (packing["length"], packing["samples"], packing["rows"]) == (8192, 2, 1)
+  assert 0 < packing["slots_filled"] < 0.1
   assert "samples/s/core" in "\n".join(pipeline_bench.table(result))

@@ -82,8 +82,8 @@ def test_a_plan_holds_every_sample_once_within_the_budgets():
     assert sum(n.frames for n in of_row) <= plan.shape.frames
     assert sum(n.objects for n in of_row) <= plan.shape.objects
     assert sum(n.scene > 0 for n in of_row) <= plan.shape.clips
-  assert plan.fill["length"] > 0.9
-  assert plan.fill["frames"] > 0.7
+  assert plan.fill["length"] > 0.95
+  assert plan.fill["frames"] > 0.85
   again = plan_rows(needs, 1024, sizes=SIZES, scene=16, seed=3)
   assert [r.tolist() for r in again.rows] == [r.tolist() for r in plan.rows]
   other = plan_rows(needs, 1024, sizes=SIZES, scene=16, seed=4)
@@ -160,9 +160,11 @@ def test_the_gradients_of_packed_rows_are_those_of_their_parts(loss, packed_and_
   sums, params = loss
   grad = jax.jit(jax.grad(lambda p, rows: sums(p, rows)[0]))
   packed, single = (jax.tree.leaves(grad(params, rows)) for rows in packed_and_single)
+  whole = max(float(np.abs(b).max()) for b in single)
   for a, b in zip(packed, single, strict=True):
-    # float32 sums in another order
-    np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()) + 1e-7, rtol=0)
+    # float32 sums in another order; the bias of keys has no gradient but the rounding of others'
+    atol = 1e-5 * float(np.abs(b).max()) + 1e-7 * whole
+    np.testing.assert_allclose(a, b, atol=atol, rtol=0)
 
 
 def test_a_sample_that_cannot_be_read_leaves_the_others(samples, golden, tmp_path):

@@ -172,11 +172,34 @@ def test_an_array_of_commands_gives_the_same_bytes(many, whole, tmp_path, capsys
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same_bytes(many, whole, tmp_path):
-  out = tmp_path / "s"
-  done = subprocess.run(**command(many, out, "--runner", "ray"), check=False)
-  assert done.returncode == 0, done.stderr
-  assert contents(out) == whole
+def test_ray_writes_the_same_bytes(many, whole, tmp_path, monkeypatch, capsys):
+  """By the command: begun in this process, one shard of it, gone on with by Ray; then bad input."""
+  import ray
+
+  monkeypatch.chdir(tmp_path)
+  words = ["data", "prepare", str(many / "f.json"), "--media", str(many)]
+  words += ["--shards", "3", "--size", "56", "--out", "s"]
+  assert main([*words, "--runner", "array"]) == 0
+  assert main(["data", "prepare", "--out", "s", "--task", "index", "0"]) == 0
+  assert main(["data", "prepare", "--out", "s", "--task", "shards", "1"]) == 0
+  capsys.readouterr()
+  assert main([*words, "--runner", "ray"]) == 0
+  told = capsys.readouterr()
+  assert [line for line in told.err.splitlines() if " of " in line][:3] == [
+    "index: 1 of 1",
+    "shards: 1 of 3",
+    "shards: 2 of 3",
+  ]
+  assert contents(tmp_path / "s") == whole
+  assert not ray.is_initialized()
+
+  (tmp_path / "f.json").write_text((many / "f.json").read_text()[:-30])
+  words[2], words[-1] = "f.json", "t"
+  assert main([*words, "--runner", "ray"]) == 2
+  (line,) = (s for s in capsys.readouterr().err.splitlines() if s.startswith("vr data: "))
+  assert line.startswith("vr data: f.json: ")
+  assert "the file ends inside" in line
+  assert not ray.is_initialized()
 
 
 def test_rejects_are_counted_by_reason(many, whole, tmp_path):

@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_prepare import prepare
 from toy_task import EXAMPLES
 
 from data_pipes.errors import InputError
 from vr_jax.configs import load_config
-from vr_jax.training.checkpoint import load_params
+from vr_jax.interop import videorefer as published
+from vr_jax.training.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import differences, found
@@ -24,6 +26,7 @@ TESTS = Path(__file__).parent
 CONFIG = str(TESTS / "toy_config.py")
 STEPS = 10
 BATCH = 16
+EPOCHS = 3  # of shards_config.py
 
 
 def test_found_reads_the_environment():
@@ -121,8 +124,12 @@ def assert_ends_like(straight, workdir):
     load_params(straight),
     load_params(workdir),
   )
+  assert_same_losses(straight, workdir, STEPS)
+
+
+def assert_same_losses(straight, workdir, steps):
   ours, theirs = read_metrics(straight), read_metrics(workdir)
-  assert [m["step"] for m in theirs] == list(range(1, STEPS + 1))
+  assert [m["step"] for m in theirs] == list(range(1, steps + 1))
   np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], rtol=1e-5)
 
 
@@ -196,3 +203,80 @@ def test_processes_that_were_not_started_alike_are_refused(tmp_path):
     assert "config.lr is 0.5, not 0.01; the files of vr_jax, data_pipes or of the task" in line
     assert "Traceback" not in text
   assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def shards_config(golden, tmp_path_factory):
+  """(shards_config.py on 32 samples and the tiny published model, that model)."""
+  folder = tmp_path_factory.mktemp("shards")
+  items = []
+  for k in range(4):
+    for item in json.loads((golden / "data/train.json").read_text()):
+      *turns, answer = item["conversations"]
+      answer = {**answer, "value": f"{answer['value']} {k}"}
+      items.append(item | {"id": f"{item['id']} {k}", "conversations": [*turns, answer]})
+  (folder / "f.json").write_text(json.dumps(items))
+  prepare(folder / "s", [folder / "f.json"], golden / "media")
+  tiny = golden / "tiny_videorefer_qwen2"
+  model = published.load(tiny)
+  meta = make_meta(model.config.to_dict(), read_tokenizer_files(tiny))
+  export(folder / "m", model.params, meta)
+  return f"{TESTS / 'shards_config.py'}:shards={folder / 's'},model={folder / 'm'}", folder / "m"
+
+
+def distance(tree, other):
+  """The Euclidean distance of two trees of parameters."""
+  squares = jax.tree.map(lambda a, b: float(np.square(a - b).sum()), tree, other)
+  return sum(jax.tree.leaves(squares)) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_training_from_shards_killed_goes_on_in_one_process_and_again_in_two(
+  shards_config, tmp_path
+):
+  config, model = shards_config
+
+  def run(workdir, count, name, **environment):
+    log = tmp_path / name
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    codes, errors = run_processes(
+      tmp_path, workdir, [config] * count, devices=1, TOY_LOG=str(log), **environment
+    )
+    return drawn(log), codes, errors
+
+  def saved(workdir):
+    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+  whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+  straight, codes, errors = run(whole, 1, "straight")
+  assert codes == [0], errors
+  steps = len(straight)
+  assert list(straight) == list(range(steps))
+  rows = [row for position in range(steps) for row in straight[position]]
+  count = len(rows) // EPOCHS
+  assert count > 8
+  *each, rest = [Counter(rows[i : i + count]) for i in range(0, len(rows), count)]
+  assert each == [Counter(set(rows[:count]))] * EPOCHS  # every row once an epoch
+  assert set(rest).isdisjoint(rows[:count])  # empty, to fill the last batch
+
+  kill = {"TOY_SIGNAL": "SIGKILL:5:1", "VR_HEARTBEAT_SECONDS": "5"}
+  first, codes, errors = run(resumed, 2, "two", **kill)
+  assert codes[1] == -9, errors[1]
+  assert codes[0] != 0, errors[0]
+  one = saved(resumed)
+  assert one in (2, 4)  # the later one may have been cut short
+  second, codes, errors = run(resumed, 1, "one", TOY_SIGNAL=f"SIGKILL:{one + 4}")
+  assert codes == [-9], errors
+  two = saved(resumed)
+  assert two > one
+  third, codes, errors = run(resumed, 2, "again")
+  assert codes == [0, 0], errors
+  assert (min(second), min(third), max(third)) == (one, two, steps - 1)
+  for batches, last in ((first, one), (second, two), (third, steps)):
+    for position in range(min(batches), last):
+      assert sorted(batches[position]) == sorted(straight[position]), position
+  assert_same_losses(whole, resumed, steps)
+  # AdamW scales the rounding of small gradients up; as a whole the parameters went the same way.
+  start, ours, theirs = map(load_params, (model, whole, resumed))
+  assert distance(ours, theirs) < 1e-3 * distance(ours, start)

@@ -15,13 +15,26 @@ from vr_jax.training.task import Task
 EXAMPLES = 80
 
 
-def make(config):
-  """Rows of `EXAMPLES` examples, in an order that each epoch shuffles anew.
+def note(index, examples):
+  """What the environment asks for when a process draws its part of batch `index`.
 
   TOY_LOG: a file to which [position, examples] of each batch is added, those of this process;
   TOY_SECONDS: how long a batch takes, for what comes by the clock;
   TOY_SIGNAL: "SIGTERM:3", the process sends itself that signal when it is asked for that batch;
-  "SIGTERM:3:1", only process 1 does;
+  "SIGTERM:3:1", only process 1 does.
+  """
+  name, *where = os.environ.get("TOY_SIGNAL", "").split(":")
+  if where in ([str(index)], [str(index), str(jax.process_index())]):
+    os.kill(os.getpid(), signal.Signals[name])
+  time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+  if log := os.environ.get("TOY_LOG"):
+    with open(log, "a") as file:
+      file.write(json.dumps([index, examples]) + "\n")
+
+
+def make(config):
+  """Rows of `EXAMPLES` examples, in an order that each epoch shuffles anew; `note` sees them.
+
   TOY_EMPTY: the number of the batch in which nothing is supervised.
   """
   rows = make_rows(EXAMPLES)
@@ -38,13 +51,7 @@ def make(config):
   def batches(position, total_steps):
     for index in range(position, total_steps):
       order = drawn(index)
-      name, *where = os.environ.get("TOY_SIGNAL", "").split(":")
-      if where in ([str(index)], [str(index), str(jax.process_index())]):
-        os.kill(os.getpid(), signal.Signals[name])
-      time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
-      if log := os.environ.get("TOY_LOG"):
-        with open(log, "a") as file:
-          file.write(json.dumps([index, order]) + "\n")
+      note(index, order)
       batch = {k: v[order] for k, v in rows.items()}
       if os.environ.get("TOY_EMPTY") == str(index):
         batch["supervised"] = np.zeros_like(batch["supervised"])

@@ -310,11 +310,14 @@ def _data_commands(data: argparse.ArgumentParser) -> None:
   )
   prepare.add_argument("--json", action="store_true", help="print the manifest")
 
-  features = verb("features", "cache what a frozen tower makes of the objects of prepared shards")
+  features = verb("features", "cache what a frozen tower makes of prepared shards")
   features.add_argument("shards", metavar="SHARDS", help="a folder of vr data prepare")
   features.add_argument("--checkpoint", required=True, help="whose tower; as in vr ask")
   features.add_argument("--out", required=True, metavar="CACHE")
   features.add_argument("--config", metavar="F.py[:ARGS]", help="whose mask mode, frames and seed")
+  features.add_argument(
+    "--frames", action="store_true", help="of the scene frames too, so that the tower never runs"
+  )
 
   stats = verb("stats", "count by type, source, length, objects, mask area and frames")
   stats.add_argument("files", nargs="+", metavar="FILE", help="a JSON array, or a folder of shards")
@@ -354,13 +357,18 @@ def _data_features(args: argparse.Namespace) -> int:
   from data_pipes.shards import ShardSet
   from vr_jax.configs import base_config, load_config
   from vr_jax.inference.model import load
-  from vr_jax.training.feature_cache import make_cache
+  from vr_jax.training.feature_cache import frame_cache_size, make_cache, make_frame_cache
   from vr_jax.training.videorefer_task import row_rules
 
   model = load(args.checkpoint)
   config = load_config(args.config) if args.config else base_config()
   rules = row_rules(config, model.cfg)
-  count = make_cache(args.out, ShardSet(args.shards), model.cfg, model.params, rules)
+  shards = ShardSet(args.shards)
+  if args.frames:
+    print(frame_cache_size(shards, model.cfg)[1], flush=True)
+    count = make_frame_cache(args.out, shards, model.cfg, model.params, rules)
+    print(f"{args.out}: features of {count} new scene frames")
+  count = make_cache(args.out, shards, model.cfg, model.params, rules)
   print(f"{args.out}: object features of {count} samples")
   return 0
 

@@ -62,7 +62,7 @@ def base_config() -> ConfigDict:
   # Annotation files in the published JSON format, or folders of shards (vr data prepare).
   config.input.files = ()
   config.input.media = "."  # folder that the videos and images of the files are relative to
-  config.input.features = ()  # caches of object features, one for each of files (vr data features)
+  config.input.features = ()  # caches of features, one for each of files (vr data features)
   config.input.batch_size = 8  # examples of one optimizer step, over all devices
   config.input.accum_steps = 1  # the step works through the batch in so many equal parts; 0: as
   config.input.device_rows = 1  # many as leave each device this number of rows at a time

@@ -12,7 +12,8 @@ A batch is the dict that `data_pipes.batch` makes: `frames` u8 [B,P,S,S,3], `sce
 `region_masks` u8 [B,R,P,N], `region_frames` i32 [B,R,F], `tokens`, `visual` i32 [B,L], `valid`,
 `supervised` bool [B,L]. In packed rows `scene` is [B,C,T] (C clips) and `segments` i32 [B,L]
 numbers the samples of a row, which do not see each other. Cached object features, `object_tokens`
-[B,R,U,D] and `object_kept` [B,R,U], stand for `region_masks` and `region_frames`.
+[B,R,U,D] and `object_kept` [B,R,U], stand for `region_masks` and `region_frames`; cached features
+of frames, [B,P,N,D], for `frames`.
 
 Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_arch.py`.
 """
@@ -128,11 +129,16 @@ class VideoRefer(nn.Module):
     self.region = RegionEncoder(self.cfg.region, self.rules)
     self.llm = Decoder(self.cfg.llm, self.rules)
 
-  def encode_frames(self, frames: UInt8[Array, "B P S S 3"]) -> Float[Array, "B P N D"]:
-    """Tower features of every frame of the rows, each frame once."""
-    B, P = frames.shape[:2]
-    features, _ = self.img(pixels(frames).reshape(B * P, *frames.shape[2:]))
-    features = features.reshape(B, P, *features.shape[1:])
+  def encode_frames(
+    self, frames: UInt8[Array, "B P S S 3"] | Float[Array, "B P N D"]
+  ) -> Float[Array, "B P N D"]:
+    """Tower features of every frame of the rows, each frame once; cached ones as they are."""
+    if frames.ndim == 4:
+      features = frames.astype(self.cfg.img.dtype)
+    else:
+      B, P = frames.shape[:2]
+      features, _ = self.img(pixels(frames).reshape(B * P, *frames.shape[2:]))
+      features = features.reshape(B, P, *features.shape[1:])
     return shard_act(features, self.rules, "batch", None, None, None)
 
   def visual_table(

@@ -155,6 +155,7 @@ def work_of(rows: Rows, cfg: VideoReferConfig, trained: Sequence[str]) -> tuple[
       if (rows["visual"][b][slots] >= 0).any():
         scene_frames = 1 if np.ptp(next(clips)) == 0 else cfg.num_frames
       encoded, frames = (int(frames), 0) if scene_frames else (0, frames)  # once a row
+      encoded *= rows["frames"].ndim > 4  # cached features need no tower
       supervised = int(rows["supervised"][b][slots].sum())
       flops += training_flops(cfg, trained, encoded, int(slots.sum()), supervised, scene_frames)
   return int(rows["valid"].sum()), flops
@@ -212,6 +213,7 @@ def _dataset(
   """
   caches: Sequence[FeatureShards | None] = feature_caches(config, records) or [None] * len(records)
   extra = {"feature_width": cfg.img.width} if rules.cached else {}
+  extra |= {"frame_features": any(cache is not None and cache.frames for cache in caches)}
 
   def samples_of(shape: RowShape) -> list[Samples]:
     options = {"media_root": config.input.media, "rules": rules}
@@ -282,7 +284,14 @@ def feature_caches(
   trained = next((o for pattern, o in config.schedule if re.fullmatch(pattern, "img/x")), None)
   if trained is not None:
     raise InputError("config.input.features needs a frozen tower: ('img/.*', None) in schedule")
-  return [FeatureShards(path) for path in paths]
+  caches = [FeatureShards(path) for path in paths]
+  with_frames = [cache.path for cache in caches if cache.frames is not None]
+  if with_frames and len(with_frames) < len(caches):
+    raise InputError(
+      f"config.input.features: {len(with_frames)} of {len(caches)} caches hold frame features, "
+      f"such as {with_frames[0]}; accepted: all of them, or none"
+    )
+  return caches
 
 
 def all_needs(
