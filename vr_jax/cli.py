@@ -511,6 +511,7 @@ def _ask(args: argparse.Namespace) -> int | None:
     print(f"vr {args.command}: warning: {warning}", file=sys.stderr)
   if args.save_video:
     annotated_video.write(args.save_video, Request(args.video, question, regions), answer)
+    print("\n".join((args.save_video, *annotated_video.segments(answer))), file=sys.stderr)
   return 0
 
 
