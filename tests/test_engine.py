@@ -189,6 +189,7 @@ def test_sampling_does_not_depend_on_the_company(model, requests):
   hot = {"temperature": 1.0, "seed": 5, **OPTIONS}
   said = model.ask_many(requests, **hot)
   assert ids(model.ask_many(requests[:3], **hot)) == ids(said[:3])
+  assert dict(model.answer_each({6: requests[6]}, **hot)) == {6: said[6]}
   assert ids(model.ask_many(requests, **(hot | {"seed": 6}))) != ids(said)
 
 
