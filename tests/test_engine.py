@@ -115,9 +115,10 @@ def test_rows_are_refilled_as_answers_end(ends, requests):
 
 
 def test_answers_come_as_they_are_done(ends, requests, answers):
-  order = [index for index, _ in ends.answer_each(requests, batch_size=2, **OPTIONS)]
-  assert sorted(order) == list(range(8))
-  assert order != sorted(order)
+  found = dict(ends.answer_each(requests, batch_size=2, **OPTIONS))
+  assert sorted(found) == list(range(8))
+  assert list(found) != sorted(found)
+  assert [found[i] for i in range(8)] == ends.ask_many(requests, batch_size=3, **OPTIONS)
 
 
 def test_nothing_is_compiled_after_the_warm_up(tiny, requests):
