@@ -115,9 +115,10 @@ def test_rows_are_refilled_as_answers_end(ends, requests):
 
 
 def test_answers_come_as_they_are_done(ends, requests, answers):
-  order = [index for index, _ in ends.answer_each(requests, batch_size=2, **OPTIONS)]
-  assert sorted(order) == list(range(8))
-  assert order != sorted(order)
+  found = dict(ends.answer_each(requests, batch_size=2, **OPTIONS))
+  assert sorted(found) == list(range(8))
+  assert list(found) != sorted(found)
+  assert [found[i] for i in range(8)] == ends.ask_many(requests, batch_size=3, **OPTIONS)
 
 
 def test_nothing_is_compiled_after_the_warm_up(tiny, requests):
@@ -189,6 +190,7 @@ def test_sampling_does_not_depend_on_the_company(model, requests):
   hot = {"temperature": 1.0, "seed": 5, **OPTIONS}
   said = model.ask_many(requests, **hot)
   assert ids(model.ask_many(requests[:3], **hot)) == ids(said[:3])
+  assert dict(model.answer_each({6: requests[6]}, **hot)) == {6: said[6]}
   assert ids(model.ask_many(requests, **(hot | {"seed": 6}))) != ids(said)
 
 

@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
-from vr_jax.evaluation.overlay import COLOURS, colour_of, draw_objects, luminance
+from vr_jax.evaluation.overlay import COLOURS, _grown, colour_of, draw_objects, luminance
 from vr_jax.evaluation.report import (
   Example,
   Frame,
@@ -297,6 +298,16 @@ def test_overlay_marks_the_object_and_nothing_else():
     assert (drawn == line).all(-1).sum() > 20  # its outline
     before, after = frames[2][masks[o, 2]].astype(float), drawn[masks[o, 2]].astype(float)
     assert np.abs(after - line).mean() < 0.9 * np.abs(before - line).mean()
+
+
+@pytest.mark.parametrize("pixels", [1, 6, 20])
+def test_masks_grow_as_by_a_maximum_filter(pixels):
+  rng = np.random.default_rng(pixels)
+  mask = np.zeros((60, 80), np.uint8)
+  mask[rng.integers(0, 60, 6), rng.integers(0, 80, 6)] = 255
+  grown = _grown(Image.fromarray(mask), pixels)
+  expected = Image.fromarray(mask).filter(ImageFilter.MaxFilter(2 * pixels + 1))
+  np.testing.assert_array_equal(np.asarray(grown), np.asarray(expected))
 
 
 def test_overlay_scales_and_skips_empty_masks():

@@ -12,7 +12,7 @@ from test_score import RUN, prediction, result_of
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from vr_jax import cli
-from vr_jax.evaluation.report_results import write_reports
+from vr_jax.evaluation.report_results import filled, write_reports
 from vr_jax.evaluation.results import save
 from vr_jax.evaluation.score import JudgeSettings, score
 from vr_jax.evaluation.scores import DIMENSIONS
@@ -88,6 +88,8 @@ def test_the_page_holds_the_numbers_and_the_papers(tmp_path, bench):
   assert "| **multi-frame, 16 scene frames, strict parser** | 62.5 (30.6 – 86.3)" in table
   assert "(from the VideoRefer paper) | 71.9 |" in table
   assert "not measured here" in table
+  assert "| Value | 95 %, Wilson | 95 %, by video | n |" in table
+  assert "| First | Second | Difference | 95 %, by video | McNemar p | Holm | n | So |" in table
 
 
 def test_single_frame_mode_shows_its_frame(tmp_path, bench):
@@ -123,6 +125,14 @@ def test_judged_descriptions(tmp_path):
   assert len(page.all("article", "text")) == 3
   assert len(page.all("svg")) == 5 + 4  # bars, and a histogram for each dimension
   assert "4.440" in page.text
+  # A column that no row fills is left out: means of scores have no Wilson interval.
+  assert "| Value | 95 %, by video | n |" in (tmp_path / "report.md").read_text()
+  assert "Wilson" not in text
+
+
+def test_tables_hold_the_columns_that_are_filled():
+  rows = [{"name": "a", "p": "", "n": "1"}, {"name": "b", "p": "", "n": ""}]
+  assert filled((("P", "p"), ("N", "n")), rows) == [("N", "n")]
 
 
 def test_descriptions_that_no_judge_scored_come_first(tmp_path):

@@ -507,11 +507,11 @@ def _ask(args: argparse.Namespace) -> int | None:
   options = {name: getattr(args, name) for name in names}
   options["mask_rule"] = args.mask_rule or "keep"
   regions = parse_regions(args.region)
-  model = _load(args)
   if jsonl:
-    summary = bulk.run(model, jsonl, args.out, **options)
+    summary = bulk.run(lambda: _load(args), jsonl, args.out, checkpoint=args.checkpoint, **options)
     print(json.dumps(dataclasses.asdict(summary)) if args.json else f"{summary}: {args.out}")
     return 2 if summary.refused else 0
+  model = _load(args)
   show = None if args.json else lambda piece: print(piece, end="", flush=True)
   answer = model.ask(args.video, question, regions, on_text=show, **options)
   print(json.dumps(answer.to_dict(), indent=2) if args.json else "")
@@ -519,6 +519,7 @@ def _ask(args: argparse.Namespace) -> int | None:
     print(f"vr {args.command}: warning: {warning}", file=sys.stderr)
   if args.save_video:
     annotated_video.write(args.save_video, Request(args.video, question, regions), answer)
+    print("\n".join((args.save_video, *annotated_video.segments(answer))), file=sys.stderr)
   return 0
 
 

@@ -1,10 +1,10 @@
-"""lmms-eval runs our models: `lmms-eval --model vr_jax --model_args checkpoint=C --tasks ...`.
+"""lmms-eval runs our models: `python -m lmms_eval --model vr_jax --model_args checkpoint=C ...`.
 
 The entry point is `manifest`. lmms-eval's own tasks (mvbench, videomme, ...) ask with their prompts
 and parsers; VideoRefer-Bench is not among them, so `write_tasks` makes task files for it:
 
     python -m vr_jax.evaluation.lmms bench-q DIR TASKS [single|multi]
-    lmms-eval --model vr_jax --include_path TASKS --tasks videorefer_bench_q
+    python -m lmms_eval --model vr_jax --include_path TASKS --tasks videorefer_bench_q
 """
 
 import json

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from loguru import logger
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import REGION
@@ -14,7 +15,7 @@ from vr_jax.inference.model import Request, load
 
 
 class VRJax(lmms):
-  """`--model vr_jax --model_args checkpoint=C,scene_frames=16,mask_rule=keep,batch_size=8`."""
+  """`--model vr_jax --model_args checkpoint=C,scene_frames=16,mask_rule=keep --batch_size 8`."""
 
   def __init__(
     self,
@@ -34,23 +35,29 @@ class VRJax(lmms):
     self.batch_size = int(batch_size)
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-    """Greedy answers; a text is cut at the task's stop words."""
+    """Greedy answers, cut at the task's stop words; "" and a line in the log for the unusable."""
     answers: list[str] = []
-    for settings, group in itertools.groupby(requests, lambda r: _settings(r.args[1])):
-      tokens, stops = settings
+    refused = 0
+    for (tokens, stops), group in itertools.groupby(requests, lambda r: _settings(r.args[1])):
       asked = [self._request(*r.args) for r in group]
-      said = self.model.ask_many(
+      texts = [""] * len(asked)
+      for i, answer in self.model.answer_each(
         asked,
         max_new_tokens=tokens,
         scene_frames=self.scene_frames,
         mask_rule=self.mask_rule,
         batch_size=self.batch_size,
-      )
-      for answer in said:
-        text = answer.text
+      ):
+        if isinstance(answer, InputError):
+          refused += 1
+          logger.warning(f"vr_jax: {answer}")
+          continue
+        texts[i] = answer.text
         for stop in stops:
-          text = text.split(stop)[0]
-        answers.append(text)
+          texts[i] = texts[i].split(stop)[0]
+      answers += texts
+    if refused:
+      logger.warning(f"vr_jax: {refused} of {len(answers)} could not be asked; their answer is ''")
     return answers
 
   def _request(self, context: str, _, doc_to_visual, doc_id, task, split) -> Request:

@@ -33,23 +33,28 @@ def sha256_of_folder(folder: Path) -> str:
   return digest.hexdigest()
 
 
+def checkpoint_sha256(checkpoint: Path | str | None) -> str | None:
+  """Hash of the checkpoint that a model was loaded from (None: the packaged vr-mini)."""
+  from vr_jax.inference.model import ASSETS
+  from vr_jax.training.checkpoint import find_checkpoint, is_checkpoint
+
+  name = str(checkpoint or "vr-mini")
+  path = Path(name) if Path(name).exists() else ASSETS / name
+  if is_checkpoint(path):
+    path = find_checkpoint(path)
+  return sha256_of_folder(path) if path.is_dir() else None
+
+
 def model_facts(model: "Model", checkpoint: Path | str | None) -> dict[str, Any]:
   """Name, hash, size and configuration of a model; `checkpoint` is what it was loaded from."""
   import dataclasses
 
   import jax
 
-  from vr_jax.inference.model import ASSETS
-  from vr_jax.training.checkpoint import find_checkpoint, is_checkpoint
-
-  name = "vr-mini" if checkpoint is None else str(checkpoint)
-  path = Path(name) if Path(name).exists() else ASSETS / name
-  if is_checkpoint(path):
-    path = find_checkpoint(path)
   leaves = jax.tree.leaves(model.params)
   return {
-    "name": name,
-    "checkpoint_sha256": sha256_of_folder(path) if path.is_dir() else None,
+    "name": str(checkpoint or "vr-mini"),
+    "checkpoint_sha256": checkpoint_sha256(checkpoint),
     "params": sum(leaf.size for leaf in leaves),
     "dtype": str(leaves[0].dtype),
     "config": _plain(dataclasses.asdict(model.cfg)),

@@ -32,6 +32,26 @@ MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}
 
 
+# Columns of the tables below the headline: title, key of the row.
+DETAILS = (
+  ("Value", "value"),
+  ("95 %, Wilson", "wilson"),
+  ("95 %, by video", "by_video"),
+  ("n", "n"),
+  ("Left out", "left_out"),
+)
+DIFFERENCES = (
+  ("First", "a"),
+  ("Second", "b"),
+  ("Difference", "difference"),
+  ("95 %, by video", "interval"),
+  ("McNemar p", "p"),
+  ("Holm", "holm"),
+  ("n", "n"),
+  ("So", "verdict"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
   text: str
@@ -85,15 +105,11 @@ def write_reports(
   labels = _labels(results)
   pairs = list(itertools.combinations(range(len(results)), 2))
   compared = [(i, j) for i, j in pairs if _comparable(results[i], results[j])]
-  differences = [
-    {
-      "title": f"{labels[i]} minus {labels[j]}",
-      "rows": [
-        _difference(c, headline(first).unit) for c in compare(results[i], results[j], common)
-      ],
-    }
-    for i, j in compared
-  ]
+  differences = []
+  for i, j in compared:
+    rows = [_difference(c, headline(first).unit) for c in compare(results[i], results[j], common)]
+    title = f"{labels[i]} minus {labels[j]}"
+    differences.append({"title": title, "columns": filled(DIFFERENCES, rows), "rows": rows})
   dataset, problem = _dataset(of, first, data, media)
   gallery, texts = _gallery(of, first, dataset, examples)
   table = headline_table(of, results, labels)
@@ -252,21 +268,35 @@ def _details(label: str, result: Result) -> dict[str, Any]:
         "value": shown(first.value, first.unit),
         "wilson": by_method.get("wilson", ""),
         "by_video": by_method.get(BY_VIDEO, ""),
-        "n": first.n,
-        "left_out": first.n_failed,
+        "n": str(first.n),
+        "left_out": str(first.n_failed or ""),
         "note": first.note or "",
       }
     )
   counts = {k.replace("_", " "): v for k, v in result.counts.items()}
   agreement = result.extra.get("agreement") or {}
-  return {"label": label, "rows": rows, "counts": counts, "agreement": agreement}
+  columns = filled(DETAILS, rows)
+  return {
+    "label": label,
+    "columns": columns,
+    "rows": rows,
+    "counts": counts,
+    "agreement": agreement,
+  }
+
+
+def filled(
+  columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, str]]
+) -> list[tuple[str, str]]:
+  """The columns (title, key) in which a row has something: scores have no Wilson interval or p."""
+  return [(title, key) for title, key in columns if any(row[key] for row in rows)]
 
 
 def _difference(c: Comparison, unit: str) -> dict[str, Any]:
   low, high = c.difference.interval.low, c.difference.interval.high
   return {
     "name": c.slice,
-    "n": c.n,
+    "n": str(c.n),
     "a": shown(c.a, unit),
     "b": shown(c.b, unit),
     "difference": _signed(c.difference.value, unit),
@@ -416,21 +446,12 @@ def markdown(content: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield ", ".join(f"{v} {k}" for k, v in group["counts"].items())
     yield ""
-    yield from _rows(
-      ["", "value", "95 %, Wilson", "95 %, by video", "n", "left out"],
-      [
-        [r["name"], r["value"], r["wilson"], r["by_video"], str(r["n"]), str(r["left_out"] or "")]
-        for r in group["rows"]
-      ],
-    )
+    yield from _table(group)
   for difference in content["differences"]:
     yield ""
     yield f"## {difference['title']}"
     yield ""
-    yield from _rows(
-      ["", "first", "second", "difference", "95 %, by video", "McNemar p", "Holm", "n", ""],
-      [[r[k] if k != "n" else str(r["n"]) for k in _DIFFERENCE_KEYS] for r in difference["rows"]],
-    )
+    yield from _table(difference)
   yield ""
   yield "## Provenance"
   for label, facts in content["provenance"]:
@@ -441,7 +462,10 @@ def markdown(content: Mapping[str, Any]) -> Iterator[str]:
       yield f"- {name}: {fact}"
 
 
-_DIFFERENCE_KEYS = ("name", "a", "b", "difference", "interval", "p", "holm", "n", "verdict")
+def _table(part: Mapping[str, Any]) -> Iterator[str]:
+  head = ["", *(title for title, _ in part["columns"])]
+  keys = ["name", *(key for _, key in part["columns"])]
+  return _rows(head, [[row[key] for key in keys] for row in part["rows"]])
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

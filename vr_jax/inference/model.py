@@ -272,11 +272,12 @@ class Model:
     return [answers[i] for i in range(len(requests))]
 
   def answer_each(
-    self, requests: Sequence[Request], **options: Any
+    self, requests: Sequence[Request] | Mapping[int, Request], **options: Any
   ) -> Iterator[tuple[int, Answer | InputError]]:
     """(place in the list, answer) of each request as it is done; an InputError where it cannot be.
 
-    Videos are read by threads ahead of the device. `options` are those of `Options`.
+    Videos are read by threads ahead of the device. `options` are those of `Options`. Of a list that
+    is answered in parts, a mapping gives the rest with their places.
     """
     for index, _, result in self._run(requests, Options(**options), None):
       if result is not None:
@@ -311,19 +312,20 @@ class Model:
   # --- From requests to answers ---------------------------------------------------------------
 
   def _run(
-    self, requests: Sequence[Request], options: Options, every: int | None
+    self, requests: Sequence[Request] | Mapping[int, Request], options: Options, every: int | None
   ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None]]:
     """(place, new tokens, the result once it is there); new tokens only every so many steps."""
     options.sampling(self.sampling)
     self._scene(options)
     lanes: dict[int, list[int]] = collections.defaultdict(list)  # by the slots of the question
-    for i, request in enumerate(requests):
+    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
+    for i, request in places.items():
       try:
         lanes[_classes(self._question_slots(request))[-1]].append(i)
       except InputError as error:
         yield i, (), error
     for slots, members in sorted(lanes.items()):
-      yield from self._run_lane([(i, requests[i]) for i in members], slots, options, every)
+      yield from self._run_lane([(i, places[i]) for i in members], slots, options, every)
 
   def _run_lane(self, asked, slots: int, options: Options, every: int | None):
     """As `_run`, of requests that fit rows of one size."""
