@@ -32,8 +32,6 @@ from vr_jax.interop import videorefer as published
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.variants import connector_flops, decoder_flops, tower_flops
 from vr_jax.models.videorefer import VideoRefer
-from vr_jax.sharding import batch_sharding, make_mesh
-from vr_jax.training.loop import state_target
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.step import TrainState, make_step, micro_batches
@@ -194,8 +192,7 @@ class Theirs:
 
 
 class Ours:
-  """The step that `vr train` runs, each core a device with a row of every micro-batch; rows are in
-  the order of their frames."""
+  """The step that `vr train` runs: one row a micro-batch, in the order of their frames."""
 
   def __init__(self, cfg, params, samples, stage: dict):
     config = base_config()
@@ -203,26 +200,16 @@ class Ours:
     options = {"decay": "constant"}
     config.schedule = (*((f"{part}/.*", options) for part in stage["trained"]), (".*", None))
     optimizer = make_optimizer(config, params, total_steps=1000)
-    self.mesh = make_mesh(config.mesh)
     batch = our_rows(cfg, samples)
-    rows_sharding = batch_sharding(self.mesh, config.sharding_rules, leading=1)
-    self.rows = micro_batches(in_order_of_frames(batch), len(ROWS) // self.mesh.size)
-    self.rows = jax.device_put(self.rows, rows_sharding)
-    module = VideoRefer(cfg, trained=stage["trained"], rules=config.sharding_rules)
-    shardings = jax.tree.map(
-      lambda leaf: leaf.sharding, state_target(config, params, optimizer, self.mesh)
-    )
-    loss = model_loss(module, budget=2 * SUPERVISED)
-    options = {"accum_mean": "published", "cuts": FRAME_CUTS, "shardings": shardings}
-    self.step = make_step(loss, optimizer, **options)
+    self.rows = micro_batches(in_order_of_frames(batch), len(ROWS))
+    loss = model_loss(VideoRefer(cfg, trained=stage["trained"]), budget=2 * SUPERVISED)
+    self.step = make_step(loss, optimizer, accum_mean="published", cuts=FRAME_CUTS)
     params = jax.tree.map(jax.numpy.array, params)  # the step donates them
-    state = TrainState.create(params, config.schedule, optimizer)
-    self.state = jax.device_put(state, shardings)
+    self.state = TrainState.create(params, config.schedule, optimizer)
 
   def __call__(self) -> dict[str, float]:
     start = time.perf_counter()
-    with jax.set_mesh(self.mesh):
-      self.state, metrics = self.step(self.state, self.rows)
+    self.state, metrics = self.step(self.state, self.rows)
     self.loss, self.norm = float(metrics["loss"]), float(metrics["grad_norm"])
     return {"rows": len(ROWS) / (time.perf_counter() - start)}
 
@@ -241,7 +228,6 @@ def main() -> None:
   import torch
 
   torch.set_num_threads(rows.THREADS)
-  jax.config.update("jax_num_cpu_devices", rows.THREADS)  # JAX_NUM_CPU_DEVICES of `vr train`
   with tempfile.TemporaryDirectory() as folder:
     model = make_published(Path(checkout), Path(folder), args.width, REGION)
     loaded = published.load(folder)
