@@ -83,16 +83,25 @@ def test_sharing_changes_the_work_and_not_the_answers(model, requests, answers):
   assert shared["objects"] == apart["objects"] == 7
 
 
-def test_views_of_the_same_frames_are_the_same_video(model):
+def test_the_same_frames_are_the_same_video_whatever_holds_them(model, monkeypatch):
   videos = np.random.default_rng(0).integers(0, 256, (2, 4, 20, 20, 3), np.uint8)
+  read = []
+  monkeypatch.setattr(model, "_read", lambda asked, **o: read.append(asked) or kept(asked, **o))
+  kept = type(model)._read.__get__(model)
   model.visual.forget()
-  apart = [vr_jax.Request(videos[i % 2].copy(), "What happens?") for i in range(4)]
-  wanted = model.ask_many(apart, **OPTIONS)
-  assert model.visual.counts["prefixes"] == 4
+  apart = [vr_jax.Request(videos[i % 2], "What happens?") for i in range(4)]
+  wanted = model.ask_many(apart, share=False, **OPTIONS)
+  assert (model.visual.counts["prefixes"], len(read)) == (4, 4)
   model.visual.forget()
-  views = [vr_jax.Request(videos[i % 2], "What happens?") for i in range(4)]
-  assert model.ask_many(views, **OPTIONS) == wanted
-  assert model.visual.counts["prefixes"] == 2
+  assert model.ask_many(apart, **OPTIONS) == wanted  # views of one memory are read once
+  assert (model.visual.counts["prefixes"], len(read)) == (2, 6)
+  copies = [vr_jax.Request(list(r.video), r.question) for r in apart]
+  assert model.ask_many(copies, **OPTIONS) == wanted  # in a later call, from a list
+  assert (model.visual.counts["prefixes"], len(read)) == (2, 10)
+  changed = videos[0].copy()
+  changed[0] = 0
+  model.ask(changed, "What happens?", **OPTIONS)
+  assert model.visual.counts["prefixes"] == 3
 
 
 def test_a_prefix_is_kept_for_the_next_call(model, requests, answers):

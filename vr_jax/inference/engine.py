@@ -119,10 +119,11 @@ class Engine:
       InputError: the sizes do not fit the memory; the message holds the numbers.
     """
     self.sizes, self._params = sizes, params
-    # An accelerator reads every weight for each extend, so several questions share a large one; to
-    # a CPU the padding of rows and slots is work.
-    rows, self._chunk = (1, CPU_CHUNK) if jax.default_backend() == "cpu" else (4, CHUNK)
-    self._together = placement.whole_rows(rows)
+    # Every weight is read for each extend, so several questions share one. To a CPU the padding of
+    # slots is work, and that of rows where there are few.
+    cpu = jax.default_backend() == "cpu"
+    self._chunk = CPU_CHUNK if cpu else CHUNK
+    self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
     self._llm = module.cfg.llm
     limit = device_memory() if memory_limit is None else memory_limit
     self.plan = self._planned(programs, placement, sampling, limit, scratch=False)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -144,7 +145,7 @@ class _Read:
 class _Group:
   """Requests about one video, read; and those that could not be."""
 
-  video: Hashable
+  video: bytes | None  # the hash of its content, where it may be shared
   clip: Clip | None
   read: Sequence[_Read]
   refused: Sequence[tuple[int, InputError]]
@@ -299,7 +300,7 @@ class Model:
     Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
     that each frame was merged into, int32 [F].
     """
-    (group,) = self._read([(0, request)], None, self.cfg.num_frames, "keep")
+    (group,) = self._read([(0, request)], Options(share=False), self.cfg.num_frames)
     for _, error in group.refused:
       raise error
     _, objects = self._see(group)
@@ -368,29 +369,28 @@ class Model:
 
   def _read_ahead(self, asked, options: Options, scene: int) -> Iterator[_Group]:
     """The requests in groups of one video, read by threads ahead of their use."""
-    call = object()  # frames in memory, and folders, are only known to stay the same in one call
     groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
     for i, request in asked:
-      video = _identity(request.video, call)
+      video = _identity(request.video)
       groups[video if options.share else (video, i)].append((i, request))
     parts = (
-      (members[at : at + TOGETHER], video if options.share else None)
-      for video, members in groups.items()
+      members[at : at + TOGETHER]
+      for members in groups.values()
       for at in range(0, len(members), TOGETHER)
     )
-    read = functools.partial(self._read, scene=scene, mask_rule=options.mask_rule)
+    read = functools.partial(self._read, options=options, scene=scene)
     with ThreadPoolExecutor(READERS) as threads:
       reading = collections.deque(
-        threads.submit(read, *part) for part in itertools.islice(parts, READERS + 1)
+        threads.submit(read, part) for part in itertools.islice(parts, READERS + 1)
       )
       while reading:
         groups_of_part = reading.popleft().result()
         for part in itertools.islice(parts, 1):
-          reading.append(threads.submit(read, *part))
+          reading.append(threads.submit(read, part))
         yield from groups_of_part
 
   def _read(
-    self, asked: Sequence[tuple[int, Request]], video: Hashable, scene: int, mask_rule: str
+    self, asked: Sequence[tuple[int, Request]], options: Options, scene: int
   ) -> list[_Group]:
     """Reads requests about one video, each frame once: one group, if no request spoils the others.
 
@@ -399,7 +399,7 @@ class Model:
     try:
       source = open_video(asked[0][1].video)
     except InputError as error:
-      return [_Group(video, None, (), [(i, error) for i, _ in asked])]
+      return [_Group(None, None, (), [(i, error) for i, _ in asked])]
     image = source.kind == "image"
     shape = self._row_shape(scene)
     prepared, refused = [], []
@@ -408,7 +408,9 @@ class Model:
         marked = objects_of(request.regions, source)
         objects = [m.masks for m in marked] + list(request.annotation)
         text = self._text_of(request, len(objects), "image" if image else "video")
-        warnings = warnings_of(marked, self.cfg.img.grid, self.cfg.image_aspect_ratio, mask_rule)
+        warnings = warnings_of(
+          marked, self.cfg.img.grid, self.cfg.image_aspect_ratio, options.mask_rule
+        )
         names = [m.name for m in marked]
         names += [f"object {n}" for n in range(len(names), len(objects))]
         prepared.append((i, text, objects, names, filter(None, [self.notice, *warnings])))
@@ -421,7 +423,7 @@ class Model:
         [masks for _, _, objects, _, _ in prepared for masks in objects],
         image=image,
         aspect_ratio=self.cfg.image_aspect_ratio,
-        mask_rule=mask_rule,
+        mask_rule=options.mask_rule,
       )
       if len(clip.scene) != scene:
         raise InputError(
@@ -430,14 +432,14 @@ class Model:
         )
     except InputError as error:
       if len(asked) == 1:
-        return [_Group(video, None, (), [(asked[0][0], error)])]
-      return [group for one in asked for group in self._read([one], video, scene, mask_rule)]
+        return [_Group(None, None, (), [(asked[0][0], error)])]
+      return [group for one in asked for group in self._read([one], options, scene)]
     cells = iter(clip.objects)
     read = [
       _Read(i, text, tuple(names), list(itertools.islice(cells, len(objects))), tuple(warnings))
       for i, text, objects, names, warnings in prepared
     ]
-    return [_Group(video, clip, read, refused)]
+    return [_Group(_content(clip) if options.share else None, clip, read, refused)]
 
   def _see(self, group: _Group) -> tuple[Prefix, list[ObjectTokens]]:
     head, _ = _around_media(group.read[0].text)
@@ -557,18 +559,20 @@ def _around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
   return text.ids[: tags[0]], text.ids[tags[0] + 1 :]
 
 
-def _identity(video: Any, call: object) -> Hashable:
-  """What tells a video from all others, also in later calls if it is a file."""
+def _identity(video: Any) -> Hashable:
+  """What tells a video from the others of one call."""
   if isinstance(video, np.ndarray):  # views of the same memory are the same video
     memory = video.__array_interface__
-    return memory["data"][0], video.shape, video.strides, video.dtype.str, call
-  if not isinstance(video, str | os.PathLike):
-    return id(video), call
-  path = Path(video)
-  if not path.is_file():
-    return str(path), call
-  stat = path.stat()
-  return str(path.resolve()), stat.st_mtime_ns, stat.st_size
+    return memory["data"][0], video.shape, video.strides, video.dtype.str
+  return str(video) if isinstance(video, str | os.PathLike) else id(video)
+
+
+def _content(clip: Clip) -> bytes:
+  """A hash of the scene frames: what tells a video from all others, whatever held it."""
+  content = hashlib.blake2b(digest_size=16)
+  for number in dict.fromkeys(clip.scene):
+    content.update(np.ascontiguousarray(clip.frames[number]))
+  return content.digest()
 
 
 def _for_inference(
