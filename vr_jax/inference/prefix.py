@@ -26,7 +26,7 @@ from vr_jax.models.videorefer import VideoRefer
 FRAMES = 4  # C
 OBJECTS = 8  # O
 OBJECT_FRAMES = 32  # smallest F; larger ones are four times as large each
-KEPT = 4  # prefixes that are kept for the next questions
+KEPT = 8  # prefixes that are kept for the next questions
 
 
 @dataclasses.dataclass(frozen=True)
