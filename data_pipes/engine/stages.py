@@ -348,7 +348,8 @@ class _Builder:
 
   def _width(self, roles: tuple[str, ...], cpu: bool) -> tuple[str, int]:
     """Threads for endpoints, one for a model, processes to compute."""
-    cores = self.settings["workers"] or len(os.sched_getaffinity(0))
+    own = getattr(os, "sched_getaffinity", None)  # of this process; Linux tells
+    cores = self.settings["workers"] or (len(own(0)) if own else os.cpu_count() or 1)
     everyone = [self.settings["roles"][role] for role in roles]
     limits = [
       threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
