@@ -11,7 +11,7 @@ epoch, half of the samples with one mask frame and half with all (how they are d
 published: here by a hash of the sample's number).
 
 Hardware, by `vr compile` (2026-11-24; nothing of this size was run here): the smallest tried are
-eight H100 (28.9 GiB each; about 3.6 s a step at 45 % MFU) and sixteen v6e or v5p chips (16.1 GiB
+eight H100 (28.9 GiB each; about 3.6 s a step at 45 % MFU) and sixteen v6e or v5p chips (16.7 GiB
 each; 2.2 s by the links of v6e, 3.2 s at 55 % MFU on v5p).
 """
 

@@ -7,12 +7,13 @@ and parsers; VideoRefer-Bench is not among them, so `write_tasks` makes task fil
     python -m lmms_eval --model vr_jax --include_path TASKS --tasks videorefer_bench_q
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipes.errors import InputError
 from vr_jax.evaluation import benchmarks
 from vr_jax.evaluation.choice import grade_one
 from vr_jax.evaluation.items import Prediction
@@ -98,5 +99,19 @@ def collect_descriptions(records: Sequence[Mapping[str, Any]], args: Any = None)
   return len(records)
 
 
+def main() -> None:
+  """Writes the task files of one benchmark, and prints where."""
+  parser = argparse.ArgumentParser(prog="python -m vr_jax.evaluation.lmms")
+  parser.add_argument("benchmark", choices=list(TASKS))
+  parser.add_argument("data", metavar="DIR")
+  parser.add_argument("tasks", metavar="TASKS")
+  parser.add_argument("mode", nargs="?", choices=["single", "multi"], default="single")
+  args = parser.parse_args()
+  try:
+    print(write_tasks(args.benchmark, args.data, args.tasks, args.mode))
+  except InputError as error:
+    parser.error(str(error))
+
+
 if __name__ == "__main__":
-  print(write_tasks(*sys.argv[1:]))
+  main()
