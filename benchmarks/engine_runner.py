@@ -169,6 +169,9 @@ def kills() -> None:
 
 
 if __name__ == "__main__":
-  for part in sys.argv[1:] or ("overhead", "requests", "kills"):
+  parts = {"overhead": overhead, "requests": requests, "kills": kills}
+  for part in sys.argv[1:] or parts:
     name, _, items = part.partition(":")
-    {"overhead": overhead, "requests": requests, "kills": kills}[name](*map(int, items.split()))
+    if name not in parts:
+      sys.exit(__doc__)
+    parts[name](*map(int, items.split()))
