@@ -93,6 +93,9 @@ class _Empty(RowSource):
   def fill(self, row: Row, index: int) -> None:
     pass
 
+  def names(self, index: int) -> list[str]:
+    return []
+
 
 def grain_seconds(batch_size: int, threads: int, repeats: int = 3) -> float:
   """CPU seconds that the loader takes for a sample besides making it; the median of `repeats`."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,25 +112,25 @@ def record_needs(
   )
 
 
-class RowSource:
+class RowSource(ABC):
   """Random access to rows of one shape: `rows[i]` decodes and builds row i."""
 
   shape: RowShape
 
-  def __len__(self) -> int:
-    raise NotImplementedError
+  @abstractmethod
+  def __len__(self) -> int: ...
 
+  @abstractmethod
   def fill(self, row: Row, index: int) -> None:
     """Builds row `index` in `row`, an empty one of `shape`. Raises InputError, and leaves rubbish.
 
     So that a batch is decoded where it lies: frames are the bulk of the bytes, and each copy into
     memory that is fresh from the system costs about as much as decoding a tenth of them.
     """
-    raise NotImplementedError
 
+  @abstractmethod
   def names(self, index: int) -> list[str]:
     """How messages name the samples of row `index`."""
-    raise NotImplementedError
 
   def __getitem__(self, index: int) -> Row:
     row = empty_row(self.shape)

@@ -41,6 +41,9 @@ class Numbered(RowSource):
     if index in self.broken:
       raise InputError(f"item {index}: found nothing")
 
+  def names(self, index):
+    return [f"item {index}"]
+
 
 def _numbers(batch):
   """The sample of each row; None for an empty row."""
