@@ -9,9 +9,7 @@ import pytest
 from toy import ToyModel, init_params, make_rows
 
 from data_pipes.errors import InputError
-from vr_jax.configs import base_config
-from vr_jax.sharding import make_mesh, param_shardings
-from vr_jax.training.checkpoint import (
+from vr_jax.checkpoint import (
   Checkpoints,
   export,
   find_checkpoint,
@@ -19,6 +17,8 @@ from vr_jax.training.checkpoint import (
   load_params,
   make_meta,
 )
+from vr_jax.configs import base_config
+from vr_jax.sharding import make_mesh, param_shardings
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.step import TrainState, make_step, micro_batches

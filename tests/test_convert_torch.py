@@ -13,6 +13,7 @@ import pytest
 from test_interop_videorefer import model, random_params
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import export, make_meta, read_tokenizer_files
 from vr_jax.interop import hf_decoder, peft, proof
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
@@ -20,7 +21,6 @@ from vr_jax.interop.table import Safetensors, Tree, arrays, nested
 from vr_jax.models.connector import KINDS
 from vr_jax.models.decoder import is_factor
 from vr_jax.models.variants import DECODERS
-from vr_jax.training.checkpoint import export, make_meta, read_tokenizer_files
 
 pytestmark = pytest.mark.torch
 QUIET = {"report": lambda line: None}

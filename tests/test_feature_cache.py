@@ -18,11 +18,11 @@ from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import scene_ids
+from vr_jax.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.cli import main
 from vr_jax.configs import base_config
 from vr_jax.interop import videorefer as published
 from vr_jax.models.videorefer import VideoRefer
-from vr_jax.training.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.training.feature_cache import make_cache, make_frame_cache, tower_hash
 from vr_jax.training.loop import train
 from vr_jax.training.loss import model_loss

@@ -18,6 +18,7 @@ import pytest
 from test_interop_videorefer import model
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import export, load_params, make_meta
 from vr_jax.interop import big_vision, hf_decoder, hf_tower, videorefer
 from vr_jax.interop.convert import convert
 from vr_jax.interop.npz import Npz
@@ -25,7 +26,6 @@ from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import arrays, nested
 from vr_jax.models.decoder import Decoder, DecoderConfig
 from vr_jax.models.siglip import Siglip, SiglipConfig
-from vr_jax.training.checkpoint import export, load_params, make_meta
 
 IMG = SiglipConfig(
   image_size=32, patch_size=8, width=24, depth=3, heads=2, mlp_dim=20, select_layer=None

@@ -18,6 +18,13 @@ from test_meshes import small
 
 import vr_jax
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import (
+  export,
+  load_for_inference,
+  load_params,
+  make_meta,
+  read_tokenizer_files,
+)
 from vr_jax.configs import base_config
 from vr_jax.flops import count_flops
 from vr_jax.interop import peft
@@ -31,13 +38,6 @@ from vr_jax.models.variants import adapter_parameters, decoder_flops
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh, path_names
 from vr_jax.training import loop
-from vr_jax.training.checkpoint import (
-  export,
-  load_for_inference,
-  load_params,
-  make_meta,
-  read_tokenizer_files,
-)
 from vr_jax.training.loop import state_target, train
 from vr_jax.training.loss import model_loss
 from vr_jax.training.metrics import read_metrics

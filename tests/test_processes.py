@@ -15,9 +15,9 @@ from test_prepare import prepare
 from toy_task import EXAMPLES
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.configs import load_config
 from vr_jax.interop import videorefer as published
-from vr_jax.training.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import differences, found

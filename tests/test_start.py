@@ -6,12 +6,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import export, make_meta, make_tokenizer, read_tokenizer_files
 from vr_jax.configs import base_config
 from vr_jax.interop import videorefer as published
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Part, Safetensors, arrays
 from vr_jax.models.videorefer import init_params
-from vr_jax.training.checkpoint import export, make_meta, make_tokenizer, read_tokenizer_files
 from vr_jax.training.start import (
   fit_vocabulary,
   generation,

@@ -16,10 +16,10 @@ import toy_task
 from toy_task import EXAMPLES
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import load_for_inference, load_params
 from vr_jax.configs import load_config
 from vr_jax.hardware import CHIPS
 from vr_jax.training import loop
-from vr_jax.training.checkpoint import load_for_inference, load_params
 from vr_jax.training.heartbeat import read_beats
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics

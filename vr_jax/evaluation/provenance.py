@@ -35,8 +35,8 @@ def sha256_of_folder(folder: Path) -> str:
 
 def checkpoint_sha256(checkpoint: Path | str | None) -> str | None:
   """Hash of the checkpoint that a model was loaded from (None: the packaged vr-mini)."""
+  from vr_jax.checkpoint import find_checkpoint, is_checkpoint
   from vr_jax.inference.model import ASSETS
-  from vr_jax.training.checkpoint import find_checkpoint, is_checkpoint
 
   name = str(checkpoint or "vr-mini")
   path = Path(name) if Path(name).exists() else ASSETS / name

@@ -612,9 +612,9 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   Raises:
     InputError: nothing there that is a model, parts of one alone, or no tokenizer.
   """
+  from vr_jax import checkpoint
   from vr_jax.interop.sources import open_source
   from vr_jax.interop.table import arrays, nested
-  from vr_jax.training import checkpoint
 
   name = VR_MINI.name if source is None else str(source)
   path = Path(name)

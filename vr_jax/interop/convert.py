@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import package_versions
 from vr_jax.interop import peft, proof
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
 from vr_jax.interop.targets import FORMATS, Item, Target, lay_out
 from vr_jax.interop.writers import SHARD_BYTES
-from vr_jax.training.checkpoint import package_versions
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"

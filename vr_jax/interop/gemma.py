@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import StoredParams
 from vr_jax.interop import hf_decoder
 from vr_jax.interop.big_vision import SPARE_ROWS, guess_decoder
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import SAME, Mapped, Part, Row, slots
-from vr_jax.training.checkpoint import StoredParams
 
 ROWS = [
   Row(r"layers/(.*)", r"layers/{l}/\1", SAME),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
@@ -25,7 +26,6 @@ from vr_jax.interop.table import (
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.siglip import SiglipConfig
-from vr_jax.training.checkpoint import find_tokenizer_files
 
 MODEL_TYPE = "paligemma"
 PROJECTOR = hf_tower.dense("connector/readout/fc1", "multi_modal_projector.linear.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files, is_checkpoint, is_orbax
 from vr_jax.interop import (
   big_vision,
   gemma,
@@ -18,7 +19,6 @@ from vr_jax.interop import (
 from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import Part, Safetensors, read_json
-from vr_jax.training.checkpoint import find_tokenizer_files, is_checkpoint, is_orbax
 
 ACCEPTED = (
   "a checkpoint of vr_jax, a published VideoRefer folder, a folder of transformers (SigLIP, Qwen2, "

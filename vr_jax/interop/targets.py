@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import ParamsWriter, make_meta
 from vr_jax.interop import (
   big_vision,
   hf_decoder,
@@ -24,7 +25,6 @@ from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import DTYPES, Output, Parameters, dtype_name, outputs, pieces, slots
 from vr_jax.interop.writers import SHARD_BYTES, NpzWriter, ShardWriter, size_of
 from vr_jax.models.siglip import SiglipConfig
-from vr_jax.training.checkpoint import ParamsWriter, make_meta
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Cast = Callable[[np.dtype], np.dtype]

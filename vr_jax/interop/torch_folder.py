@@ -12,11 +12,11 @@ from typing import Any
 import data_pipes
 import vr_jax
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import videorefer
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot, read_json
 from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
-from vr_jax.training.checkpoint import find_tokenizer_files
 
 MODEL_TYPE = "videorefer_torch"
 CODE = Path(__file__).parent / "torch_model"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
 from vr_jax.interop.hf_tower import dense, field, norm, require
 from vr_jax.interop.source import Kept, Source
@@ -44,7 +45,6 @@ from vr_jax.interop.table import (
 from vr_jax.models.connector import KINDS, Connector, ConnectorConfig
 from vr_jax.models.region import RegionConfig
 from vr_jax.models.videorefer import PARTS, VideoReferConfig, init_params
-from vr_jax.training.checkpoint import find_tokenizer_files
 
 MODEL_TYPES = ("videorefer_qwen2", "videorefer")
 REGION_TOKENS = 4  # a default of the published code (`layer.py`), not part of its config.json

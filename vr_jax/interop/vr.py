@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from vr_jax.interop.peft import Adapter, factors_of
-from vr_jax.interop.source import Kept, Source
-from vr_jax.interop.table import Parameters, Safetensors, Shapes
-from vr_jax.models.decoder import is_factor
-from vr_jax.models.videorefer import PARTS, part_config
-from vr_jax.training.checkpoint import (
+from vr_jax.checkpoint import (
   StoredParams,
   find_checkpoint,
   load_meta,
   tokenizer_files_of,
 )
+from vr_jax.interop.peft import Adapter, factors_of
+from vr_jax.interop.source import Kept, Source
+from vr_jax.interop.table import Parameters, Safetensors, Shapes
+from vr_jax.models.decoder import is_factor
+from vr_jax.models.videorefer import PARTS, part_config
 
 KEPT = "kept"  # folder of the tensors that a foreign folder held and the model does not use
 

@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import package_versions
 from vr_jax.configs import diff, from_json, to_json
-from vr_jax.training.checkpoint import package_versions
 
 _PLAIN = ("VR_COORDINATOR", "VR_PROCESSES", "VR_PROCESS")
 

@@ -20,6 +20,12 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
+from vr_jax.checkpoint import (
+  is_checkpoint,
+  load_meta,
+  read_tokenizer_files,
+  tokenizer_files_of,
+)
 from vr_jax.configs import nearest
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
@@ -30,12 +36,6 @@ from vr_jax.interop.table import Joined, Part, arrays
 from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
-from vr_jax.training.checkpoint import (
-  is_checkpoint,
-  load_meta,
-  read_tokenizer_files,
-  tokenizer_files_of,
-)
 from vr_jax.training.schedule import Params
 
 PARTS = ("img", "connector", "region", "llm")

@@ -43,12 +43,12 @@ from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
+from vr_jax.checkpoint import make_tokenizer
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import is_factor
 from vr_jax.models.variants import get_variant, training_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.sharding import path_names
-from vr_jax.training.checkpoint import make_tokenizer
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
 from vr_jax.training.schedule import Params, split_by_table
