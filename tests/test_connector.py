@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.parity import FAIL, Golden, run_parity
-from vr_jax.evaluation.parity_model import projectors
 from vr_jax.models import connector
 from vr_jax.models.connector import (
   KINDS,
@@ -21,6 +19,8 @@ from vr_jax.models.connector import (
   Stage,
   scene_token_count,
 )
+from vr_jax.parity.golden import FAIL, Golden, run_parity
+from vr_jax.parity.model import projectors
 
 SAME_WIDTH = {"spatial_conv", "spatial_pool"}
 

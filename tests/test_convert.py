@@ -18,11 +18,11 @@ from test_interop_videorefer import model, random_params, write
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.checkpoint import export, load_for_inference, load_params, make_meta
-from vr_jax.evaluation.parity import PASS, run_parity
 from vr_jax.interop import convert as conversion
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.models.variants import DECODERS
+from vr_jax.parity.golden import PASS, run_parity
 
 QUIET = {"report": lambda line: None}
 

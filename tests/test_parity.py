@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation import parity
-from vr_jax.evaluation.parity import (
+from vr_jax.parity import golden
+from vr_jax.parity.golden import (
   FAIL,
   PASS,
   REFUSED,
@@ -122,7 +122,7 @@ def double(golden: Golden):
 
 
 def test_a_registered_stage_runs_and_is_reported(folder, monkeypatch):
-  monkeypatch.setitem(parity.STAGES, "00_double", f"{__name__}:double")
+  monkeypatch.setitem(golden.STAGES, "00_double", f"{__name__}:double")
   seen = []
   results = run_parity(folder, report=seen.append)
   assert results == seen
@@ -147,7 +147,7 @@ def test_folders_that_are_no_golden_set(tmp_path, folder):
 
 
 def test_a_golden_folder_without_its_arrays(folder, monkeypatch):
-  monkeypatch.setitem(parity.STAGES, "00_double", f"{__name__}:double")
+  monkeypatch.setitem(golden.STAGES, "00_double", f"{__name__}:double")
   (folder / "a.npz").unlink()
   with pytest.raises(InputError, match=r"without a\.npz"):
     run_parity(folder)

@@ -6,15 +6,15 @@ import shutil
 import numpy as np
 import pytest
 
-from vr_jax.evaluation import parity_text
-from vr_jax.evaluation.parity import FAIL, PASS, REFUSED, SKIPPED, STAGES, Golden
+from vr_jax.parity import text
+from vr_jax.parity.golden import FAIL, PASS, REFUSED, SKIPPED, STAGES, Golden
 
 JSON_STAGES = ("frame_sample", "prompts", "bench_q_scoring", "bench_d_scoring")
 
 
 def run(golden, stage):
   function = STAGES[stage].split(":")[1]
-  return {r.case: r for r in getattr(parity_text, function)(Golden(golden))}
+  return {r.case: r for r in getattr(text, function)(Golden(golden))}
 
 
 @pytest.mark.parametrize("stage", JSON_STAGES)

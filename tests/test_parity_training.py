@@ -6,9 +6,9 @@ import functools
 import numpy as np
 import pytest
 
-from vr_jax.evaluation.parity import FAIL, PASS, Golden
-from vr_jax.evaluation.parity_forward import Published
-from vr_jax.evaluation.parity_training import Run, compare_run, run, run_config
+from vr_jax.parity.forward import Published
+from vr_jax.parity.golden import FAIL, PASS, Golden
+from vr_jax.parity.training import Run, compare_run, run, run_config
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.parity import run_parity
 from vr_jax.models.region import (
   RegionConfig,
   RegionEncoder,
@@ -16,6 +15,7 @@ from vr_jax.models.region import (
   merge_tokens,
   pool_regions,
 )
+from vr_jax.parity.golden import run_parity
 
 merge = jax.jit(merge_tokens, static_argnums=2)
 segments_of = jax.jit(merge_segments, static_argnums=2)

@@ -11,8 +11,8 @@ import pytest
 from scipy import ndimage
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.parity import run_parity
 from vr_jax.models.siglip import PatchEmbedding, Siglip, SiglipConfig, resample_posemb
+from vr_jax.parity.golden import run_parity
 
 SMALL = SiglipConfig(
   image_size=34, patch_size=8, width=144, depth=3, heads=2, mlp_dim=40, select_layer=None, pool=True

@@ -589,7 +589,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _parity(args: argparse.Namespace) -> int:
-  from vr_jax.evaluation.parity import FAIL, run_parity
+  from vr_jax.parity.golden import FAIL, run_parity
 
   def report(result) -> None:
     if not args.json:

@@ -30,7 +30,8 @@ from data_pipes.prompts import (
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video, read_scene, scene_ids
 from vr_jax.evaluation import answers, scores
-from vr_jax.evaluation.parity import (
+from vr_jax.evaluation.statistics import Answered, summarize
+from vr_jax.parity.golden import (
   FAIL,
   PASS,
   Case,
@@ -41,7 +42,6 @@ from vr_jax.evaluation.parity import (
   Skipped,
   compare_cases,
 )
-from vr_jax.evaluation.statistics import Answered, summarize
 
 _DEFAULT_FRAMES = 8  # the published process_video's num_frames, where a case does not give it (B1)
 

@@ -19,20 +19,20 @@ from data_pipes.errors import InputError
 
 # Stage of a golden folder, or a name in its `other_json` -> module:function(golden) -> results.
 STAGES = {
-  "01_siglip": "vr_jax.evaluation.parity_model:siglip",
-  "02_projectors": "vr_jax.evaluation.parity_model:projectors",
-  "03_region": "vr_jax.evaluation.parity_model:region",
-  "04_token_merge": "vr_jax.evaluation.parity_model:token_merge",
-  "05_forward": "vr_jax.evaluation.parity_forward:forward",
-  "06_gradients": "vr_jax.evaluation.parity_training:gradients",
-  "06b_training": "vr_jax.evaluation.parity_training:training",
-  "07_generate": "vr_jax.evaluation.parity_forward:generation",
-  "08_preprocess": "vr_jax.evaluation.parity_text:preprocess",
-  "frame_sample": "vr_jax.evaluation.parity_text:frame_sample",
-  "prompts": "vr_jax.evaluation.parity_text:prompts",
-  "bench_q_scoring": "vr_jax.evaluation.parity_text:bench_q_scoring",
-  "bench_d_scoring": "vr_jax.evaluation.parity_text:bench_d_scoring",
-  "bench_inference": "vr_jax.evaluation.parity_forward:bench_inference",
+  "01_siglip": "vr_jax.parity.model:siglip",
+  "02_projectors": "vr_jax.parity.model:projectors",
+  "03_region": "vr_jax.parity.model:region",
+  "04_token_merge": "vr_jax.parity.model:token_merge",
+  "05_forward": "vr_jax.parity.forward:forward",
+  "06_gradients": "vr_jax.parity.training:gradients",
+  "06b_training": "vr_jax.parity.training:training",
+  "07_generate": "vr_jax.parity.forward:generation",
+  "08_preprocess": "vr_jax.parity.text:preprocess",
+  "frame_sample": "vr_jax.parity.text:frame_sample",
+  "prompts": "vr_jax.parity.text:prompts",
+  "bench_q_scoring": "vr_jax.parity.text:bench_q_scoring",
+  "bench_d_scoring": "vr_jax.parity.text:bench_d_scoring",
+  "bench_inference": "vr_jax.parity.forward:bench_inference",
 }
 
 PASS, FAIL, REFUSED, SKIPPED = "pass", "fail", "refused by design", "skipped"

@@ -16,7 +16,14 @@ from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.evaluation.bench import published_record, read_bench
 from vr_jax.evaluation.items import Item, Prediction
-from vr_jax.evaluation.parity import (
+from vr_jax.inference import generate
+from vr_jax.inference.model import Answer, Model, load
+from vr_jax.inference.sampling import Sampling, penalize
+from vr_jax.interop import videorefer
+from vr_jax.models.connector import scene_token_count
+from vr_jax.models.decoder import KVCache
+from vr_jax.models.videorefer import VideoRefer
+from vr_jax.parity.golden import (
   Case,
   CaseResult,
   Golden,
@@ -25,13 +32,6 @@ from vr_jax.evaluation.parity import (
   compare_cases,
   exact,
 )
-from vr_jax.inference import generate
-from vr_jax.inference.model import Answer, Model, load
-from vr_jax.inference.sampling import Sampling, penalize
-from vr_jax.interop import videorefer
-from vr_jax.models.connector import scene_token_count
-from vr_jax.models.decoder import KVCache
-from vr_jax.models.videorefer import VideoRefer
 from vr_jax.training.loss import model_loss
 
 

@@ -8,15 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipes.masks import mask_to_grid, resize_mask
-from vr_jax.evaluation.parity import (
-  PASS,
-  Case,
-  CaseResult,
-  Golden,
-  Produced,
-  Skipped,
-  compare_cases,
-)
 from vr_jax.interop import hf_tower, videorefer
 from vr_jax.models.connector import Connector
 from vr_jax.models.region import (
@@ -27,6 +18,15 @@ from vr_jax.models.region import (
   object_features,
 )
 from vr_jax.models.siglip import Siglip
+from vr_jax.parity.golden import (
+  PASS,
+  Case,
+  CaseResult,
+  Golden,
+  Produced,
+  Skipped,
+  compare_cases,
+)
 
 # --- 01_siglip --------------------------------------------------------------------------------
 
