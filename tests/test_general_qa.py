@@ -14,13 +14,13 @@ import vr_jax
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from data_pipes.video import open_video, sample_scene
-from vr_jax.evaluation import mvbench, perception_test, videomme
-from vr_jax.evaluation.benchmarks import BENCHMARKS, benchmark, read
+from vr_jax.evaluation.benchmarks import mvbench, perception, videomme
+from vr_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, read
+from vr_jax.evaluation.benchmarks.videomme import read_srt, subtitle_text
 from vr_jax.evaluation.choice import score as score_choice
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import read_source
-from vr_jax.evaluation.videomme import read_srt, subtitle_text
 
 SRT = """1
 00:00:00,000 --> 00:00:01,000
@@ -202,7 +202,7 @@ def test_perception_test(tmp_path):
   assert data.media == tmp_path / "videos"
   assert (item.id, item.video, item.type) == ("video_7/3", "video_7.mp4", "physics")
   assert (item.truth, item.slices["tag"]) == ("(B) down", "motion, place")
-  sent = json.loads(perception_test.submission([Prediction.of(item, "Down")]))
+  sent = json.loads(perception.submission([Prediction.of(item, "Down")]))
   assert sent == {"video_7": [{"id": 3, "answer_id": 1, "answer": "down"}]}
   del questions["video_7"]["mc_question"][0]["answer_id"]
   path.write_text(json.dumps(questions))

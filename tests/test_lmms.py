@@ -11,7 +11,7 @@ import pytest
 import vr_jax
 from data_pipes.bench_prompts import DESCRIBE
 from vr_jax import cli
-from vr_jax.evaluation.bench import read_bench
+from vr_jax.evaluation.benchmarks.videorefer import read_bench
 from vr_jax.evaluation.lmms import (
   collect_descriptions,
   doc_to_text,

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipes.errors import InputError
 from vr_jax import cli
-from vr_jax.evaluation.benchmarks import benchmark
+from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.choice import score as score_choice
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import SCHEMA_FILE, Result, load, save, to_dict

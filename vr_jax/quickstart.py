@@ -23,7 +23,7 @@ from data_pipes.embedded.dialogues import DESCRIBE_DETAIL
 from data_pipes.embedded.make_set import make_set
 from data_pipes.tokenizer import REGION
 from vr_jax.configs import load_config, to_json
-from vr_jax.evaluation.bench import read_bench
+from vr_jax.evaluation.benchmarks.videorefer import read_bench
 from vr_jax.evaluation.choice import summary_of
 from vr_jax.evaluation.gallery import choice_examples, frames_of, spread
 from vr_jax.evaluation.items import Item

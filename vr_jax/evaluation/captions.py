@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.benchmarks import Benchmark
+from vr_jax.evaluation.benchmarks.registry import Benchmark
 from vr_jax.evaluation.caption_metrics import (
   ORDERS,
   Scored,

@@ -5,7 +5,7 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.answers import Graded, grade, published_truth, strict_letter
-from vr_jax.evaluation.benchmarks import Benchmark
+from vr_jax.evaluation.benchmarks.registry import Benchmark
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
 from vr_jax.evaluation.statistics import Accuracy, Answered, Summary, accuracy, summarize, wilson

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.video import open_video
-from vr_jax.evaluation.benchmarks import benchmark
+from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.report import Example, Frame, TextExample
 from vr_jax.evaluation.results import Result

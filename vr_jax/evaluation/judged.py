@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vr_jax.evaluation.benchmarks import Benchmark
+from vr_jax.evaluation.benchmarks.registry import Benchmark
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.judge import Judge, Verdict, holds_markers
 from vr_jax.evaluation.results import BY_VIDEO, Metric, Result

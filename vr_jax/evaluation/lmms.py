@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation import benchmarks
+from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.choice import grade_one
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import write
@@ -35,8 +35,8 @@ def write_tasks(name: str, data: Path | str, folder: Path | str, mode: str = "si
 
   Masks travel as text: the table reader of lmms-eval would give every item every frame number.
   """
-  of = benchmarks.benchmark(name)
-  dataset = benchmarks.read(of, data)
+  of = registry.benchmark(name)
+  dataset = registry.read(of, data)
   folder, task = Path(folder).resolve(), TASKS[name]
   documents = [
     {
@@ -75,7 +75,7 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -
 
 def process_choice(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
   """Right or wrong by both parsers."""
-  of = benchmarks.benchmark("bench-q")
+  of = registry.benchmark("bench-q")
   prediction = Prediction(
     doc["id"], doc["video"], results[0], doc["truth"], doc["type"], options=tuple(doc["options"])
   )

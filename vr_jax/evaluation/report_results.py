@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation import benchmarks
-from vr_jax.evaluation.benchmarks import Benchmark, Dataset, benchmark
+from vr_jax.evaluation.benchmarks import registry
+from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark
 from vr_jax.evaluation.gallery import choice_examples, text_examples
 from vr_jax.evaluation.paper import rows_of
 from vr_jax.evaluation.report import example_cells, render, text_cells
@@ -399,7 +399,7 @@ def _dataset(
   if of.name == "mvbench" and path.is_file():
     path = path.parent
   try:
-    found = benchmarks.read(of, path, media or task.get("media"), task.get("split") or "any")
+    found = registry.read(of, path, media or task.get("media"), task.get("split") or "any")
   except InputError as error:
     return None, f"no pictures: {error}"
   return found, ""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.benchmarks import Benchmark, Dataset, benchmark, read
+from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark, read
 from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
 from vr_jax.evaluation.provenance import code_version, environment, model_facts, sha256_of
 from vr_jax.evaluation.results import RUN_SCHEMA, write

@@ -17,7 +17,7 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.evaluation import captions, choice, judged
 from vr_jax.evaluation.answers import PARSERS
-from vr_jax.evaluation.benchmarks import Benchmark, benchmark
+from vr_jax.evaluation.benchmarks.registry import Benchmark, benchmark
 from vr_jax.evaluation.items import Prediction, check_ids
 from vr_jax.evaluation.judge import SYSTEM, Judge, Replay, Sampling, open_judge, read_records
 from vr_jax.evaluation.results import (

@@ -14,7 +14,7 @@ from data_pipes.errors import InputError
 from data_pipes.masks import mask_to_grid, segmentation_to_mask
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.evaluation.bench import published_record, read_bench
+from vr_jax.evaluation.benchmarks.videorefer import published_record, read_bench
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.inference import generate
 from vr_jax.inference.model import Answer, Model, load

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation import bench, hc_stvg, mvbench, perception_test, videomme
 from vr_jax.evaluation.answers import mvbench_index, perception_index, videomme_index
+from vr_jax.evaluation.benchmarks import hc_stvg, mvbench, perception, videomme, videorefer
 from vr_jax.evaluation.items import Item, Prediction, check_ids
 
 
@@ -52,7 +52,7 @@ class Benchmark:
 
 def _bench_lines(predictions: Sequence[Prediction]) -> dict[str, str]:
   answered = (p for p in predictions if p.pred is not None)
-  lines = (json.dumps(bench.published_record(p), ensure_ascii=False) for p in answered)
+  lines = (json.dumps(videorefer.published_record(p), ensure_ascii=False) for p in answered)
   return {"published.jsonl": "".join(f"{line}\n" for line in lines)}
 
 
@@ -97,7 +97,7 @@ BENCHMARKS = {
       "choice",
       False,
       64,
-      lambda ps: {"submission.json": perception_test.submission(ps)},
+      lambda ps: {"submission.json": perception.submission(ps)},
       split="",
       published_index=perception_index,
     ),
@@ -155,11 +155,11 @@ def read(
         raise InputError(f"{srt}: no such folder; accepted: <videoID>.srt files in it")
       items = videomme.read(path, root, srt)
     elif of.name == "perception-test":
-      items = perception_test.read(path)
+      items = perception.read(path)
     elif of.name == "hc-stvg":
       items = hc_stvg.read(path)
     else:
-      items = bench.read_bench(path)
+      items = videorefer.read_bench(path)
       wanted = of.kind == "choice"
       if any(bool(item.options) != wanted for item in items):
         raise InputError(f"{path}: its items are not those of {of.title}")
