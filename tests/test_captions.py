@@ -8,12 +8,12 @@ import pytest
 
 from data_pipes.errors import InputError
 from vr_jax import cli
-from vr_jax.evaluation import captions
 from vr_jax.evaluation.benchmarks.registry import benchmark
-from vr_jax.evaluation.caption_metrics import bleu, cider_d, rouge_l
-from vr_jax.evaluation.captions import CORENLP, Settings, jar_tokenize, ours, spice_scores
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import load
+from vr_jax.evaluation.scoring import captions
+from vr_jax.evaluation.scoring.caption_metrics import bleu, cider_d, rouge_l
+from vr_jax.evaluation.scoring.captions import CORENLP, Settings, jar_tokenize, ours, spice_scores
 
 REFERENCES = (
   (

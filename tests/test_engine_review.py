@@ -19,7 +19,7 @@ from data_pipes.engine.roles import Verdict
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
 from vr_jax import cli
-from vr_jax.evaluation import reviewer
+from vr_jax.evaluation.scoring import reviewer
 
 
 class EvenJudge:

@@ -17,10 +17,10 @@ from data_pipes.video import open_video, sample_scene
 from vr_jax.evaluation.benchmarks import mvbench, perception, videomme
 from vr_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, read
 from vr_jax.evaluation.benchmarks.videomme import read_srt, subtitle_text
-from vr_jax.evaluation.choice import score as score_choice
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import read_source
+from vr_jax.evaluation.scoring.choice import score as score_choice
 
 SRT = """1
 00:00:00,000 --> 00:00:01,000

@@ -11,7 +11,9 @@ import pytest
 
 from data_pipes.errors import InputError
 from vr_jax import cli
-from vr_jax.evaluation.judge import (
+from vr_jax.evaluation.results import load
+from vr_jax.evaluation.score import JudgeSettings, score
+from vr_jax.evaluation.scoring.judge import (
   SYSTEM,
   Endpoint,
   Judge,
@@ -22,9 +24,7 @@ from vr_jax.evaluation.judge import (
   retry_after,
   user_message,
 )
-from vr_jax.evaluation.results import load
-from vr_jax.evaluation.score import JudgeSettings, score
-from vr_jax.evaluation.scores import DIMENSIONS
+from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
 
 KEY = "sk-not-to-be-written-anywhere"
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from vr_jax.evaluation.captions import jar_tokenize, ours
-from vr_jax.evaluation.ptb import one_line, tokenize
+from vr_jax.evaluation.scoring.captions import jar_tokenize, ours
+from vr_jax.evaluation.scoring.ptb import one_line, tokenize
 
 # Text and what pycocoevalcap 1.2's jar makes of it, punctuation left out (2026-11-24, Java 17).
 RECORDED = (

@@ -24,7 +24,7 @@ from vr_jax.evaluation.report import (
   _object_names,
   write_report,
 )
-from vr_jax.evaluation.statistics import Answered, summarize
+from vr_jax.evaluation.scoring.statistics import Answered, summarize
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 16
 TYPES = ("Basic", "Sequential", "Relationship", "Reasoning", "Future prediction")

@@ -15,7 +15,7 @@ from vr_jax import cli
 from vr_jax.evaluation.report_results import filled, write_reports
 from vr_jax.evaluation.results import save
 from vr_jax.evaluation.score import JudgeSettings, score
-from vr_jax.evaluation.scores import DIMENSIONS
+from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
 
 TYPES = ("Basic Questions", "Sequential Questions")
 

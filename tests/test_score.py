@@ -10,11 +10,11 @@ import pytest
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.evaluation.benchmarks.registry import benchmark
-from vr_jax.evaluation.choice import score as score_choice
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import SCHEMA_FILE, Result, load, save, to_dict
 from vr_jax.evaluation.score import compare, score_reviewer
-from vr_jax.evaluation.statistics import confusion
+from vr_jax.evaluation.scoring.choice import score as score_choice
+from vr_jax.evaluation.scoring.statistics import confusion
 
 OPTIONS = ("(A) red", "(B) blue", "(C) green", "(D) none")
 RUN = {

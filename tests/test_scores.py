@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vr_jax.evaluation.scores import (
+from vr_jax.evaluation.scoring.judge_scores import (
   DIMENSIONS,
   Scores,
   mean_scores,

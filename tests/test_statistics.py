@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.statistics import (
+from vr_jax.evaluation.scoring.statistics import (
   Answered,
   cluster_bootstrap,
   clustered_standard_error,

@@ -101,7 +101,7 @@ def _report(args: argparse.Namespace):
 
 def _review(args: argparse.Namespace):
   from data_pipes.engine import review
-  from vr_jax.evaluation import reviewer
+  from vr_jax.evaluation.scoring import reviewer
 
   if args.verdicts is None:
     paths = review.write_sample(args.workdir, args.n, args.seed)

@@ -24,7 +24,6 @@ from data_pipes.embedded.make_set import make_set
 from data_pipes.tokenizer import REGION
 from vr_jax.configs import load_config, to_json
 from vr_jax.evaluation.benchmarks.videorefer import read_bench
-from vr_jax.evaluation.choice import summary_of
 from vr_jax.evaluation.gallery import choice_examples, frames_of, spread
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.report import (
@@ -38,7 +37,8 @@ from vr_jax.evaluation.report import (
 from vr_jax.evaluation.results import Result
 from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import score
-from vr_jax.evaluation.statistics import Summary
+from vr_jax.evaluation.scoring.choice import summary_of
+from vr_jax.evaluation.scoring.statistics import Summary
 from vr_jax.inference.model import Model, Request, load
 from vr_jax.training.loop import make_workdir, train
 from vr_jax.training.metrics import read_metrics

@@ -15,9 +15,9 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.benchmarks import registry
-from vr_jax.evaluation.choice import grade_one
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import write
+from vr_jax.evaluation.scoring.choice import grade_one
 
 TASKS = {"bench-q": "videorefer_bench_q", "bench-d": "videorefer_bench_d"}
 TEMPLATES = Path(__file__).parent / "lmms_tasks"

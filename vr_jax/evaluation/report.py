@@ -19,7 +19,7 @@ from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.answers import labelled
 from vr_jax.evaluation.overlay import colour_of, data_uri, draw_objects, luminance
 from vr_jax.evaluation.results import write
-from vr_jax.evaluation.statistics import Accuracy, Summary
+from vr_jax.evaluation.scoring.statistics import Accuracy, Summary
 
 # Dark to bright in equal steps of lightness, also for colour-blind readers (cividis).
 _SCALE = ((0, 32, 76), (65, 77, 107), (124, 123, 120), (188, 175, 111), (255, 234, 70))

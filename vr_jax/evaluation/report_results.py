@@ -26,7 +26,7 @@ from vr_jax.evaluation.score import (
   interval_text,
   shown,
 )
-from vr_jax.evaluation.scores import DIMENSIONS
+from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
 
 MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}

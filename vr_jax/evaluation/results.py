@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.statistics import Interval
+from vr_jax.evaluation.scoring.statistics import Interval
 
 SCHEMA = "vr_jax.result/1"
 RUN_SCHEMA = "vr_jax.run/1"

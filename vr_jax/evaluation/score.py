@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation import captions, choice, judged
 from vr_jax.evaluation.answers import PARSERS
 from vr_jax.evaluation.benchmarks.registry import Benchmark, benchmark
 from vr_jax.evaluation.items import Prediction, check_ids
-from vr_jax.evaluation.judge import SYSTEM, Judge, Replay, Sampling, open_judge, read_records
 from vr_jax.evaluation.results import (
   BY_VIDEO,
   Metric,
@@ -30,7 +28,16 @@ from vr_jax.evaluation.results import (
   to_dict,
   write,
 )
-from vr_jax.evaluation.statistics import (
+from vr_jax.evaluation.scoring import captions, choice, descriptions
+from vr_jax.evaluation.scoring.judge import (
+  SYSTEM,
+  Judge,
+  Replay,
+  Sampling,
+  open_judge,
+  read_records,
+)
+from vr_jax.evaluation.scoring.statistics import (
   Confusion,
   Difference,
   confusion,
@@ -97,7 +104,7 @@ def score(
       if done % 50 == 0 or done == total:
         progress(f"judged {done} of {total}")
 
-    result = judged.score(of, predictions, run, parser, asked, tell)
+    result = descriptions.score(of, predictions, run, parser, asked, tell)
     folder = home / f"{parser}-{_slug(asked.backend.name)}"
   if dict(run).get("published_file"):
     result = dataclasses.replace(
@@ -106,7 +113,7 @@ def score(
   folder = Path(out) if out else folder
   save(result, folder)
   if of.kind == "judged":
-    write(folder / "published_judged.json", judged.published_file(result))
+    write(folder / "published_judged.json", descriptions.published_file(result))
   if of.kind == "judged":
     _check_failures(result, (judge or JudgeSettings()).max_failed, folder)
   return result, folder

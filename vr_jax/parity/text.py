@@ -29,8 +29,9 @@ from data_pipes.prompts import (
 )
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video, read_scene, scene_ids
-from vr_jax.evaluation import answers, scores
-from vr_jax.evaluation.statistics import Answered, summarize
+from vr_jax.evaluation import answers
+from vr_jax.evaluation.scoring import judge_scores
+from vr_jax.evaluation.scoring.statistics import Answered, summarize
 from vr_jax.parity.golden import (
   FAIL,
   PASS,
@@ -221,9 +222,9 @@ def bench_d_scoring(golden: Golden) -> Iterator[CaseResult]:
       yield _exact("bench_d_scoring", part, _score_list(recorded["input"], recorded[part]))
 
 
-def _scores(item: Mapping[str, Any]) -> scores.Scores:
+def _scores(item: Mapping[str, Any]) -> judge_scores.Scores:
   reply = item.get("gpt")
-  return scores.published_scores(None if reply == "<<missing key>>" else reply)
+  return judge_scores.published_scores(None if reply == "<<missing key>>" else reply)
 
 
 def _score_items(items: list[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, Any]]:
@@ -231,7 +232,7 @@ def _score_items(items: list[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, Any
     found = _scores(item)
     ours = found.error is not None, dict(found.values)
     yield item["gpt"], ours, (item["dropped"], item["scores"] or {})
-    average = scores.mean_scores([] if found.error else [found]).average
+    average = judge_scores.mean_scores([] if found.error else [found]).average
     yield item["gpt"], average is None, item["analyze_error"] is not None
 
 
@@ -242,7 +243,7 @@ def _score_list(
   dropped = int((re.findall(r"error num:\s+(\d+)", part["extract_stdout"]) or ["0"])[0])
   inputs = inputs[: len(part["parsed"]) + dropped]
   found = [_scores(item) for item in inputs]
-  result = scores.mean_scores(found)
+  result = judge_scores.mean_scores(found)
   yield "dropped", result.failed, dropped
   kept = [{**i, **s.values} for i, s in zip(inputs, found, strict=True) if s.error is None]
   yield "parsed", kept, part["parsed"]

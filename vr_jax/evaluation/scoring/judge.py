@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.scores import DIMENSIONS, HIGHEST, Scores, published_scores, strict_scores
+from vr_jax.evaluation.scoring.judge_scores import (
+  DIMENSIONS,
+  HIGHEST,
+  Scores,
+  published_scores,
+  strict_scores,
+)
 
 # Ours: upstream's text has no licence. `--judge-prompt FILE` takes theirs.
 SYSTEM = """\

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.statistics import Confusion, confusion
+from vr_jax.evaluation.scoring.statistics import Confusion, confusion
 
 
 @dataclass(frozen=True)

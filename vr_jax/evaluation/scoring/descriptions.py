@@ -8,10 +8,10 @@ from typing import Any
 
 from vr_jax.evaluation.benchmarks.registry import Benchmark
 from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.judge import Judge, Verdict, holds_markers
 from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
-from vr_jax.evaluation.scores import DIMENSIONS, BenchD, Scores, mean_scores
-from vr_jax.evaluation.statistics import (
+from vr_jax.evaluation.scoring.judge import Judge, Verdict, holds_markers
+from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS, BenchD, Scores, mean_scores
+from vr_jax.evaluation.scoring.statistics import (
   bootstrap_mean_of_means,
   cluster_bootstrap,
   clustered_standard_error,

@@ -8,7 +8,14 @@ from vr_jax.evaluation.answers import Graded, grade, published_truth, strict_let
 from vr_jax.evaluation.benchmarks.registry import Benchmark
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
-from vr_jax.evaluation.statistics import Accuracy, Answered, Summary, accuracy, summarize, wilson
+from vr_jax.evaluation.scoring.statistics import (
+  Accuracy,
+  Answered,
+  Summary,
+  accuracy,
+  summarize,
+  wilson,
+)
 
 
 def score(

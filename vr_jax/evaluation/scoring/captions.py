@@ -21,7 +21,10 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.benchmarks.registry import Benchmark
-from vr_jax.evaluation.caption_metrics import (
+from vr_jax.evaluation.items import Prediction
+from vr_jax.evaluation.provenance import java_version
+from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
+from vr_jax.evaluation.scoring.caption_metrics import (
   ORDERS,
   Scored,
   bleu,
@@ -30,11 +33,8 @@ from vr_jax.evaluation.caption_metrics import (
   cider_d,
   rouge_l,
 )
-from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.provenance import java_version
-from vr_jax.evaluation.ptb import one_line, tokenize, without_punctuation
-from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
-from vr_jax.evaluation.statistics import Interval, cluster_bootstrap
+from vr_jax.evaluation.scoring.ptb import one_line, tokenize, without_punctuation
+from vr_jax.evaluation.scoring.statistics import Interval, cluster_bootstrap
 
 TOKENIZERS = ("ptb-py", "ptb-jar")
 FILTERS = ("none", "artemis")
