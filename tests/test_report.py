@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from vr_jax.evaluation.overlay import COLOURS, _grown, colour_of, draw_objects, luminance
-from vr_jax.evaluation.report import (
+from vr_jax.evaluation.pages.page import (
   Example,
   Frame,
   FreeAnswer,

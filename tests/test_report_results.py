@@ -12,7 +12,7 @@ from test_score import RUN, prediction, result_of
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from vr_jax import cli
-from vr_jax.evaluation.report_results import filled, write_reports
+from vr_jax.evaluation.pages.results import filled, write_reports
 from vr_jax.evaluation.results import save
 from vr_jax.evaluation.score import JudgeSettings, score
 from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS

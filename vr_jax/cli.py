@@ -562,7 +562,7 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-  from vr_jax.evaluation.report_results import write_reports
+  from vr_jax.evaluation.pages.results import write_reports
 
   for path in write_reports(
     args.results, args.out, args.data, args.media, args.examples, args.common

@@ -24,9 +24,9 @@ from data_pipes.embedded.make_set import make_set
 from data_pipes.tokenizer import REGION
 from vr_jax.configs import load_config, to_json
 from vr_jax.evaluation.benchmarks.videorefer import read_bench
-from vr_jax.evaluation.gallery import choice_examples, frames_of, spread
 from vr_jax.evaluation.items import Item
-from vr_jax.evaluation.report import (
+from vr_jax.evaluation.pages.gallery import choice_examples, frames_of, spread
+from vr_jax.evaluation.pages.page import (
   FreeAnswer,
   LossCurve,
   ObjectSimilarity,

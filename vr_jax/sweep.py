@@ -37,8 +37,8 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.configs import fault_in, find_config, load_config, load_module, nearest, split_spec
 from vr_jax.evaluation.benchmarks.registry import benchmark
-from vr_jax.evaluation.report import render
-from vr_jax.evaluation.report_results import Line, bar_rows, headline_table
+from vr_jax.evaluation.pages.page import render
+from vr_jax.evaluation.pages.results import Line, bar_rows, headline_table
 from vr_jax.evaluation.results import Result, load, write
 from vr_jax.training.metrics import read_metrics
 

@@ -11,7 +11,7 @@ from data_pipes.masks import segmentation_to_mask
 from data_pipes.video import open_video
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.items import Item
-from vr_jax.evaluation.report import Example, Frame, TextExample
+from vr_jax.evaluation.pages.page import Example, Frame, TextExample
 from vr_jax.evaluation.results import Result
 
 SHOWN_FRAMES = 6

@@ -14,9 +14,9 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark
-from vr_jax.evaluation.gallery import choice_examples, text_examples
+from vr_jax.evaluation.pages.gallery import choice_examples, text_examples
+from vr_jax.evaluation.pages.page import example_cells, render, text_cells
 from vr_jax.evaluation.paper import rows_of
-from vr_jax.evaluation.report import example_cells, render, text_cells
 from vr_jax.evaluation.results import BY_VIDEO, Metric, Result, load, write
 from vr_jax.evaluation.score import (
   Comparison,
