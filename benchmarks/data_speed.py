@@ -25,14 +25,14 @@ import numpy as np
 
 from data_pipes.batch import RowShape, empty_rows, rows_of
 from data_pipes.frame_rules import uniform_frames
+from data_pipes.jobs import run_local
 from data_pipes.loader import make_dataset, prefetched
+from data_pipes.loader_bench import bench
 from data_pipes.masks import encode_mask, mask_from_box, segmentation_to_mask
-from data_pipes.pipeline_bench import bench
 from data_pipes.prepare import Prepare, Settings
 from data_pipes.records import RecordFile
 from data_pipes.samples import RowRules, Samples
 from data_pipes.shards import ShardSet
-from data_pipes.tasks import run_local
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video
 

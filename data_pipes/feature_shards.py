@@ -23,9 +23,9 @@ import numpy as np
 
 from data_pipes.batch import Clip
 from data_pipes.errors import InputError
+from data_pipes.jobs import committed
 from data_pipes.records import Record
 from data_pipes.shards import FRAME_OPTIONS, StoredClip, shard_name
-from data_pipes.tasks import committed
 from data_pipes.video import scene_ids
 
 _RECORDS, _INDEX = "features.array_record", "features.json"

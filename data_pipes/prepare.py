@@ -29,9 +29,9 @@ from data_pipes.check import (
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
+from data_pipes.jobs import Journal, committed
 from data_pipes.records import Record
 from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
-from data_pipes.tasks import Journal, committed
 from data_pipes.video import open_video, scene_ids
 
 SETTINGS = "settings.json"
@@ -95,7 +95,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepare:
-  """The job (data_pipes.tasks.Job) that fills folder `out`."""
+  """The job (data_pipes.jobs.Job) that fills folder `out`."""
 
   out: Path
   settings: Settings

@@ -8,7 +8,7 @@ from PIL import Image
 from test_data_check import BENCH_Q, image_item, item, mask, media, write  # noqa: F401 (media)
 from test_prepare import prepare
 
-from data_pipes import pipeline_bench
+from data_pipes import loader_bench
 from data_pipes.errors import InputError
 from data_pipes.samples import RowRules
 from data_pipes.shards import ShardSet
@@ -121,9 +121,9 @@ def test_bench_names_the_time_of_every_stage(shown, golden):
   sizes = {"image_size": 56, "grid": 4, "tokens_per_object": 4, "scene_tokens": 32}
   shards = ShardSet(shown / "s")
   records = [shards[i] for i in range(len(shards)) if shards[i].turns]
-  result = pipeline_bench.bench(records, tokenizer, sizes, RowRules(), samples=8, batch_size=2)
+  result = loader_bench.bench(records, tokenizer, sizes, RowRules(), samples=8, batch_size=2)
   assert result["samples"] == 2
-  assert set(result["cpu_ms_a_sample"]) == set(pipeline_bench.STAGES)
+  assert set(result["cpu_ms_a_sample"]) == set(loader_bench.STAGES)
   assert all(ms >= 0 for ms in result["cpu_ms_a_sample"].values())
   assert result["encodes_per_unique_frame"] == 1.0
   assert result["frames_a_sample"] > 16
@@ -133,4 +133,4 @@ def test_bench_names_the_time_of_every_stage(shown, golden):
   packing = result["packing"]
   assert (packing["length"], packing["samples"], packing["rows"]) == (8192, 2, 1)
   assert 0 < packing["slots_filled"] < 0.1
-  assert "samples/s/core" in "\n".join(pipeline_bench.table(result))
+  assert "samples/s/core" in "\n".join(loader_bench.table(result))

@@ -158,7 +158,7 @@ WORKER = """
 import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from data_pipes.tasks import die_with_parent
+from data_pipes.jobs import die_with_parent
 if __name__ == "__main__":
   with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as pool:
     print(pool.submit(os.getpid).result(), flush=True)

@@ -25,12 +25,12 @@ from data_pipes import check
 from data_pipes.batch import RowShape
 from data_pipes.check import Checks
 from data_pipes.errors import InputError
+from data_pipes.jobs import Journal, array_commands, run_local
 from data_pipes.loader import Failures, make_dataset, prefetched
 from data_pipes.prepare import Prepare, Settings
 from data_pipes.records import RecordFile
 from data_pipes.samples import RowRules, Samples
 from data_pipes.shards import ShardSet
-from data_pipes.tasks import Journal, array_commands, run_local
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.cli import main
 

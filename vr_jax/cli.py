@@ -392,21 +392,21 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_bench(args: argparse.Namespace) -> int:
-  from data_pipes import pipeline_bench
+  from data_pipes import loader_bench
   from vr_jax.training.videorefer_task import bench_inputs
 
   for file in args.files:
     inputs = bench_inputs(file, args.model, args.tokenizer, args.masks)
-    result = pipeline_bench.bench(
+    result = loader_bench.bench(
       *inputs, media=args.media, samples=args.samples, threads=args.threads
     )
-    lines = [file, *pipeline_bench.table(result)]
+    lines = [file, *loader_bench.table(result)]
     print(json.dumps({"file": file, **result}, indent=2) if args.json else "\n".join(lines))
   return 0
 
 
 def _data_prepare(args: argparse.Namespace) -> int:
-  from data_pipes import prepare, tasks
+  from data_pipes import jobs, prepare
 
   if args.files:
     settings = prepare.Settings(
@@ -426,12 +426,12 @@ def _data_prepare(args: argparse.Namespace) -> int:
     job.run(args.task[0], int(args.task[1]))
     return 0
   if args.runner == "array":
-    print("\n".join(tasks.array_commands(job)))
+    print("\n".join(jobs.array_commands(job)))
     return 0
   if args.runner == "ray":
-    tasks.run_ray(job, args.address, progress=progress)
+    jobs.run_ray(job, args.address, progress=progress)
   else:
-    tasks.run_local(job, args.jobs, progress)
+    jobs.run_local(job, args.jobs, progress)
   manifest = json.loads(job.output("manifest", 0).read_text())
   print(json.dumps(manifest, indent=2) if args.json else prepare.summary(manifest, job.out))
   return 0

@@ -39,7 +39,7 @@ from data_pipes.engine.graph import (
 )
 from data_pipes.engine.store import Store, Task, journal_line, stop_if_full
 from data_pipes.errors import InputError
-from data_pipes.tasks import die_with_parent
+from data_pipes.jobs import die_with_parent
 
 Wanted = tuple[str, int]  # (stage name, shard)
 Line = tuple[bytes, list[str]]
