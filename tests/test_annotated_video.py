@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from data_pipes.drawing import colour_of, shortened
 from data_pipes.video import open_video
 from vr_jax import cli
-from vr_jax.evaluation.overlay import colour_of, shortened
 from vr_jax.inference import annotated_video
 from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import Region

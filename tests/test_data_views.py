@@ -9,14 +9,14 @@ from test_data_check import BENCH_Q, image_item, item, mask, media, write  # noq
 from test_prepare import prepare
 
 from data_pipes import loader_bench
+from data_pipes.drawing import colour_of
 from data_pipes.errors import InputError
 from data_pipes.samples import RowRules
 from data_pipes.shards import ShardSet
+from data_pipes.show import find_item, overlays
 from data_pipes.stats import read_stats
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.cli import main
-from vr_jax.evaluation.overlay import colour_of
-from vr_jax.evaluation.show_item import find_item, overlays
 
 TALK = [{"from": "human", "value": "Good day"}, {"from": "gpt", "value": "To you too."}]
 ITEMS = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from vr_jax.evaluation.overlay import COLOURS, _grown, colour_of, draw_objects, luminance
+from data_pipes.drawing import COLOURS, _grown, colour_of, draw_objects, luminance
 from vr_jax.evaluation.pages.page import (
   Example,
   Frame,

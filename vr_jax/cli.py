@@ -384,7 +384,7 @@ def _data_stats(args: argparse.Namespace) -> int:
 
 
 def _data_show(args: argparse.Namespace) -> int:
-  from vr_jax.evaluation.show_item import find_item, write_item
+  from data_pipes.show import find_item, write_item
 
   record, item = find_item(args.file, args.item)
   print(write_item(args.out, record, item, args.media))

@@ -17,11 +17,11 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipes.drawing import colour_of, draw_objects, luminance, shortened
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.tokenizer import REGION
 from data_pipes.video import open_video
-from vr_jax.evaluation.overlay import colour_of, draw_objects, luminance, shortened
 from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import objects_of
 

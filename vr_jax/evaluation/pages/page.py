@@ -15,9 +15,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from data_pipes.drawing import colour_of, data_uri, draw_objects, luminance
 from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.answers import labelled
-from vr_jax.evaluation.overlay import colour_of, data_uri, draw_objects, luminance
 from vr_jax.evaluation.results import write
 from vr_jax.evaluation.scoring.statistics import Accuracy, Summary
 
