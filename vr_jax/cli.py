@@ -624,14 +624,12 @@ def _config(args: argparse.Namespace) -> None:
     if args.what == "show":
       print(configs.to_json(config))
       continue
-    from vr_jax.training import placement
+    from vr_jax.training import resolve
 
     lines = (
-      placement.shapes(config)
-      if args.what == "shapes"
-      else placement.shardings(config, args.devices)
+      resolve.shapes(config) if args.what == "shapes" else resolve.shardings(config, args.devices)
     )
-    print(json.dumps(lines, indent=2) if args.json else placement.table(lines))
+    print(json.dumps(lines, indent=2) if args.json else resolve.table(lines))
 
 
 def _compile(args: argparse.Namespace) -> int:

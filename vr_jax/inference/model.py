@@ -26,7 +26,7 @@ from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
 from vr_jax.assets import ASSETS, VR_MINI, packaged
-from vr_jax.inference.engine import CHUNK, Engine, Prompt, Sizes
+from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
 from vr_jax.inference.programs import Programs
