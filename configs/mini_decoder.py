@@ -13,7 +13,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """`steps` optimizer steps on the dialogues of `corpus` scenes, from decoder `init` if given."""
   arg = parse_arg(arg, steps=6000, corpus=32_000, batch=16, lr=2e-3, init="")
   config = base_config().unlock()
-  config.task = "vr_jax.training.pretrain_decoder:decoder_task"
+  config.task = "vr_jax.mini.pretrain_decoder:decoder_task"
   config.model_name = "vr-mini"
   config.tokenizer = str(VR_MINI)
   if arg.init:

@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """`steps` optimizer steps on the pictures of `crowds` videos, from the tower `init` if given."""
   arg = parse_arg(arg, steps=6000, crowds=500, lr=2e-3, init="")
   config = base_config().unlock()
-  config.task = "vr_jax.training.pretrain_tower:tower_task"
+  config.task = "vr_jax.mini.pretrain_tower:tower_task"
   config.model_name = "vr-mini"
   if arg.init:
     config.model_init = (("img", arg.init),)

@@ -8,9 +8,7 @@ from data_pipes.embedded.states import STATE, thing_states
 from data_pipes.prompts import IGNORE, MEDIA_IDS
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
-from vr_jax.models.connector import scene_token_count
-from vr_jax.models.variants import get_variant
-from vr_jax.training.pretrain_decoder import (
+from vr_jax.mini.pretrain_decoder import (
   SEEN,
   SIDE,
   TIMES,
@@ -18,6 +16,8 @@ from vr_jax.training.pretrain_decoder import (
   lay_out,
   scene_states,
 )
+from vr_jax.models.connector import scene_token_count
+from vr_jax.models.variants import get_variant
 
 LENGTH = 240
 

@@ -462,7 +462,7 @@ def _quickstart(args: argparse.Namespace) -> int | None:
     command += ["--json"] if args.json else []
     return subprocess.call(command, env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
   logging.basicConfig(format="%(message)s")
-  from vr_jax import quickstart
+  from vr_jax.mini import quickstart
 
   # With --json the results alone go to stdout.
   with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
