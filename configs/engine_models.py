@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "device": arg.device,
     },
     "annotator": sees,
-    "describer": sees,  # or {"kind": "python", "target": "vr_jax.engine:VideoReferAgent", …}
+    "describer": sees,  # or {"kind": "python", "target": "vr_jax.agent:VideoReferAgent", …}
     "judge": reads,
     "refiner": reads,
   }

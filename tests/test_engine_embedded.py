@@ -31,7 +31,7 @@ from data_pipes.masks import segmentation_to_mask
 from data_pipes.records import RecordFile
 from data_pipes.video import open_video
 from vr_jax import cli
-from vr_jax.engine import VideoReferAgent
+from vr_jax.agent import VideoReferAgent
 
 SEEDS = (0, 4, 7)
 CONTEXT = Context(lambda: None, "", "en")
@@ -275,7 +275,7 @@ def test_our_own_model_describes_objects(tmp_path):
   write_video(tmp_path / "0.mp4", render(make_scene(0))[0])
   item = {"video": "0.mp4", "caption": scene_caption(make_scene(0))}
   (tmp_path / "captions.json").write_text(json.dumps([item]))
-  agent = {"kind": "python", "target": "vr_jax.engine:VideoReferAgent"}
+  agent = {"kind": "python", "target": "vr_jax.agent:VideoReferAgent"}
   c = config(tmp_path, shards=1).unlock()
   c.roles = {**c.roles, "annotator": agent, "describer": agent}
   summary = command.run(c, tmp_path / "w")

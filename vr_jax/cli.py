@@ -602,7 +602,7 @@ def _parity(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace) -> int:
-  from vr_jax.engine import engine
+  from vr_jax.agent import engine
 
   return engine(args)
 

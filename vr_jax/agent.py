@@ -123,7 +123,7 @@ _STEPS = {
 class VideoReferAgent:
   """A VideoRefer model as Annotator, region describer or judge.
 
-  In an engine config: {"kind": "python", "target": "vr_jax.engine:VideoReferAgent",
+  In an engine config: {"kind": "python", "target": "vr_jax.agent:VideoReferAgent",
   "checkpoint": folder}; without a checkpoint the packaged vr-mini, which knows its own little world
   only.
   """
