@@ -24,8 +24,9 @@ from vr_jax.inference.generate import bucket
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.variants import prefill_flops, training_flops
 from vr_jax.models.videorefer import VideoRefer, init_params
+from vr_jax.params import merge
 from vr_jax.training.loss import model_loss
-from vr_jax.training.schedule import merge, split_by_table
+from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import model_config
 from vr_jax.training.videorefer_task import trained_parts
 

@@ -16,8 +16,9 @@ from vr_jax.models.region import RegionConfig
 from vr_jax.models.siglip import SiglipConfig
 from vr_jax.models.variants import connector_flops, decoder_flops, tower_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
+from vr_jax.params import merge
 from vr_jax.training.loss import model_loss
-from vr_jax.training.schedule import make_optimizer, merge, split_by_table
+from vr_jax.training.schedule import make_optimizer, split_by_table
 from vr_jax.training.step import TrainState, make_step, micro_batches
 from vr_jax.training.videorefer_task import FRAME_CUTS, in_order_of_frames, trained_parts
 

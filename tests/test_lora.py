@@ -36,12 +36,13 @@ from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import Decoder, is_factor, is_quantized
 from vr_jax.models.variants import adapter_parameters, decoder_flops
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
-from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh, path_names
+from vr_jax.params import merge, path_names
+from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh
 from vr_jax.training import loop
 from vr_jax.training.loop import state_target, train
 from vr_jax.training.loss import model_loss
 from vr_jax.training.metrics import read_metrics
-from vr_jax.training.schedule import make_optimizer, merge, split_by_table
+from vr_jax.training.schedule import make_optimizer, split_by_table
 from vr_jax.training.start import model_config, starting_params
 from vr_jax.training.step import TrainState
 from vr_jax.training.videorefer_task import trained_parts

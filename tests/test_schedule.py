@@ -7,7 +7,8 @@ import pytest
 
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config
-from vr_jax.training.schedule import make_optimizer, merge, split_by_table
+from vr_jax.params import merge
+from vr_jax.training.schedule import make_optimizer, split_by_table
 
 
 def params():

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.training.schedule import Params, sub_tree
+from vr_jax.params import Params, sub_tree
 from vr_jax.training.step import TrainState
 
 # Orbax warns of a file that items inside a step's folder never have.

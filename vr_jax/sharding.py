@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from data_pipes.errors import InputError
+from vr_jax.params import path_names
 
 Rule = TypeVar("Rule")
 # Names of activation axes and the mesh axes they are split over; hashable, so that a jitted
@@ -120,13 +121,6 @@ def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | N
   else:
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
-
-
-def path_names(tree: Any) -> Any:
-  """The tree with each leaf replaced by its path, keys joined by "/" (`llm/layers/attn/…`)."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
-  )
 
 
 # --- Parameters -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import fuse, quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
-from vr_jax.sharding import path_names
+from vr_jax.params import path_names
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 MODELS = (

@@ -17,7 +17,8 @@ from data_pipes.errors import InputError
 from vr_jax.inference.generate import Decoding
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.decoder import DecoderConfig, KVCache
-from vr_jax.sharding import make_mesh, path_names
+from vr_jax.params import path_names
+from vr_jax.sharding import make_mesh
 
 AXES = ("data", "tensor")
 # The dim of a fused decoder's weights that is split over `tensor`. Where it does not divide it the

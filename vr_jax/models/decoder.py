@@ -38,8 +38,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from data_pipes.errors import InputError
 from vr_jax.attention import Causal, attention
+from vr_jax.params import path_names
 from vr_jax.remat import remat
-from vr_jax.sharding import ActivationRules, path_names, shard_act
+from vr_jax.sharding import ActivationRules, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 

@@ -27,7 +27,7 @@ from data_pipes.samples import RowRules
 from data_pipes.shards import ShardSet, StoredClip
 from data_pipes.video import read_scene
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
-from vr_jax.training.schedule import Params
+from vr_jax.params import Params
 
 _REGION = -1  # stands for <region>: no text is embedded here
 _SAMPLES_700K = 700_000  # of VideoRefer-700K

@@ -32,11 +32,12 @@ from vr_jax.checkpoint import Checkpoints, export, make_meta
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
 from vr_jax.hardware import chip_of
 from vr_jax.models.decoder import is_quantized, quantized
-from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings, path_names
+from vr_jax.params import Params, merge, path_names, sub_tree
+from vr_jax.sharding import batch_sharding, check_rules, make_mesh, param_shardings
 from vr_jax.training.heartbeat import Heartbeat
 from vr_jax.training.metrics import Ledger, MetricsWriter, Profiler, Progress, resident_gb
 from vr_jax.training.processes import agree
-from vr_jax.training.schedule import Optimizer, Params, count_steps, make_optimizer, merge, sub_tree
+from vr_jax.training.schedule import Optimizer, count_steps, make_optimizer
 from vr_jax.training.step import Metrics, TrainState, check_metrics, make_step, micro_batches
 from vr_jax.training.task import Rows, Task, make_task
 

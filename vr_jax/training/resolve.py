@@ -1,15 +1,15 @@
 """What a config allocates and where, resolved without running it: `vr config shapes|shardings`."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from vr_jax.models.videorefer import init_params
-from vr_jax.sharding import mesh_sizes, param_shardings, path_names
-from vr_jax.training.schedule import Params, split_by_table
+from vr_jax.params import Params, by_path
+from vr_jax.sharding import mesh_sizes, param_shardings
+from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import model_config
 
 
@@ -25,9 +25,9 @@ def shapes(config: ConfigDict) -> dict[str, str]:
   trained, frozen = split_by_table(params, config.schedule)
   lines = {}
   for tree, dtype, word in ((trained, None, "trained"), (frozen, config.frozen_dtype, "frozen")):
-    for path, leaf in _by_path(tree).items():
+    for path, leaf in by_path(tree).items():
       lines[path] = f"{dtype or leaf.dtype.name}{list(leaf.shape)} {word}"
-  return {path: lines[path] for path in _by_path(params)}
+  return {path: lines[path] for path in by_path(params)}
 
 
 def shardings(config: ConfigDict, devices: int | None = None) -> dict[str, str]:
@@ -40,7 +40,7 @@ def shardings(config: ConfigDict, devices: int | None = None) -> dict[str, str]:
   names, sizes = mesh_sizes(config.mesh, count)
   mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
   placed = param_shardings(param_shapes(config), mesh, config.sharding_strategy)
-  return {path: spec_text(sharding.spec) for path, sharding in _by_path(placed).items()}
+  return {path: spec_text(sharding.spec) for path, sharding in by_path(placed).items()}
 
 
 def spec_text(spec: jax.P) -> str:
@@ -53,7 +53,3 @@ def table(lines: Mapping[str, str]) -> str:
   """Two columns."""
   width = max(map(len, lines))
   return "\n".join(f"{path:{width}}  {text}" for path, text in lines.items())
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  return dict(zip(jax.tree.leaves(path_names(tree)), jax.tree.leaves(tree), strict=True))

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.configs import check_keys
+from vr_jax.params import Params, by_path
 from vr_jax.sharding import match_table
 
-Params = dict[str, Any]
 ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
 # What the published trainer decays: all but biases and the scales of layer norms (those of RMS
 # norms decay). Source: transformers 4.40 Trainer.get_decay_parameter_names.
@@ -67,22 +67,6 @@ def split_by_table(params: Params, table: ScheduleTable) -> tuple[Params, Params
   return _pick(params, trained, True), _pick(params, trained, False)
 
 
-def merge(a: Params, b: Params) -> Params:
-  """The union of two nested dicts without a common leaf."""
-  out = dict(a)
-  for key, value in b.items():
-    out[key] = merge(a[key], value) if key in a else value
-  return out
-
-
-def sub_tree(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
-  """The leaves of a nested dict at the places where `like` has leaves."""
-  return {
-    key: sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
-    for key, value in like.items()
-  }
-
-
 def make_optimizer(
   config: ConfigDict, params: Params, *, total_steps: int, data_size: int = 0
 ) -> Optimizer:
@@ -116,7 +100,7 @@ def make_optimizer(
       schedules[index] = (pattern, _learning_rate(lr, warmup or 0, total_steps, options, where))
 
   # By path, because the trained parameters are a sub-tree.
-  group_of, decay_of = _by_path(rules), _by_path(match_table(params, config.wd_mults, "wd_mults"))
+  group_of, decay_of = by_path(rules), by_path(match_table(params, config.wd_mults, "wd_mults"))
   adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
 
   def lrs(step):
@@ -233,7 +217,3 @@ def _pick(params: Mapping[str, Any], trained: Params, wanted: bool) -> Params:
 
 def _key(path: tuple) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _by_path(tree: Params) -> dict[str, Any]:
-  return {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -36,7 +36,7 @@ from vr_jax.interop.table import Joined, Part, arrays
 from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
-from vr_jax.training.schedule import Params
+from vr_jax.params import Params
 
 PARTS = ("img", "connector", "region", "llm")
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Int
 
 from data_pipes.errors import InputError
 from vr_jax.models.decoder import quantized
-from vr_jax.sharding import path_names
+from vr_jax.params import Params, merge, path_names
 from vr_jax.training.loss import LossSums
-from vr_jax.training.schedule import Optimizer, Params, ScheduleTable, merge, split_by_table
+from vr_jax.training.schedule import Optimizer, ScheduleTable, split_by_table
 
 Metrics = dict[str, Array]
 

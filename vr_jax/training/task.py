@@ -10,8 +10,8 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from vr_jax.params import Params
 from vr_jax.training.loss import LossSums
-from vr_jax.training.schedule import Params
 from vr_jax.training.step import Cuts
 
 Rows = Mapping[str, np.ndarray]

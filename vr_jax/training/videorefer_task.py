@@ -48,10 +48,10 @@ from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import is_factor
 from vr_jax.models.variants import get_variant, training_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
-from vr_jax.sharding import path_names
+from vr_jax.params import Params, path_names
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
-from vr_jax.training.schedule import Params, split_by_table
+from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.step import Cuts
 from vr_jax.training.task import Rows, Task
