@@ -18,7 +18,8 @@ from vr_jax.checkpoint import (
   make_meta,
 )
 from vr_jax.configs import base_config
-from vr_jax.sharding import make_mesh, param_shardings
+from vr_jax.params import param_shardings
+from vr_jax.sharding import make_mesh
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.step import TrainState, make_step, micro_batches

@@ -16,6 +16,7 @@ from vr_jax.models import decoder
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.region import RegionConfig, RegionEncoder
 from vr_jax.models.videorefer import VideoRefer
+from vr_jax.params import param_shardings
 from vr_jax.sharding import (
   FSDP_RULES,
   FSDP_STRATEGY,
@@ -24,7 +25,6 @@ from vr_jax.sharding import (
   TENSOR_STRATEGY,
   batch_sharding,
   make_mesh,
-  param_shardings,
 )
 from vr_jax.training.loss import model_loss
 

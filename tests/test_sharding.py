@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from data_pipes.errors import InputError
+from vr_jax.params import match_table, param_shardings
 from vr_jax.sharding import (
   FSDP_RULES,
   TENSOR_RULES,
@@ -14,8 +15,6 @@ from vr_jax.sharding import (
   batch_sharding,
   check_rules,
   make_mesh,
-  match_table,
-  param_shardings,
   shard_act,
 )
 

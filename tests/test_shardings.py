@@ -15,8 +15,8 @@ from vr_jax.cli import main
 from vr_jax.configs import load_config
 from vr_jax.models.variants import VARIANTS, get_variant
 from vr_jax.models.videorefer import init_params
-from vr_jax.params import path_names
-from vr_jax.sharding import FSDP_STRATEGY, TENSOR_STRATEGY, param_shardings
+from vr_jax.params import param_shardings, path_names
+from vr_jax.sharding import FSDP_STRATEGY, TENSOR_STRATEGY
 from vr_jax.training.resolve import shapes, spec_text
 
 GOLDEN = Path(__file__).parent / "golden_shardings"

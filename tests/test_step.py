@@ -7,7 +7,8 @@ from toy import ToyModel, init_params, make_rows
 
 from data_pipes.errors import InputError
 from vr_jax.configs import base_config
-from vr_jax.sharding import batch_sharding, make_mesh, param_shardings
+from vr_jax.params import param_shardings
+from vr_jax.sharding import batch_sharding, make_mesh
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.step import TrainState, check_metrics, make_step, micro_batches

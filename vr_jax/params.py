@@ -1,11 +1,22 @@
-"""Parameter trees: nested dicts of arrays, whose leaves are known by their paths."""
+"""Parameter trees: nested dicts of arrays, the paths of their leaves, tables of rules over paths.
 
-from collections.abc import Mapping
-from typing import Any
+Tables are ordered `(path regex, rule)` pairs: the first match wins, and a table must be total
+(every parameter covered) and tight (every rule used).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data_pipes.errors import InputError
+from vr_jax.sharding import tactic
 
 Params = dict[str, Any]
+Rule = TypeVar("Rule")
 
 
 def path_names(tree: Any) -> Any:
@@ -34,3 +45,68 @@ def sub_tree(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
     key: sub_tree(tree[key], value) if isinstance(value, Mapping) else tree[key]
     for key, value in like.items()
   }
+
+
+def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any:
+  """The tree with each leaf replaced by the rule of the first regex that matches its whole path.
+
+  Args:
+    tree: parameters, or their shapes.
+    table: ordered `(regex, rule)`.
+    field: the config's name for the table, used in errors.
+
+  Raises:
+    InputError: a path that nothing matches, a rule that no path uses, a broken regex.
+  """
+  table = list(table)
+  used: set[int] = set()
+  try:
+    patterns = [re.compile(pattern) for pattern, _ in table]
+  except (re.error, TypeError, ValueError) as error:
+    raise InputError(f"config.{field}: {error}") from error
+
+  def rule_of(path: str) -> int:
+    for index, pattern in enumerate(patterns):
+      if pattern.fullmatch(path):
+        used.add(index)
+        return index
+    raise InputError(
+      f"config.{field}: no rule covers parameter {path!r}; end the table with ('.*', …)"
+    )
+
+  indices = jax.tree.map(rule_of, path_names(tree))
+  for index, (pattern, _) in enumerate(table):
+    if index not in used:
+      raise InputError(
+        f"config.{field}: rule {pattern!r} matches no parameter that an earlier rule left; "
+        "remove or correct it"
+      )
+  return jax.tree.map(lambda index: table[index][1], indices)
+
+
+def param_shardings(
+  shapes: Any, mesh: Mesh | AbstractMesh, strategy: Iterable[tuple[str, str]]
+) -> Any:
+  """Places parameters by an ordered table; the tree of `shapes` with a NamedSharding per leaf.
+
+  A rule is one of, or several joined by `|` (each acts on the dims that are still free):
+    `replicate`
+    `fsdp(axis='fsdp', min_size_to_shard_mb=4)`: the largest dim that the axis divides, of arrays
+      of at least that size; smaller ones, and those it divides nowhere, stay whole
+    `shard_dim(axis='tensor', dim=-1, required=True)`: that dim; the axis must divide it, or with
+      required=False it stays whole
+
+  `axis` may be a tuple of mesh axes; `fsdp` leaves out the last ones where all divide nothing.
+
+  Raises:
+    InputError: a table that is not total and tight, an unknown rule, a dim that is not divisible.
+  """
+  rules = match_table(shapes, strategy, "sharding_strategy")
+
+  def place(path: str, leaf: Any, rule: str) -> NamedSharding:
+    spec: list[Any] = [None] * len(leaf.shape)
+    for part in rule.split("|"):
+      tactic(part)(spec, path, leaf, mesh)
+    return NamedSharding(mesh, P(*spec))
+
+  return jax.tree.map(place, path_names(shapes), shapes, rules)

@@ -1,15 +1,13 @@
-"""Where arrays live: the mesh, the table that places parameters, the names that place activations.
+"""Where arrays live: the mesh, the tactics that place parameters, the names that place activations.
 
 Meshes are made here and have Auto axes (Linen does not work under Explicit ones); run under
-`jax.set_mesh(mesh)`. Tables are ordered `(path regex, …)` pairs: the first match wins, and a table
-must be total (every parameter covered) and tight (every rule used).
+`jax.set_mesh(mesh)`. `vr_jax.params.param_shardings` lays the tactics over parameters.
 """
 
 import ast
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from data_pipes.errors import InputError
-from vr_jax.params import path_names
 
-Rule = TypeVar("Rule")
 # Names of activation axes and the mesh axes they are split over; hashable, so that a jitted
 # function can take it as a static field. () switches the constraints off.
 ActivationRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -123,74 +119,6 @@ def make_mesh(axes: Iterable[tuple[str, int]], devices: Sequence[jax.Device] | N
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-# --- Parameters -------------------------------------------------------------------------------
-
-
-def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any:
-  """The tree with each leaf replaced by the rule of the first regex that matches its whole path.
-
-  Args:
-    tree: parameters, or their shapes.
-    table: ordered `(regex, rule)`.
-    field: the config's name for the table, used in errors.
-
-  Raises:
-    InputError: a path that nothing matches, a rule that no path uses, a broken regex.
-  """
-  table = list(table)
-  used: set[int] = set()
-  try:
-    patterns = [re.compile(pattern) for pattern, _ in table]
-  except (re.error, TypeError, ValueError) as error:
-    raise InputError(f"config.{field}: {error}") from error
-
-  def rule_of(path: str) -> int:
-    for index, pattern in enumerate(patterns):
-      if pattern.fullmatch(path):
-        used.add(index)
-        return index
-    raise InputError(
-      f"config.{field}: no rule covers parameter {path!r}; end the table with ('.*', …)"
-    )
-
-  indices = jax.tree.map(rule_of, path_names(tree))
-  for index, (pattern, _) in enumerate(table):
-    if index not in used:
-      raise InputError(
-        f"config.{field}: rule {pattern!r} matches no parameter that an earlier rule left; "
-        "remove or correct it"
-      )
-  return jax.tree.map(lambda index: table[index][1], indices)
-
-
-def param_shardings(
-  shapes: Any, mesh: Mesh | AbstractMesh, strategy: Iterable[tuple[str, str]]
-) -> Any:
-  """Places parameters by an ordered table; the tree of `shapes` with a NamedSharding per leaf.
-
-  A rule is one of, or several joined by `|` (each acts on the dims that are still free):
-    `replicate`
-    `fsdp(axis='fsdp', min_size_to_shard_mb=4)`: the largest dim that the axis divides, of arrays
-      of at least that size; smaller ones, and those it divides nowhere, stay whole
-    `shard_dim(axis='tensor', dim=-1, required=True)`: that dim; the axis must divide it, or with
-      required=False it stays whole
-
-  `axis` may be a tuple of mesh axes; `fsdp` leaves out the last ones where all divide nothing.
-
-  Raises:
-    InputError: a table that is not total and tight, an unknown rule, a dim that is not divisible.
-  """
-  rules = match_table(shapes, strategy, "sharding_strategy")
-
-  def place(path: str, leaf: Any, rule: str) -> NamedSharding:
-    spec: list[Any] = [None] * len(leaf.shape)
-    for part in rule.split("|"):
-      _tactic(part)(spec, path, leaf, mesh)
-    return NamedSharding(mesh, P(*spec))
-
-  return jax.tree.map(place, path_names(shapes), shapes, rules)
-
-
 # --- Activations ------------------------------------------------------------------------------
 
 
@@ -270,7 +198,7 @@ def _lookup(rules: ActivationRules, name: str, mesh_axes: Sequence[str] | None =
 Tactic = Callable[[list[Any], str, Any, Mesh], None]
 
 
-def _tactic(text: str) -> Tactic:
+def tactic(text: str) -> Tactic:
   """The function of one rule: it enters mesh axes in a partition spec, in place."""
   try:
     node = ast.parse(text.strip(), mode="eval").body

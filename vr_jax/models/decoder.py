@@ -38,7 +38,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from data_pipes.errors import InputError
 from vr_jax.attention import Causal, attention
-from vr_jax.params import path_names
 from vr_jax.remat import remat
 from vr_jax.sharding import ActivationRules, shard_act
 
@@ -708,4 +707,8 @@ def is_quantized(leaf: Any) -> bool:
 
 def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
   """The decoder's parameters with the matrices of its layers in int8; see `quantized`."""
-  return jax.tree.map(lambda path, w: quantized(path, jnp.asarray(w)), path_names(params), params)
+
+  def of_leaf(path, w):
+    return quantized(jax.tree_util.keystr(path, simple=True, separator="/"), jnp.asarray(w))
+
+  return jax.tree_util.tree_map_with_path(of_leaf, params)

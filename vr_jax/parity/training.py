@@ -16,9 +16,9 @@ from data_pipes.samples import RowRules, Samples, record_needs
 from vr_jax.configs import base_config
 from vr_jax.interop.videorefer import to_published
 from vr_jax.models.connector import scene_token_count
+from vr_jax.params import match_table
 from vr_jax.parity.forward import Published, training_rows
 from vr_jax.parity.golden import FAIL, PASS, REFUSED, Case, CaseResult, Golden
-from vr_jax.sharding import match_table
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import (
   PUBLISHED_WD_MULTS,

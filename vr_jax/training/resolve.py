@@ -7,8 +7,8 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from vr_jax.models.videorefer import init_params
-from vr_jax.params import Params, by_path
-from vr_jax.sharding import mesh_sizes, param_shardings
+from vr_jax.params import Params, by_path, param_shardings
+from vr_jax.sharding import mesh_sizes
 from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import model_config
 

@@ -20,8 +20,7 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.configs import check_keys
-from vr_jax.params import Params, by_path
-from vr_jax.sharding import match_table
+from vr_jax.params import Params, by_path, match_table
 
 ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
 # What the published trainer decays: all but biases and the scales of layer norms (those of RMS
