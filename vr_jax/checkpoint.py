@@ -12,13 +12,14 @@ besides.
 
 import base64
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from jax.experimental import multihost_utils
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
+from vr_jax.assets import ASSETS
 from vr_jax.params import Params, sub_tree
 from vr_jax.training.step import TrainState
 
@@ -200,6 +202,33 @@ class Checkpoints:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def sha256_of(paths: Sequence[Path]) -> str:
+  """Hash of the contents of files, one after another."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(path, "rb") as file:
+      while block := file.read(1 << 22):
+        digest.update(block)
+  return digest.hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+  """Hash of the names and contents of all files below a folder, the same wherever it lies."""
+  digest = hashlib.sha256()
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of([path])}\n".encode())
+  return digest.hexdigest()
+
+
+def checkpoint_sha256(checkpoint: Path | str | None) -> str | None:
+  """Hash of the checkpoint that a model was loaded from (None: the packaged vr-mini)."""
+  name = str(checkpoint or "vr-mini")
+  path = Path(name) if Path(name).exists() else ASSETS / name
+  if is_checkpoint(path):
+    path = find_checkpoint(path)
+  return sha256_of_folder(path) if path.is_dir() else None
 
 
 def make_meta(

@@ -1,48 +1,16 @@
 """What a result rests on: hashes, versions, the machine."""
 
-import hashlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vr_jax.checkpoint import checkpoint_sha256
+
 if TYPE_CHECKING:
   from vr_jax.inference.model import Model
-
-_BLOCK = 1 << 22
-
-
-def sha256_of(paths: Sequence[Path]) -> str:
-  """Hash of the contents of files, one after another."""
-  digest = hashlib.sha256()
-  for path in paths:
-    with open(path, "rb") as file:
-      while block := file.read(_BLOCK):
-        digest.update(block)
-  return digest.hexdigest()
-
-
-def sha256_of_folder(folder: Path) -> str:
-  """Hash of the names and contents of all files below a folder, the same wherever it lies."""
-  digest = hashlib.sha256()
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of([path])}\n".encode())
-  return digest.hexdigest()
-
-
-def checkpoint_sha256(checkpoint: Path | str | None) -> str | None:
-  """Hash of the checkpoint that a model was loaded from (None: the packaged vr-mini)."""
-  from vr_jax.checkpoint import find_checkpoint, is_checkpoint
-  from vr_jax.inference.model import ASSETS
-
-  name = str(checkpoint or "vr-mini")
-  path = Path(name) if Path(name).exists() else ASSETS / name
-  if is_checkpoint(path):
-    path = find_checkpoint(path)
-  return sha256_of_folder(path) if path.is_dir() else None
 
 
 def model_facts(model: "Model", checkpoint: Path | str | None) -> dict[str, Any]:

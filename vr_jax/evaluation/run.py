@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import sha256_of
 from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark, read
 from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
-from vr_jax.evaluation.provenance import code_version, environment, model_facts, sha256_of
+from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
 from vr_jax.inference.model import Answer, Model
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.provenance import checkpoint_sha256
+from vr_jax.checkpoint import checkpoint_sha256
 from vr_jax.inference.model import Model, Options, Request
 from vr_jax.inference.regions import Region, parse_regions
 
