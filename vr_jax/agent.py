@@ -183,7 +183,7 @@ _loading = threading.Lock()
 @functools.cache
 def _load(checkpoint: str | None) -> tuple[Any, threading.Lock]:
   """A model and whose turn it is: all roles of a process share one."""
-  from vr_jax.inference.model import load
+  from vr_jax.loading import load
 
   return load(checkpoint), threading.Lock()
 

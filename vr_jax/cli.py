@@ -356,7 +356,7 @@ def _data(args: argparse.Namespace) -> int:
 def _data_features(args: argparse.Namespace) -> int:
   from data_pipes.shards import ShardSet
   from vr_jax.configs import base_config, load_config
-  from vr_jax.inference.model import load
+  from vr_jax.loading import load
   from vr_jax.training.feature_cache import frame_cache_size, make_cache, make_frame_cache
   from vr_jax.training.videorefer_task import row_rules
 
@@ -524,8 +524,8 @@ def _ask(args: argparse.Namespace) -> int | None:
 
 
 def _load(args: argparse.Namespace):
-  from vr_jax.inference.model import load
   from vr_jax.inference.placement import parse_mesh
+  from vr_jax.loading import load
   from vr_jax.program_cache import keep_on_disk
 
   keep_on_disk()

@@ -11,7 +11,8 @@ from loguru import logger
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import REGION
-from vr_jax.inference.model import Request, load
+from vr_jax.inference.model import Request
+from vr_jax.loading import load
 
 
 class VRJax(lmms):

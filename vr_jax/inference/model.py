@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
-from vr_jax.assets import ASSETS, VR_MINI, packaged
 from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
@@ -38,10 +36,6 @@ from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import path_names
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-MODELS = (
-  "a work directory or checkpoint of vr train, a folder of the published VideoRefer or of "
-  "vr convert --to torch, or a packaged model"
-)
 TOGETHER = 32  # questions about one video that are read and encoded together
 READERS = min(8, os.cpu_count() or 1)  # threads that decode videos ahead
 
@@ -597,45 +591,3 @@ def _for_inference(
   others = {name: tree for name, tree in params.items() if name != "llm"}
   ready = jax.tree.map(cast, path_names(others), others)
   return dataclasses.replace(cfg, **parts), placement.put(ready | {"llm": llm})
-
-
-def load(source: str | Path | None = None, **options: Any) -> Model:
-  """Loads a model.
-
-  Args:
-    source: any weights that hold a whole model and its tokenizer (`interop.sources.open_source`): a
-      work directory of `vr train` or one of its checkpoints, a folder of the published VideoRefer
-      or of `vr convert --to torch`; or the name of a packaged model. None is the packaged
-      `vr-mini`.
-    **options: weights, mesh and memory_limit of `Model`.
-
-  Raises:
-    InputError: nothing there that is a model, parts of one alone, or no tokenizer.
-  """
-  from vr_jax import checkpoint
-  from vr_jax.interop.sources import open_source
-  from vr_jax.interop.table import arrays, nested
-
-  name = VR_MINI.name if source is None else str(source)
-  path = Path(name)
-  notice = ""
-  if not path.exists() and name in packaged():
-    path = ASSETS / name
-    notice = (
-      f"{name} is a demonstration model, trained on small synthetic videos of moving shapes; "
-      "its answers about other videos mean nothing"
-    )
-  if not path.exists():
-    raise InputError(
-      f"checkpoint {name!r}: no such folder; accepted: {MODELS} ({', '.join(packaged())})"
-    )
-  opened = open_source(path)
-  cfg = opened.model_config()
-  if not opened.tokenizer_files:
-    raise InputError(f"{path}: {opened.kind} without tokenizer files; accepted: {MODELS}")
-  if isinstance(opened.params, checkpoint.StoredParams):  # which Orbax reads side by side
-    params = checkpoint.load_for_inference(path).params
-  else:
-    params = nested(arrays(opened.params))
-  tokenizer = checkpoint.make_tokenizer(opened.tokenizer_files)
-  return Model(cfg, params, tokenizer, opened.generation, notice, **options)

@@ -17,9 +17,10 @@ from data_pipes.tokenizer import Tokenizer
 from vr_jax.evaluation.benchmarks.videorefer import published_record, read_bench
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.inference import generate
-from vr_jax.inference.model import Answer, Model, load
+from vr_jax.inference.model import Answer, Model
 from vr_jax.inference.sampling import Sampling, penalize
 from vr_jax.interop import videorefer
+from vr_jax.loading import load
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
