@@ -9,17 +9,11 @@ import pytest
 from toy import ToyModel, init_params, make_rows
 
 from data_pipes.errors import InputError
-from vr_jax.checkpoint import (
-  Checkpoints,
-  export,
-  find_checkpoint,
-  load_for_inference,
-  load_params,
-  make_meta,
-)
+from vr_jax.checkpoint import export, find_checkpoint, load_for_inference, load_params, make_meta
 from vr_jax.configs import base_config
 from vr_jax.params import param_shardings
 from vr_jax.sharding import make_mesh
+from vr_jax.training.checkpoints import Checkpoints
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.step import TrainState, make_step, micro_batches

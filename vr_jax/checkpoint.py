@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on, and what an answer needs; the only file with orbax.
+"""Checkpoints: what a run needs to go on, and what an answer needs: read and written with Orbax.
 
     W/checkpoints/<step>/state    step, optimizer moments
                          params   the whole parameter tree, alone of use for inference
@@ -11,7 +11,6 @@ besides.
 """
 
 import base64
-import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -19,7 +18,7 @@ import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,20 +27,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.experimental import multihost_utils
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import ASSETS
-from vr_jax.params import Params, sub_tree
-from vr_jax.training.step import TrainState
+from vr_jax.params import Params
 
 # Orbax warns of a file that items inside a step's folder never have.
 logging.getLogger("absl").addFilter(
   lambda record: "Metadata file does not exist" not in record.getMessage()
 )
 
-ITEMS = ("state", "params", "data", "meta")
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer.model",
@@ -52,16 +48,6 @@ TOKENIZER_FILES = (
   "merges.txt",
   "chat_template.jinja",
   "chat_template.json",
-)
-
-
-log = logging.getLogger(__name__)
-_STORAGE = (
-  "No space left on device",
-  "Disk quota exceeded",
-  "File too large",
-  "Read-only file system",
-  "Permission denied",
 )
 
 
@@ -82,126 +68,6 @@ class Inference(NamedTuple):
   tokenizer_files: dict[str, bytes]
   generation: dict[str, Any]
   config: dict[str, Any]
-
-
-class Checkpoints:
-  """The checkpoints of one run. Saving is asynchronous; `close` waits for it.
-
-  A save first copies the arrays to the host, so the state may be donated to the next step.
-  """
-
-  def __init__(self, folder: Path | str, *, keep: int = 1, keep_every: int | None = None):
-    """`keep` newest ones stay, and those whose step is a multiple of `keep_every`."""
-    self.folder = Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      keep_period=keep_every,
-      cleanup_tmp_directories=True,  # what a killed save left behind
-      enable_async_checkpointing=True,
-    )
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
-
-  def latest_step(self) -> int | None:
-    """The newest complete checkpoint, None if there is none."""
-    return self._manager.latest_step()
-
-  def save(self, state: TrainState, position: int, meta: Mapping[str, Any]) -> None:
-    """Starts to save the state; nothing happens if its step is saved already.
-
-    Raises InputError where the disk is full or refuses, for the save before this one too.
-
-    Args:
-      position: global batches used so far.
-      meta: JSON, see `make_meta`.
-    """
-    step = int(state.step)
-    if step == self.latest_step():
-      return
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-      params=ocp.args.StandardSave(state.params()),
-      data=ocp.args.JsonSave({"next_index": position}),
-      meta=ocp.args.JsonSave(dict(meta)),
-    )
-    with self._storage():
-      self._manager.save(step, args=args)
-
-  def restore_latest(self, target: TrainState) -> tuple[TrainState, int] | None:
-    """The newest checkpoint that can be read, see `restore`; None if there is none at all.
-
-    A damaged one is named in the log and set aside under another name, so that its step can be
-    saved again.
-
-    Raises:
-      InputError: one that does not fit the target, or the only one is damaged.
-    """
-    while (step := self.latest_step()) is not None:
-      try:
-        return self.restore(step, target)
-      except Damaged as error:
-        if len(self._manager.all_steps()) == 1:
-          raise InputError(f"{error}; there is no older one") from error
-        aside = self.folder / f"damaged-{step}"
-        log.warning("%s; set aside as %s, going back to the one before", error, aside.name)
-      if jax.process_index() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"set aside {step}")
-      self._manager.reload()
-    return None
-
-  def restore(self, step: int, target: TrainState) -> tuple[TrainState, int]:
-    """The state and the data position of a step.
-
-    Args:
-      target: a state of `jax.ShapeDtypeStruct`s with shardings; those of another mesh than the one
-        that saved are fine.
-
-    Raises:
-      InputError: the checkpoint has another tree, shape or dtype, or is damaged.
-    """
-    path = self.folder / str(step)
-    items = {"state": {"step": target.step, "opt_state": target.opt_state}}
-    items["params"] = target.params()
-    read = _restore(path, items, ("data",))
-    params = read["params"]
-    state = TrainState(
-      step=read["state"]["step"],
-      params_train=sub_tree(params, target.params_train),
-      params_frozen=sub_tree(params, target.params_frozen),
-      opt_state=read["state"]["opt_state"],
-    )
-    return state, int(read["data"]["next_index"])
-
-  def reached_preemption(self, step: int) -> bool:
-    """Whether the system told any process that it will stop; the same answer in all of them."""
-    return self._manager.reached_preemption(step)
-
-  def close(self) -> None:
-    """Waits until the last save is complete."""
-    with self._storage():
-      self._manager.wait_until_finished()
-      self._manager.close()
-
-  @contextlib.contextmanager
-  def _storage(self) -> Iterator[None]:
-    """A disk that is full or refuses is no fault of ours: one line, also from a save's thread."""
-    try:
-      yield
-    except Exception as error:  # orbax and tensorstore raise all kinds
-      text = " ".join(str(error).split())
-      if found := next((words for words in _STORAGE if words in text), None):
-        raise InputError(
-          f"{self.folder}: a checkpoint could not be saved: {found}; those before it are intact"
-        ) from error
-      raise
-
-  def __enter__(self) -> "Checkpoints":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
 
 
 def sha256_of(paths: Sequence[Path]) -> str:
@@ -436,7 +302,7 @@ def load_for_inference(path: Path | str, shardings: Params | None = None) -> Inf
 def load_meta(path: Path | str) -> dict[str, Any]:
   """The `meta` item of a checkpoint, see `make_meta`; reads no arrays."""
   path = find_checkpoint(path)
-  meta = _restore(path, {}, ("meta",))["meta"]
+  meta = restore_items(path, {}, ("meta",))["meta"]
   if not isinstance(meta, dict) or not {"model", "tokenizer"} <= set(meta):
     raise InputError(f"{path}: the checkpoint is not one of vr_jax (its meta holds no model)")
   return meta
@@ -469,10 +335,10 @@ def load_params(path: Path | str, shardings: Params | None = None) -> Params:
   target = jax.tree.map(
     lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), saved, shardings
   )
-  return _restore(path, {"params": target}, ())["params"]
+  return restore_items(path, {"params": target}, ())["params"]
 
 
-def _restore(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
+def restore_items(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
   """Items of one step's folder: trees of arrays by their targets, and JSON items."""
   for item, target in trees.items():
     _check_tree(path / item, _saved_shapes(path, item), target)
