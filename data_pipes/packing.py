@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipes.batch import Needs, Row, RowShape, Used, fit_shape, place
 from data_pipes.errors import InputError
-from data_pipes.loader import Failures
+from data_pipes.failures import Failures
 from data_pipes.samples import RowSource, Samples
 
 log = logging.getLogger(__name__)

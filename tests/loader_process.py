@@ -8,7 +8,8 @@ import json
 import sys
 
 from data_pipes.batch import RowShape
-from data_pipes.loader import Failures, make_bucketed_dataset, make_dataset, prefetched
+from data_pipes.failures import Failures
+from data_pipes.loader import make_bucketed_dataset, make_dataset, prefetched
 from data_pipes.packing import BucketSamples, PackedSamples, make_buckets, plan_rows
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet

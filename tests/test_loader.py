@@ -11,7 +11,8 @@ import pytest
 from data_pipes.batch import RowShape, place
 from data_pipes.clips import choose_mask_frames
 from data_pipes.errors import InputError
-from data_pipes.loader import Failures, make_dataset, prefetched
+from data_pipes.failures import Failures
+from data_pipes.loader import make_dataset, prefetched
 from data_pipes.prompts import IGNORE, Text
 from data_pipes.records import RecordFile, parse_record
 from data_pipes.samples import RowRules, RowSource, Samples, record_needs

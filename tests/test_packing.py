@@ -9,7 +9,8 @@ import pytest
 
 from data_pipes.batch import Needs, RowShape, Used, collate, empty_row, place
 from data_pipes.errors import InputError
-from data_pipes.loader import Failures, batches_of, make_bucketed_dataset, make_dataset, prefetched
+from data_pipes.failures import Failures
+from data_pipes.loader import batches_of, make_bucketed_dataset, make_dataset, prefetched
 from data_pipes.packing import (
   BucketSamples,
   PackedSamples,

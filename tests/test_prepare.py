@@ -25,8 +25,9 @@ from data_pipes import check
 from data_pipes.batch import RowShape
 from data_pipes.check import Checks
 from data_pipes.errors import InputError
+from data_pipes.failures import Failures
 from data_pipes.jobs import Journal, array_commands, run_local
-from data_pipes.loader import Failures, make_dataset, prefetched
+from data_pipes.loader import make_dataset, prefetched
 from data_pipes.prepare import Prepare, Settings
 from data_pipes.records import RecordFile
 from data_pipes.samples import RowRules, Samples

@@ -17,14 +17,9 @@ from ml_collections import ConfigDict
 
 from data_pipes.batch import Needs, Row, RowShape, fit_shape
 from data_pipes.errors import InputError
+from data_pipes.failures import Failures
 from data_pipes.feature_shards import FeatureShards
-from data_pipes.loader import (
-  Failures,
-  batches_of,
-  make_bucketed_dataset,
-  make_dataset,
-  prefetched,
-)
+from data_pipes.loader import batches_of, make_bucketed_dataset, make_dataset, prefetched
 from data_pipes.packing import (
   Bucket,
   BucketSamples,
