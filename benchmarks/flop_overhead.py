@@ -21,8 +21,8 @@ from rows import row
 from vr_jax.configs import load_config
 from vr_jax.flops import count_flops
 from vr_jax.inference.generate import bucket
+from vr_jax.models.costs import prefill_flops, training_flops
 from vr_jax.models.decoder import KVCache
-from vr_jax.models.variants import prefill_flops, training_flops
 from vr_jax.models.videorefer import VideoRefer, init_params
 from vr_jax.params import merge
 from vr_jax.training.loss import model_loss

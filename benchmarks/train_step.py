@@ -30,7 +30,7 @@ from rows import NAN, alternate, ratio, row, typical
 from vr_jax.configs import base_config
 from vr_jax.interop import videorefer as published
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.variants import connector_flops, decoder_flops, tower_flops
+from vr_jax.models.costs import connector_flops, decoder_flops, tower_flops
 from vr_jax.models.videorefer import VideoRefer
 from vr_jax.training.loss import model_loss
 from vr_jax.training.schedule import make_optimizer

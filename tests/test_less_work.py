@@ -11,10 +11,10 @@ import pytest
 from vr_jax.configs import base_config
 from vr_jax.flops import count_flops
 from vr_jax.models.connector import Connector, ConnectorConfig, scene_token_count
+from vr_jax.models.costs import connector_flops, decoder_flops, tower_flops
 from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.region import RegionConfig
 from vr_jax.models.siglip import SiglipConfig
-from vr_jax.models.variants import connector_flops, decoder_flops, tower_flops
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import merge
 from vr_jax.training.loss import model_loss

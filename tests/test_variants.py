@@ -6,18 +6,16 @@ import pytest
 
 from data_pipes.errors import InputError
 from vr_jax.models.connector import ConnectorConfig, scene_token_count
-from vr_jax.models.siglip import SiglipConfig
-from vr_jax.models.variants import (
-  DECODERS,
-  VARIANTS,
+from vr_jax.models.costs import (
   connector_flops,
   decoder_flops,
   decoder_parameters,
-  get_variant,
   parameter_counts,
   prefill_flops,
   tower_flops,
 )
+from vr_jax.models.siglip import SiglipConfig
+from vr_jax.models.variants import DECODERS, VARIANTS, get_variant
 from vr_jax.models.videorefer import VideoReferConfig
 
 RELEASED = {

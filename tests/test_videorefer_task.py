@@ -16,7 +16,7 @@ from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, load_for_inference, make_meta, read_tokenizer_files
 from vr_jax.configs import base_config, to_json
 from vr_jax.interop import videorefer as published
-from vr_jax.models.variants import training_flops
+from vr_jax.models.costs import training_flops
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.videorefer_task import videorefer_task, work_of

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes.drawing import data_url, outline
 from data_pipes.engine.agents.objects import masks_of
-from data_pipes.engine.backends.marking import data_url, outline
 from data_pipes.engine.graph import KEPT, REJECTED, digest
 from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE
 from data_pipes.engine.store import Store

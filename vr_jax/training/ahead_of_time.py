@@ -24,8 +24,8 @@ from vr_jax.flops import count_flops
 from vr_jax.hardware import Target, target_devices
 from vr_jax.hlo import Collectives, Program
 from vr_jax.models.connector import scene_token_count
+from vr_jax.models.costs import training_flops
 from vr_jax.models.decoder import DecoderConfig
-from vr_jax.models.variants import training_flops
 from vr_jax.models.videorefer import VideoReferConfig, init_params
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.loop import accum_steps, state_target

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes.drawing import data_url, outline, shrunk
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
-from data_pipes.engine.backends.marking import data_url, outline, shrunk
 from data_pipes.engine.calls import Price
 from data_pipes.engine.graph import digest
 from data_pipes.engine.prompts import as_data, prompt_hash, render

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipes.drawing import data_url
 from data_pipes.engine.backends.chat import ChatClient, Unanswered
-from data_pipes.engine.backends.marking import data_url
 from data_pipes.engine.calls import Calls, ledger
 from data_pipes.engine.graph import StopRun
 from data_pipes.engine.roles import Context, identity, make_backend

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipes.engine.backends.marking import outline, shrunk
+from data_pipes.drawing import outline, shrunk
 from data_pipes.engine.prompts import prompt_hash, render
 from data_pipes.engine.quality.masks import iou
 from data_pipes.engine.roles import (
