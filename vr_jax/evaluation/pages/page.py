@@ -159,7 +159,7 @@ def write_report(path: Path | str, report: Report) -> Path:
 def render(path: Path, template: str, **content: Any) -> Path:
   """Writes a page from a template; an older page is replaced in one step."""
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("vr_jax.evaluation"),
+    loader=jinja2.PackageLoader("vr_jax.evaluation.pages"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
