@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipes.errors import Defect, InputError
 
@@ -20,11 +20,14 @@ PAD_FILL = 127  # int(0.5 * 255): SigLIP's mean colour
 ASPECT_RATIOS = ("square", "pad")
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-  """An image file as RGB uint8 [H, W, 3]; orientation tags are ignored, as published."""
+def read_image(path: str | os.PathLike, upright: bool = False) -> np.ndarray:
+  """An image file as RGB uint8 [H, W, 3].
+
+  Orientation tags are ignored, as published; `upright` turns a photo as they say.
+  """
   try:
     with open_image(path) as image:
-      return to_rgb(image)
+      return to_rgb(ImageOps.exif_transpose(image) if upright else image)
   except FileNotFoundError as error:
     raise InputError(f"{path}: no such image") from error
   except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -1,13 +1,14 @@
 """Videos as presented frames: exact frame numbers, whatever the container.
 
-`open_video` reads files that FFmpeg decodes (mp4, webm, ...), GIFs, folders of frames, single
-images and frames already in memory. Frame i is the i-th frame that a player shows. A container's
-own count may be larger: edit lists hide frames, and some readers then shift every later frame.
+`open_video` reads files that FFmpeg decodes (mp4, webm, …), animated pictures, folders of frames,
+single images and frames already in memory. Frame i is the i-th frame that a player shows. A
+container's own count may be larger: edit lists hide frames, and a file that was cut holds packets
+that no player shows; some readers then shift every later frame.
 """
 
 import bisect
-import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,14 +19,30 @@ from PIL import Image, ImageSequence
 
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import MAX_FRAMES, fps_frames, frame_range, uniform_frames
-from data_pipes.images import IMAGE_SUFFIXES, check_pixels, open_image, read_image, to_rgb
+from data_pipes.images import IMAGE_SUFFIXES, open_image, read_image, to_rgb
+from data_pipes.video_index import (
+  REORDERED,
+  ROTATION,
+  TURNS,
+  Entry,
+  Index,
+  counted,
+  decoded,
+  index_of,
+  opened,
+  packets_of,
+)
 
 FOLDER_FPS = 3.0  # published: a folder of frames counts as 3 frames per second, a GIF as 25
 GIF_FPS = 25.0
+ANIMATED_SUFFIXES = (".gif", ".apng", ".avif")  # beside those of IMAGE_SUFFIXES, some of which move
 BLACK_SWAPPED, BLACK = -1, -2  # scene ids of the black frames that fill up a scene, see scene_ids
+EARLY = 0.5  # seconds before the first frame in which it already counts as on show
 
 # A jump over at least this many packets seeks; a shorter one reads past them, which is cheaper.
 _SEEK_PACKETS = 256
+# Browsers show a picture whose delay is shorter than 20 ms for 100 ms.
+_SHORTEST_DELAY, _USUAL_DELAY = 20, 100
 
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -43,7 +60,8 @@ class Video:
     size: (height, width) of the first frame, pixels, rotated as a player shows it.
     claimed: frames that the container claims to hold; other than len(video) where an edit list
       hides some or the file is cut off. Readers that go by it are off by the difference.
-    rotation: degrees that a player turns the frames by.
+    rotation: degrees, counterclockwise, that a player turns the frames by; `mirrored` where it
+      mirrors them too.
     alpha, grey: the frames have transparency, which is dropped; they have no colour.
   """
 
@@ -53,6 +71,7 @@ class Video:
   size: tuple[int, int]
   claimed: int | None = None
   rotation: int = 0
+  mirrored: bool = False
   alpha: bool = False
   grey: bool = False
 
@@ -88,36 +107,52 @@ class Video:
           f"{self.name}: frame {i} asked for; the video has frames 0 to {len(self) - 1}"
         )
     numbers = sorted(set(ids))
-    found = {}
+    by_number = {}
     if numbers:
       for number, frame in zip(numbers, self._read(numbers), strict=False):
-        found[number] = _taken(number, frame, convert, into)
-    if len(found) < len(numbers):
-      raise InputError(f"{self.name}: frame {numbers[len(found)]} is damaged")
-    return [found[i] for i in ids]
+        by_number[number] = _taken(number, frame, convert, into)
+    if len(by_number) < len(numbers):
+      raise InputError(f"{self.name}: frame {numbers[len(by_number)]} is damaged")
+    return [by_number[i] for i in ids]
 
   def time_to_frame(self, seconds: float) -> int:
-    """Number of the frame on show `seconds` after the first one appeared."""
-    if self.fps is None:
+    """Number of the frame on show at a time, in seconds from where players begin to count."""
+    times = self.times()
+    if times is None:
       raise InputError(f"{self.name}: a time was given, but the {self.kind} has none; give a frame")
-    times = self._times(self.fps)
-    end = times[-1] + 1 / self.fps
+    end = times[-1] + self._last_step(times)
     if not 0 <= seconds < end:
       raise InputError(f"{self.name}: time {seconds:g} s; the video lasts from 0 to {end:.6g} s")
+    if seconds < times[0] - EARLY:
+      raise InputError(
+        f"{self.name}: time {seconds:g} s; the picture begins at {times[0]:.6g} s, behind the sound"
+      )
     # A microsecond of slack, so that a time printed with six digits finds its own frame.
-    return int(np.searchsorted(times, seconds + 1e-6, side="right")) - 1
+    return max(0, int(np.searchsorted(times, seconds + 1e-6, side="right")) - 1)
 
-  def _times(self, fps: float) -> np.ndarray:
-    """When each frame appears, float64 seconds after the first."""
-    return np.arange(len(self)) / fps
+  def times(self) -> np.ndarray | None:
+    """When each frame appears, float64 [frames] seconds; None for a list and an image."""
+    return None if self.fps is None else np.arange(len(self)) / self.fps
+
+  def _last_step(self, times: np.ndarray) -> float:
+    """Seconds for which the last frame stays."""
+    return 1 / (self.fps or 1.0)
 
 
-def open_video(source: str | os.PathLike | np.ndarray | Sequence | Video) -> Video:
-  """Opens a video, GIF, folder of frames or image by path; or frames in memory.
+def open_video(
+  source: str | os.PathLike | np.ndarray | Sequence | Video,
+  *,
+  fps: float | None = None,
+  upright: bool = False,
+) -> Video:
+  """Opens a video, animated picture, folder of frames or image by path; or frames in memory.
 
   Args:
     source: a path; or a uint8 array [T, H, W, 3]; or a list of frames, each a uint8 array
       [H, W, 3], a PIL image or the path of an image, all RGB; or a Video, which is given back.
+    fps: frames a second of a folder of frames, for times that a user gives (published: 3).
+    upright: a photo is turned as its EXIF orientation says, as viewers show it. The published code
+      and so training sets take it as it is stored.
 
   Raises InputError where there is no such file, nothing can be decoded, or there are no frames.
   """
@@ -130,25 +165,71 @@ def open_video(source: str | os.PathLike | np.ndarray | Sequence | Video) -> Vid
     return _Stills("list of frames", "list", frames, None)
   path = Path(source)
   if path.is_dir():
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-      raise InputError(f"{path}: the folder holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-    return _Stills(str(path), "folder", files, FOLDER_FPS)
+    return _Stills(str(path), "folder", frame_files(path), fps or FOLDER_FPS)
   if not path.exists():
     raise InputError(f"{path}: no such video, folder of frames or image")
-  if path.suffix.lower() == ".gif":
-    return _Gif(path)
-  if path.suffix.lower() in IMAGE_SUFFIXES:
-    return _Stills(str(path), "image", [path], None)
+  if path.suffix.lower() in (*IMAGE_SUFFIXES, *ANIMATED_SUFFIXES):
+    if path.suffix.lower() == ".gif" or _moves(path):
+      return _Animation(path)
+    return _Stills(str(path), "image", [path], None, upright)
   return _Stream(path)
+
+
+def frame_files(folder: Path) -> list[Path]:
+  """The frames of a folder in natural order: 2.png before 10.png, as people number them.
+
+  That is the published order (sorted by name) wherever the numbers are padded. Hidden files, such
+  as the `._0001.jpg` that a Mac puts beside each copy, are none.
+
+  Raises InputError where there are none, or two could be the same frame (a mask beside it).
+  """
+  files = [
+    p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+  ]
+  if not files:
+    raise InputError(f"{folder}: the folder holds no frames ({', '.join(IMAGE_SUFFIXES)})")
+  stems: dict[str, Path] = {}
+  for path in sorted(files):
+    stem = re.sub(r"(?i)[-_. ]?(mask|seg|segmentation|alpha|matte)s?$", "", path.stem)
+    other = stems.setdefault(stem, path)
+    if other is not path:
+      raise InputError(
+        f"{folder}: {other.name} and {path.name} could both be one frame; accepted: a folder of "
+        "frames alone, masks in another"
+      )
+  return sorted(files, key=lambda path: (_natural(path.name), path.name))
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+  """A key by which numbers in names count as numbers."""
+  parts = re.split(r"(\d+)", name)
+  return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+
+
+def _moves(path: Path) -> bool:
+  """Whether a picture file holds several pictures that are shown one after the other.
+
+  Raises InputError for the pages of a TIFF, which have no times.
+  """
+  try:
+    with open_image(path) as image:
+      count, kind = getattr(image, "n_frames", 1), image.format
+  except (OSError, SyntaxError, ValueError):
+    return False  # reading it says what is wrong
+  if count > 1 and kind == "TIFF":
+    raise InputError(
+      f"{path}: found {count} pages, which have no times; accepted: a TIFF of one page, or the "
+      "pages as files of a folder"
+    )
+  return count > 1 and kind in ("GIF", "WEBP", "PNG", "AVIF")
 
 
 class _Stills(Video):
   """Frames that can be had one by one: files, or arrays in memory."""
 
-  def __init__(self, name: str, kind: str, items: list, fps: float | None):
+  def __init__(self, name: str, kind: str, items: list, fps: float | None, upright: bool = False):
     self.name, self.kind, self.fps = name, kind, fps
-    self._items = items
+    self._items, self._upright = items, upright
     self.size = self._load(0).shape[:2]
 
   def __len__(self) -> int:
@@ -160,7 +241,7 @@ class _Stills(Video):
   def _load(self, i: int) -> np.ndarray:
     item = self._items[i]
     if isinstance(item, str | os.PathLike):
-      return read_image(item)
+      return read_image(item, upright=self._upright)
     if isinstance(item, Image.Image):
       return to_rgb(item)
     item = np.asarray(item)
@@ -171,209 +252,215 @@ class _Stills(Video):
     return item
 
 
-class _Gif(Video):
-  """An animated GIF, its frames composed as a player shows them."""
-
-  kind, fps = "gif", GIF_FPS
+class _Animation(Video):
+  """An animated GIF, WebP, PNG or AVIF, its frames composed as a player shows them."""
 
   def __init__(self, path: Path):
     self.name = str(path)
     self._path = path
+    self._shown_for: np.ndarray | None = None
     with self._open() as image:
       self.size = image.height, image.width
       self._count = getattr(image, "n_frames", 1)
+      self.kind = "gif" if image.format == "GIF" else "video"
+    self.fps = GIF_FPS if self.kind == "gif" else float(self._count / self._delays().sum())
 
   def __len__(self) -> int:
     return self._count
 
+  def times(self) -> np.ndarray:
+    """When each frame appears, by the delays in the file; the published 25 frames a second of a GIF
+    are for the scene rule alone."""
+    return np.concatenate([[0.0], np.cumsum(self._delays())[:-1]])
+
+  def _last_step(self, times: np.ndarray) -> float:
+    return float(self._delays()[-1])
+
+  def _delays(self) -> np.ndarray:
+    """Seconds for which each frame is shown, float64 [frames]."""
+    if self._shown_for is None:
+      delays = [frame.info.get("duration") or 0 for _, frame in self._sequence()]
+      delays += [0] * (self._count - len(delays))
+      delays = [d if d >= _SHORTEST_DELAY else _USUAL_DELAY for d in delays]
+      self._shown_for = np.array(delays, np.float64) / 1000
+    return self._shown_for
+
   def _open(self) -> Image.Image:
     try:
       return open_image(self._path)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:
+      if isinstance(error, InputError):
+        raise
       raise InputError(f"{self.name}: cannot be read as an image ({error})") from error
 
-  def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    wanted = set(numbers)
+  def _sequence(self) -> Iterator[tuple[int, Image.Image]]:
+    """(number, frame), each composed before it is given."""
+    number = 0
     with self._open() as image:
       try:
-        for i, frame in enumerate(ImageSequence.Iterator(image)):
-          if i in wanted:
-            yield to_rgb(frame)
-          if i == numbers[-1]:
-            return
-      except (OSError, EOFError, SyntaxError) as error:
-        raise InputError(f"{self.name}: damaged at frame {i} ({error})") from error
+        for number, frame in enumerate(ImageSequence.Iterator(image)):
+          frame.load()
+          yield number, frame
+      except (OSError, EOFError, SyntaxError, ValueError, IndexError) as error:
+        raise InputError(f"{self.name}: damaged at frame {number} ({error})") from error
 
-
-@dataclasses.dataclass(frozen=True)
-class _Keyframe:
-  """A packet that decoding can begin with."""
-
-  pts: int
-  dts: int
-  packet: int  # its number in file order
+  def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    chosen = set(numbers)
+    for number, frame in self._sequence():
+      if number in chosen:
+        yield to_rgb(frame)
+      if number == numbers[-1]:
+        return
 
 
 class _SkipFailed(Exception):
-  """Decoding from a keyframe did not give the frame wanted."""
+  """Decoding from a keyframe did not give the frame that was asked for."""
+
+
+class _TimesFailed(Exception):
+  """Frames do not come out in the order of their times."""
 
 
 class _Stream(Video):
-  """A file that FFmpeg decodes, through an index made by one pass over its packets."""
+  """A file that FFmpeg decodes, through its index."""
 
   kind = "video"
 
   def __init__(self, path: Path):
     self.name = str(path)
     self._path = path
-    pts: list[int | None] = []
-    keyframes = []
-    first = None
-    with self._open() as container:
-      stream = container.streams.video[0]
-      check_pixels(path, stream.codec_context.height, stream.codec_context.width)
-      packets = 0
-      for number, packet in enumerate(container.demux(stream)):
-        if first is None:  # decoded only to learn how the frames lie
-          first = next(iter(packet.decode()), None)
-        if not packet.size:
-          continue
-        packets += 1
-        if packet.is_keyframe and packet.pts is not None:
-          dts = packet.pts if packet.dts is None else packet.dts
-          keyframes.append(_Keyframe(packet.pts, dts, number))
-        if not packet.is_discard:
-          pts.append(packet.pts)
-      if first is None:
-        raise InputError(f"{self.name}: no frame could be decoded")
-      self._time_base = stream.time_base
-      fps = stream.average_rate or stream.guessed_rate
-      self.claimed = stream.frames or packets
-      self.rotation = first.rotation % 360
-      components = first.format.components
-      self.alpha = any(c.is_alpha for c in components)
-      self.grey = sum(not c.is_alpha for c in components) == 1 and not first.format.has_palette
-      turned = first.rotation % 180 != 0
-      self.size = (first.width, first.height) if turned else (first.height, first.width)
-    self._keyframes = sorted(keyframes, key=lambda k: k.pts)
-    if None in pts:  # some AVI files give no times: frames can only be counted
-      self._pts = None
-      with self._open() as container:
-        self._count = sum(1 for _ in container.decode(video=0))
-    else:
-      self._pts = np.unique(np.array(pts, np.int64))
-      self._count = len(self._pts)
-    if not fps and self._pts is not None and len(self._pts) > 1:
-      fps = (len(self._pts) - 1) / ((self._pts[-1] - self._pts[0]) * self._time_base)
-    self.fps = float(fps or 1)
+    self._use(index_of(path))
+
+  def _use(self, index: Index) -> None:
+    self._index = index
+    self.claimed, self.fps = index.claimed, index.fps
+    self.alpha, self.grey = index.alpha, index.grey
+    self.rotation = ROTATION.get(index.turn, 0)
+    self.mirrored = index.turn in ("hflip", "vflip", "transpose", "antitranspose")
+    height, width = index.size
+    self.size = (width, height) if self.rotation % 180 else (height, width)
 
   def __len__(self) -> int:
-    return self._count
+    return len(self._index.ticks)
 
   def pts(self, ids: Iterable[int]) -> tuple[list[int], Fraction] | None:
-    return None if self._pts is None else ([int(self._pts[i]) for i in ids], self._time_base)
+    return [int(self._index.ticks[i]) for i in ids], self._index.unit
 
   def variable_rate(self) -> bool:
-    if self._pts is None or len(self._pts) < 3:
+    if len(self) < 3:
       return False
-    steps = np.diff(self._pts)
+    steps = np.diff(self._index.ticks)
     # Containers round to ticks, so that equal steps may differ by one.
     return int(steps.max() - steps.min()) > max(1, int(np.median(steps)) // 50)
 
-  def _open(self) -> "_Container":
-    return _Container(self._path)
-
-  def _times(self, fps: float) -> np.ndarray:
-    if self._pts is None:
-      return super()._times(fps)
-    return (self._pts - self._pts[0]) * float(self._time_base)
+  def times(self) -> np.ndarray:
+    return self._index.seconds()
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    if self._pts is None:
-      yield from self._count_through(numbers)
-      return
-    wanted = [int(self._pts[number]) for number in numbers]
     done = 0
     try:
-      for frame in self._decode(wanted, skip=True):
+      for frame in self._read_by_time(numbers):
+        yield frame
+        done += 1
+    except _TimesFailed:  # found out late that they are not the frames' own
+      self._use(counted(self._path, self._index))
+      yield from self._count_through(numbers[done:])
+
+  def _read_by_time(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    if not self._index.trusted:
+      yield from self._count_through(numbers)
+      return
+    times = [int(self._index.ticks[number]) for number in numbers]
+    done = 0
+    try:
+      for frame in self._decode(times, skip=True):
         yield frame
         done += 1
     except _SkipFailed:  # a keyframe that is no true entry point, or damage
-      yield from self._decode(wanted[done:], skip=False)
+      yield from self._decode(times[done:], skip=False)
 
   def _count_through(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    wanted = set(numbers)
-    with self._open() as container:
-      to_rgb_frame = _RgbFrames()
-      for i, frame in enumerate(container.decode(video=0)):
-        if i in wanted:
-          yield to_rgb_frame(frame)
-        if i == numbers[-1]:
-          return
+    chosen, number = set(numbers), -1
+    to_rgb_frame = _RgbFrames(self._index.turn)
+    with opened(self._path, self._index.stream) as (container, stream):
+      for packet in packets_of(container, stream):
+        for frame in decoded(packet):
+          number += 1
+          if number in chosen:
+            yield to_rgb_frame(frame)
+          if number == numbers[-1]:
+            return
 
-  def _decode(self, wanted: list[int], skip: bool) -> Iterator[np.ndarray]:
+  def _decode(self, times: list[int], skip: bool) -> Iterator[np.ndarray]:
     """The frames of these ascending times, until one cannot be had.
 
     Decodes onwards from one to the next. With `skip` it leaves out the groups of pictures between
     and the frames that no other needs, and raises _SkipFailed where that does not lead to it.
     """
-    with self._open() as container:
-      stream = container.streams.video[0]
-      packets, asked = _Packets(container, stream), set(wanted)
-      to_rgb_frame = _RgbFrames()
-      decoded: Iterator[av.VideoFrame] = iter(())
-      for pts in wanted:
-        if skip and (keyframe := self._keyframe(pts)) and keyframe.packet > packets.next:
-          # The decoder has not reached this keyframe, and no frame before it is wanted any more.
+    with opened(self._path, self._index.stream) as (container, stream):
+      packets, needed = _Packets(container, stream), set(times)
+      to_rgb_frame = _RgbFrames(self._index.turn)
+      frames: Iterator[av.VideoFrame] = iter(())
+      entry, last = None, None
+      for time in times:
+        if skip and (keyframe := self._entry(time)) and keyframe.packet > packets.next:
+          # The decoder has not reached this keyframe, and no frame before it is needed any more.
           stream.codec_context.flush_buffers()
           packets.skip_to(keyframe)
+          entry, last, frames = keyframe, None, iter(())
         frame = None
-        while frame is None or frame.pts is None or frame.pts < pts:
-          frame = next(decoded, None)
+        while frame is None or frame.pts is None or frame.pts < time:
+          frame = next(frames, None)
           if frame is None:
             packet = packets.take()
             if packet is None:
               break
             if skip:
-              needed = packet.pts is None or packet.pts in asked
-              stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            decoded = iter(packet.decode())
-        if frame is None or frame.pts != pts or (skip and frame.is_corrupt):
+              alone = packet.pts is None or packet.pts in needed
+              stream.codec_context.skip_frame = "DEFAULT" if alone else "NONREF"
+            frames = iter(decoded(packet))
+            continue
+          if frame.pts is not None and last is not None and frame.pts <= last:
+            raise _TimesFailed()
+          last = frame.pts
+          if entry is not None and frame.pts == entry.pts and not self._is_entry(frame):
+            raise _SkipFailed()
+        if frame is None or frame.pts != time or (skip and frame.is_corrupt):
           if skip:
             raise _SkipFailed()
+          if last is not None and _comes_later(last, frames, packets):
+            raise _TimesFailed()
           return
         yield to_rgb_frame(frame)
 
-  def _keyframe(self, pts: int) -> _Keyframe | None:
-    at = bisect.bisect_right(self._keyframes, pts, key=lambda k: k.pts)
-    return self._keyframes[at - 1] if at else None
+  def _entry(self, time: int) -> Entry | None:
+    """The last keyframe that is shown no later than a time."""
+    entries = self._index.entries
+    at = bisect.bisect_right(entries, time, key=lambda entry: entry.pts)
+    return entries[at - 1] if at else None
+
+  def _is_entry(self, frame: av.VideoFrame) -> bool:
+    """Whether a frame stands for itself. Many a container flags pictures that do not: MPEG-4 and
+    H.263 in AVI, an MP4 without its table of keyframes, streams whose intra blocks wander."""
+    return self._index.intra or frame.pict_type == av.video.frame.PictureType.I
 
 
-class _Container:
-  """`av.open` with one decoder thread (samples are decoded in parallel) and readable errors."""
+def _comes_later(last: int, frames: Iterator, packets: "_Packets") -> bool:
+  """Whether a frame of an earlier time than `last` still comes out: times are not the frames' own.
 
-  def __init__(self, path: Path):
-    self._path = path
-
-  def __enter__(self):
-    try:
-      self._container = av.open(str(self._path))
-    except (av.FFmpegError, OSError, ValueError) as error:
-      raise InputError(f"{self._path}: cannot be read as a video ({_reason(error)})") from error
-    if not self._container.streams.video:
-      self._container.close()
-      raise InputError(f"{self._path}: holds no video stream")
-    self._container.streams.video[0].codec_context.thread_count = 1
-    return self._container
-
-  def __exit__(self, kind, error, traceback) -> None:
-    self._container.close()
-    if isinstance(error, av.FFmpegError):
-      raise InputError(f"{self._path}: damaged video ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-  return getattr(error, "strerror", None) or str(error).splitlines()[0]
+  Otherwise what was looked for is lost.
+  """
+  for _ in range(REORDERED):
+    frame = next(frames, None)
+    while frame is None:
+      packet = packets.take()
+      if packet is None:
+        return False
+      frames = iter(decoded(packet))
+      frame = next(frames, None)
+    if frame.pts is not None and frame.pts < last:
+      return True
+  return False
 
 
 class _Packets:
@@ -381,21 +468,21 @@ class _Packets:
 
   def __init__(self, container, stream):
     self._container, self._stream = container, stream
-    self._packets = container.demux(stream)
+    self._packets = packets_of(container, stream)
     self.next = 0  # number of the packet that `take` gives next
 
   def take(self):
     self.next += 1
     return next(self._packets, None)
 
-  def skip_to(self, keyframe: _Keyframe) -> None:
+  def skip_to(self, keyframe: Entry) -> None:
     """Makes `keyframe` the next packet."""
     if keyframe.packet - self.next >= _SEEK_PACKETS:
       try:
         self._container.seek(keyframe.dts, stream=self._stream, backward=True)
       except av.FFmpegError as error:
         raise _SkipFailed() from error
-      self._packets = self._container.demux(self._stream)
+      self._packets = packets_of(self._container, self._stream)
     # Seeks often land a group of pictures early; what lies before the keyframe is not decoded.
     for packet in self._packets:
       if packet.is_keyframe and packet.pts == keyframe.pts:
@@ -411,15 +498,18 @@ def _chain(first, rest: Iterator) -> Iterator:
 
 
 class _RgbFrames:
-  """YUV to RGB with one conversion context for all frames, turned as a player turns them."""
+  """YUV to RGB with one conversion context for all frames, turned as a player turns the first.
 
-  def __init__(self):
+  Where an SEI message turns the picture, only some frames bear it, and it holds until the next.
+  """
+
+  def __init__(self, turn: str):
     self._reformatter = av.video.reformatter.VideoReformatter()
+    self._turn = TURNS[turn]
 
   def __call__(self, frame: av.VideoFrame) -> np.ndarray:
     rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+    return np.ascontiguousarray(self._turn(rgb))
 
 
 def scene_ids(

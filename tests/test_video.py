@@ -1,5 +1,6 @@
 """Exact frames from every kind of source, and scenes as the published code samples them."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -25,6 +26,7 @@ from data_pipes.video import (
   sample_scene,
   scene_ids,
 )
+from data_pipes.video_index import Entry
 
 CASES = [
   *("dir_default", "dir_pad", "dir_n16", "dir_fps_mode", "dir_s_e", "dir_s_gt_e", "dir_s_eq_e"),
@@ -298,10 +300,14 @@ def test_rotation(tmp_path, degrees):
   np.testing.assert_array_equal(frame, np.rot90(upright, counterclockwise // 90))
 
 
-def test_packets_without_times(clips, monkeypatch):
-  """A container that gives no times is counted through."""
+def with_index(video: Video, **fields) -> Video:
+  video._index = dataclasses.replace(video._index, **fields)
+  return video
+
+
+def test_frames_of_times_that_say_nothing_are_counted(clips):
   video, wanted = open_video(clips["b_frames.mp4"]), decode_all(clips["b_frames.mp4"])
-  video._pts = None
+  with_index(video, trusted=False)
   for i, frame in zip([9, 2], video.frames([9, 2]), strict=True):
     np.testing.assert_array_equal(frame, wanted[i])
   assert video.time_to_frame(0.1) == 2
@@ -309,7 +315,7 @@ def test_packets_without_times(clips, monkeypatch):
 
 def test_a_stream_that_breaks_off(clips):
   video = open_video(clips["b_frames.mp4"])
-  video._pts, video._count = None, 45
+  with_index(video, trusted=False, ticks=np.arange(45))
   with pytest.raises(InputError, match=r"b_frames\.mp4: frame 42 is damaged"):
     video.frames([3, 42])
 
@@ -317,7 +323,8 @@ def test_a_stream_that_breaks_off(clips):
 def test_keyframe_that_is_no_entry_point(clips):
   """Frames are right, or decoding starts over from the beginning; never a wrong frame."""
   video, wanted = open_video(clips["one_keyframe.mp4"]), decode_all(clips["one_keyframe.mp4"])
-  video._keyframes = [*video._keyframes, video_module._Keyframe(int(video._pts[20]), 0, 20)]
+  index = video._index
+  with_index(video, entries=(*index.entries, Entry(int(index.ticks[20]), 0, 20)))
   for i, frame in zip([2, 30], video.frames([2, 30]), strict=True):
     np.testing.assert_array_equal(frame, wanted[i])
 
