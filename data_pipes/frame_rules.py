@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipes.errors import InputError
 
-MAX_FRAMES = 32  # no scene has more frames, whatever was asked for
+MAX_FRAMES = 32  # of a scene, in the published script
 GRID_FRAMES = 32  # frames that VideoRefer-700K and VideoRefer-Bench annotate
 
 

@@ -517,16 +517,20 @@ def scene_ids(
   num_frames: int | None,
   start: float | None = None,
   end: float | None = None,
-  max_frames: int = MAX_FRAMES,
+  published: bool = False,
 ) -> list[int]:
   """Frame numbers of the scene, as the published `process_video` picks them; for `read_scene`.
 
   Uniform rule, or one frame a second with num_frames=None, between `start` and `end` seconds. A
-  list of frames is taken whole. A GIF loses repeated frames. What then lacks to num_frames is
-  filled up with black frames: BLACK_SWAPPED (height and width exchanged) and BLACK in turn. Last,
-  the scene is cut to max_frames.
+  GIF loses repeated frames. What then lacks to num_frames is filled up with black frames:
+  BLACK_SWAPPED (height and width exchanged) and BLACK in turn.
+
+  A list of frames with no more than num_frames is taken whole. Of a longer one the rule of videos
+  holds; `published` takes that whole too, and cuts every scene to MAX_FRAMES, as the published
+  script does (models of more scene frames can be trained and asked).
   """
-  if video.kind == "list" and start is None and end is None:
+  whole = video.kind == "list" and start is None and end is None
+  if whole and (published or num_frames is None or len(video) <= num_frames):
     ids = list(range(len(video)))
   else:
     candidates = frame_range(len(video), video.fps, start, end)
@@ -541,7 +545,7 @@ def scene_ids(
       ids = list(dict.fromkeys(ids))
   missing = max((num_frames or 0) - len(ids), 0)
   ids += [(BLACK_SWAPPED, BLACK)[i % 2] for i in range(missing)]
-  return ids[:max_frames]
+  return ids[:MAX_FRAMES] if published or num_frames is None else ids
 
 
 def _taken(
@@ -572,11 +576,11 @@ def sample_scene(
   num_frames: int | None,
   start: float | None = None,
   end: float | None = None,
-  max_frames: int = MAX_FRAMES,
+  published: bool = False,
 ) -> list[np.ndarray]:
   """The scene frames themselves, RGB uint8 [H, W, 3]: `read_scene` of `scene_ids`.
 
   Mask frames are read with `video.frames` in the order of the annotation, not cut and not filled.
   To decode only once, read `scene_ids(...) + mask frames` in one `read_scene`.
   """
-  return read_scene(video, scene_ids(video, num_frames, start, end, max_frames))
+  return read_scene(video, scene_ids(video, num_frames, start, end, published))

@@ -66,7 +66,7 @@ def sources(golden):
 def process_video(video, meta):
   """The published function of that name in our parts: scene and mask frames [T, S, S, 3]."""
   args = {"num_frames": 8, "s": None, "e": None, "frame_idx": None} | meta["args"]
-  scene = sample_scene(video, args["num_frames"], args["s"], args["e"])
+  scene = sample_scene(video, args["num_frames"], args["s"], args["e"], published=True)
   marked = None if args["frame_idx"] is None else video.frames(args["frame_idx"])
   size, aspect_ratio = meta["size"], meta["aspect_ratio"]
   return [
@@ -397,8 +397,17 @@ def test_scene_and_mask_frames_in_one_read(golden):
   assert [f.shape[:2] for f in frames[9:11]] == [(56, 40), (40, 56)]
   assert not np.any(frames[9])
   np.testing.assert_array_equal(frames[-2], frames[4])
-  assert len(sample_scene(video, 40)) == 32
-  assert len(sample_scene(video, 40, max_frames=35)) == 35
+  assert len(sample_scene(video, 40)) == 40
+  assert len(sample_scene(video, 40, published=True)) == 32
+
+
+def test_the_scene_of_frames_in_memory():
+  """A long list has the scene of a video of as many frames; a short one is taken whole."""
+  frames = np.zeros((100, 4, 4, 3), np.uint8)
+  ids = scene_ids(open_video(frames), 16)
+  assert ids == [3, 9, 15, 22, 28, 34, 40, 46, 53, 59, 65, 71, 77, 84, 90, 96]
+  assert scene_ids(open_video(frames), 16, published=True) == list(range(32))
+  assert scene_ids(open_video(frames[:3]), 4) == [0, 1, 2, BLACK_SWAPPED]
 
 
 def test_frames_are_converted_as_they_come(clips, golden):

@@ -297,7 +297,7 @@ def _process_video(golden: Golden, case: Case, description: str) -> Produced:
   source = _media(golden, meta) if meta["file"] else _listed(golden, description)
   video = open_video(source)
   start, end = args.get("s"), args.get("e")
-  ids = scene_ids(video, args.get("num_frames", _DEFAULT_FRAMES), start, end)
+  ids = scene_ids(video, args.get("num_frames", _DEFAULT_FRAMES), start, end, published=True)
   marked = args.get("frame_idx")
   scene = read_scene(video, ids)
   objects = video.frames(marked) if marked is not None else []
