@@ -1,6 +1,8 @@
 """The comparing core: what it lets pass, what it fails, and what it says of folders."""
 
 import json
+import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -137,6 +139,22 @@ def test_a_registered_stage_runs_and_is_reported(folder, monkeypatch):
   results = run_parity(folder, report=seen.append)
   assert results == seen
   assert [(r.stage, r.case, r.status) for r in results] == [("00_double", "one", PASS)]
+
+
+def warn_and_double(golden: Golden):
+  logging.getLogger("data_pipes.samples").warning("object 0 vanishes in frame 3")
+  warnings.warn("donated buffers were not usable", stacklevel=1)
+  return double(golden)
+
+
+def test_no_warning_stands_between_the_rows(folder, monkeypatch, capfd):
+  monkeypatch.setitem(parity.STAGES, "00_double", f"{__name__}:warn_and_double")
+  assert main(["parity", str(folder)]) == 0
+  out, err = capfd.readouterr()
+  assert len(out.splitlines()) == 1
+  assert not err
+  with pytest.warns(UserWarning, match="donated"):  # the filter ends with the command
+    warn_and_double(Golden(folder))
 
 
 def test_a_stage_that_nothing_compares_fails(folder):
