@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
+from rounding import assert_same_up_to_rounding, decoder_roundings
 from small_model import CONFIG, with_llm
 from test_decoder import FAMILIES, apply, example, init
 from test_meshes import small
@@ -71,9 +72,10 @@ def test_an_adapter_that_is_merged_gives_the_same_logits(cfg):
   merged = nested(arrays(peft.Merged(Tree({"llm": base}), adapter)))["llm"]
   plain = dataclasses.replace(cfg, lora_rank=0)
   adapted = apply(cfg, params, tokens, positions)
-  np.testing.assert_allclose(
-    apply(plain, {"params": merged}, tokens, positions), adapted, atol=3e-5, rtol=1e-5
-  )
+  # Beside every product of a width stand the two of the adapter's rank.
+  roundings = decoder_roundings(cfg, 11) + 7 * cfg.depth * cfg.lora_rank
+  ours = apply(plain, {"params": merged}, tokens, positions)
+  assert_same_up_to_rounding(ours, adapted, roundings)
   without = apply(plain, {"params": base}, tokens, positions)
   assert np.abs(without - adapted).max() > 0.1
 

@@ -167,23 +167,22 @@ def inference_row(published: Published, case: Case, video: str = "video") -> Row
 
 def _forward(published: Published, case: Case) -> Produced:
   if "input_ids" not in case:
-    return Produced({"logits": _embeds_logits(published, case["inputs_embeds"])})
+    logits = _embeds_logits(published, case["inputs_embeds"])
+    return Produced(logits_views(logits, np.ones(logits.shape[:2], bool)))
   training = "labels" in case
   try:
     rows = training_rows(published, case) if training else inference_row(published, case)
   except InputError as error:
     raise Refused(f"B10: {error}") from error
   logits, spliced = jax.device_get(published.forward(published.params, rows))
-  length = _length(case)
+  length = _length(case, spliced.valid)
   if spliced.valid[:, length:].any():
     raise InputError(f"{case.id}: more than {length} slots after the splice")
   valid = spliced.valid[:, :length]
   logits = np.where(valid[:, :, None], logits[:, :length], 0)
   arrays: dict[str, Any] = {
     "inputs_embeds": spliced.embeds[:, :length],
-    "logits": logits,
-    "logits_every8": logits[:, :, ::8],
-    "logits_argmax": logits.argmax(-1).astype(np.int32),
+    **logits_views(logits, valid),
     "out_attention_mask": valid.astype(np.uint8),
   }
   for name in ("inputs_embeds", "logits_argmax"):
@@ -205,10 +204,22 @@ def _forward(published: Published, case: Case) -> Produced:
   )
 
 
-def _length(case: Case) -> int:
-  """Slots of the golden sequence, after expansion."""
-  names = ("logits", "logits_every8", "logits_argmax", "inputs_embeds")
-  return next(case.reference(n).shape[1] for n in names if n in case)
+def logits_views(logits: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+  """Whole logits [B, L, V] and what a set may hold in their place; slots of a row fill [B, L]."""
+  last = np.maximum(valid.sum(1) - 1, 0)
+  return {
+    "logits": logits,
+    "logits_every8": logits[:, :, ::8],
+    "logits_argmax": logits.argmax(-1).astype(np.int32),
+    "logits_last": np.take_along_axis(logits, last[:, None, None], axis=1)[:, 0],
+  }
+
+
+def _length(case: Case, valid: np.ndarray) -> int:
+  """Slots of the golden sequence, after expansion; of ours where no array of the case tells."""
+  names = ("logits", "logits_every8", "logits_argmax", "inputs_embeds", "out_attention_mask")
+  lengths = (case.reference(n).shape[1] for n in names if n in case)
+  return next(lengths, int(valid.sum(1).max()))
 
 
 def _embeds_logits(published: Published, embeds: np.ndarray) -> np.ndarray:

@@ -45,6 +45,7 @@ class CaseResult:
   `max_error` and `rms_error` are the largest over the case's arrays (for exact data: of the
   differences), None where nothing numeric was compared; `tolerance` and `rms_tolerance` are what
   the folder allows. `status` is pass, fail, refused by design or skipped; only fail is a failure.
+  `unknown` names the arrays of the case that no code here compares.
   """
 
   stage: str
@@ -55,6 +56,7 @@ class CaseResult:
   tolerance: float | None = None
   rms_tolerance: float | None = None
   note: str = ""
+  unknown: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     def against(name, error, tolerance):
@@ -64,7 +66,9 @@ class CaseResult:
 
     errors = against("max", self.max_error, self.tolerance)
     rms = against("rms", self.rms_error, self.rms_tolerance)
-    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{self.note}".rstrip()
+    unknown = f"not known here, so not compared: {', '.join(self.unknown)}" if self.unknown else ""
+    note = "; ".join(filter(None, [self.note, unknown]))
+    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{note}".rstrip()
 
 
 class Refused(Exception):
@@ -159,14 +163,18 @@ class Produced:
 
 
 def compare(case: Case, produced: Produced) -> CaseResult:
-  """Every expected array of a case with ours: floats within `atol` and `rms_tol`, others equal."""
+  """Every expected array of a case with ours: floats within `atol` and `rms_tol`, others equal.
+
+  An array that ours lack is named as unknown; a case with no other has failed.
+  """
   tolerance = case.tolerance
   problems, notes, worst, worst_rms = [], [produced.note] if produced.note else [], 0.0, 0.0
-  for name in case.expected():
+  unknown = tuple(name for name in case.expected() if name not in produced.arrays)
+  known = [name for name in case.expected() if name not in unknown]
+  if unknown and not known:
+    problems.append("nothing was compared")
+  for name in known:
     wanted = case.reference(name)
-    if name not in produced.arrays:
-      problems.append(f"{name} is not produced")
-      continue
     found = np.asarray(produced.arrays[name])
     if found.shape != wanted.shape:
       problem = f"{name} has shape {list(found.shape)} instead of {list(wanted.shape)}"
@@ -195,6 +203,7 @@ def compare(case: Case, produced: Produced) -> CaseResult:
     tolerance=tolerance.get("atol", max(produced.atol.values(), default=None)),
     rms_tolerance=tolerance.get("rms_tol"),
     note="; ".join(problems + notes),
+    unknown=unknown,
   )
 
 

@@ -38,6 +38,7 @@ class Findings:
   def __init__(self) -> None:
     self.problems: list[str] = []
     self.worst: dict[str, float] = {}
+    self.unknown: list[str] = []  # arrays that no code here compares
 
   def near(self, kind: str, name: str, found: float, wanted: float, limit: float) -> None:
     """`found` is `wanted` within `limit`."""
@@ -65,6 +66,7 @@ class Findings:
       note="; ".join(self.problems[:4]) + more
       if self.problems
       else f"of the limits: {shares}{note}",
+      unknown=tuple(self.unknown),
     )
 
 
@@ -111,6 +113,9 @@ def _compare_gradients(
   worst = 0.0
   for array in case.expected():
     kind, _, name = array.partition("/")
+    if kind not in ("grad", "grad_rows16") or name not in grads:
+      found.unknown.append(array)
+      continue
     ours = grads[name][::16] if kind == "grad_rows16" else grads[name]
     theirs = case.reference(array)
     error, size = _norm(ours - theirs), _norm(theirs)
@@ -219,6 +224,9 @@ def compare_run(case: Case, config: ConfigDict, published: Published, ours: Run)
     found.near("norm", name, _norm(ours.after[name]), wanted, 1e-4 * wanted + 1e-9)
   for array in case.expected():
     name = array.removeprefix("after/")
+    if name == array or name not in ours.after:
+      found.unknown.append(array)
+      continue
     theirs = case.reference(array).astype(np.float64)
     limit = rel * _norm(theirs - ours.before[name])
     found.error("distance", name, _norm(ours.after[name] - theirs), limit)
