@@ -51,7 +51,7 @@ def test_parameters_and_all_beside_them_are_read_as_before(folders, name):
   assert params == recorded["params"]
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", ["converted", "published"])
 def test_logits_are_those_of_before(folders, name):
   source, recorded = open_source(folders[name]), RECORDED[name]
   cfg = source.model_config()
@@ -72,11 +72,10 @@ def test_logits_are_those_of_before(folders, name):
     assert row[:length].argmax(-1).tolist() == best
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_a_question_is_answered_as_before(folders, name):
+def test_a_question_is_answered_as_before(folders):
   picture = np.random.default_rng(3).integers(0, 256, (40, 48, 3)).astype(np.uint8)
-  answer = vr_jax.load(folders[name]).ask([picture], "What is this?", max_new_tokens=12)
-  assert list(answer.token_ids) == RECORDED[name]["token_ids"]
+  answer = vr_jax.load(folders["checkpoint"]).ask([picture], "What is this?", max_new_tokens=12)
+  assert list(answer.token_ids) == RECORDED["checkpoint"]["token_ids"]
 
 
 def test_an_old_converted_checkpoint_goes_back_to_its_published_folder(folders, tmp_path):

@@ -381,7 +381,7 @@ def _damaged(path: Path, error: Exception) -> Damaged:
   )
 
 
-def _check_tree(where: Path, found: Any, target: Any) -> None:
+def _check_tree(where: Path, saved: Any, target: Any) -> None:
   """Raises InputError with the first few leaves in which two trees differ."""
 
   def leaves(tree):
@@ -390,13 +390,13 @@ def _check_tree(where: Path, found: Any, target: Any) -> None:
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
-  found, expected = leaves(found), leaves(target)
-  problems = [f"{k} is missing" for k in expected if k not in found]
-  problems += [f"{k} is not expected" for k in found if k not in expected]
+  held, expected = leaves(saved), leaves(target)
+  problems = [f"{k} is missing" for k in expected if k not in held]
+  problems += [f"{k} is not expected" for k in held if k not in expected]
   problems += [
-    f"{k} is {found[k]} instead of {expected[k]}"
+    f"{k} is {held[k]} instead of {expected[k]}"
     for k in expected
-    if k in found and found[k] != expected[k]
+    if k in held and held[k] != expected[k]
   ]
   if problems:
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

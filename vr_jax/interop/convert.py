@@ -74,10 +74,10 @@ def convert(
   if logits == "always" and (reason := proof.cannot(source, to, logits)):
     raise InputError(f"--logits always: {reason}")
   _describe(source, report)
-  wanted = DTYPES[CASTS[dtype]] if dtype else None
+  new_dtype = DTYPES[CASTS[dtype]] if dtype else None
 
-  def cast(own: np.dtype) -> np.dtype:
-    return wanted if wanted is not None and dtype_name(own) in CASTS.values() else own
+  def cast(old: np.dtype) -> np.dtype:
+    return new_dtype if new_dtype is not None and dtype_name(old) in CASTS.values() else old
 
   partial = dst.parent / f"{dst.name}.partial"
   plan = {
@@ -220,7 +220,7 @@ def _stream(
         "shape": list(item.shape),
         "dtype": dtype_name(item.dtype),
         "sha256": hashlib.sha256(np.ascontiguousarray(new).view(np.uint8)).hexdigest(),
-        "from": list(item.of),
+        "from": list(item.sources),
         "from_dtype": dtype_name(array.dtype),
         "largest_difference": difference,
       }
@@ -365,17 +365,17 @@ def summary(parity: dict[str, Any], dst: str | Path) -> str:
   logits = parity["logits"]
   if "skipped" in logits:
     lines.append(f"logits not compared: {logits['skipped']}")
-  for name, found in logits.items():
-    if isinstance(found, dict):
+  for name, part in logits.items():
+    if isinstance(part, dict):
       more = ""
-      if "kl" in found:
+      if "kl" in part:
         more = (
-          f", KL {found['kl']:.2g}, top-1 {found['top1_agreement']:.4g}, "
-          f"{found['greedy_equal']} of {found['greedy_tokens']} greedy tokens equal"
+          f", KL {part['kl']:.2g}, top-1 {part['top1_agreement']:.4g}, "
+          f"{part['greedy_equal']} of {part['greedy_tokens']} greedy tokens equal"
         )
       lines.append(
-        f"{name}: max abs {found['max_abs']:.2g}{more}: "
-        f"{'passed' if found['passed'] else 'OVER TOLERANCE'}"
+        f"{name}: max abs {part['max_abs']:.2g}{more}: "
+        f"{'passed' if part['passed'] else 'OVER TOLERANCE'}"
       )
   return "\n".join(lines)
 

@@ -33,19 +33,20 @@ class _Renamed:
     self._theirs: dict[str, str] = {}
     self.others: list[str] = []  # the vision half of a multimodal Gemma 3
     for name in self._params.shapes:
-      own = name
+      renamed = name
       for root in ("params/", "transformer/"):
-        own = own.removeprefix(root)
-      own = own.replace("layer_", "layers/", 1) if own.startswith("layer_") else own
+        renamed = renamed.removeprefix(root)
+      if renamed.startswith("layer_"):
+        renamed = renamed.replace("layer_", "layers/", 1)
       for theirs, ours in (
         ("/_query_norm/", "/q_norm/"),
         ("/_key_norm/", "/k_norm/"),
         ("/gating_einsum/w", "/gating_einsum"),
         ("/mlp/linear/w", "/mlp/linear"),
       ):
-        own = own.replace(theirs, ours)
-      if own.startswith(("layers/", "embedder/input_embedding", "final_norm/")):
-        self._theirs[own] = name
+        renamed = renamed.replace(theirs, ours)
+      if renamed.startswith(("layers/", "embedder/input_embedding", "final_norm/")):
+        self._theirs[renamed] = name
       else:
         self.others.append(name)
 

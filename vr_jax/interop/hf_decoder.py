@@ -244,8 +244,10 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
     if getattr(cfg, k) is not None and family in ("gemma", "qwen2")
   ]
   if wrong:
-    found = ", ".join(f"{k}={getattr(cfg, k)!r}" for k in wrong)
-    raise InputError(f"{where}: no model of transformers has {found} in a decoder like {family}")
+    odd = ", ".join(f"{k}={getattr(cfg, k)!r}" for k in wrong)
+    raise InputError(
+      f"{where}: no model of transformers has {odd} in a decoder like {family}"
+    )
   fields: dict[str, Any] = {
     "model_type": family,
     "architectures": [_ARCHITECTURES[family]],
@@ -311,8 +313,8 @@ def open_decoder(tensors: Tensors, cfg: DecoderConfig, *, alone: bool = True) ->
     return (others and not name.startswith(body)) or tied_copy or name.endswith("inv_freq")
 
   shapes = decoder_shapes(cfg)
-  wanted = decoder_slots(cfg, shapes, body=body, head=head)
-  return Mapped(tensors, wanted, shapes, unused=unused)
+  table = decoder_slots(cfg, shapes, body=body, head=head)
+  return Mapped(tensors, table, shapes, unused=unused)
 
 
 def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:

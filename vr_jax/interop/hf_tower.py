@@ -234,8 +234,8 @@ def tower_shapes(cfg: SiglipConfig) -> dict[str, tuple[int, ...]]:
 def prefix_of(names: Iterable[str]) -> str:
   """What stands before the names of a tower's tensors."""
   end = "embeddings.patch_embedding.weight"
-  found = [name[: -len(end)] for name in names if name.endswith(end)]
-  return min(found, key=len, default="vision_model.")
+  prefixes = [name[: -len(end)] for name in names if name.endswith(end)]
+  return min(prefixes, key=len, default="vision_model.")
 
 
 def open_tower(tensors: Tensors, cfg: SiglipConfig, *, alone: bool = True) -> Mapped:

@@ -98,17 +98,17 @@ def open_partial(path: Path) -> Source:
   files = [path] if path.is_file() else [f for n in FILES if (f := path / n).is_file()]
   home = path.parent if path.is_file() else path
   parts: dict[str, Any] = {}
-  found: list[Parameters] = []
+  params: list[Parameters] = []
   notes: list[str] = []
   for file in files:
     tensors = open_tensors(file)
     if (prefix := _prefix(tensors, "mm_projector.", ("readout.", "s1.", "0."))) is not None:
       kind = _kind(tensors, prefix, home, notes)
       parts["connector"], mapped = videorefer.open_connector(tensors, kind, prefix)
-      found.append(Part(mapped, "", "connector/"))
+      params.append(Part(mapped, "", "connector/"))
     if (prefix := _prefix(tensors, "region_encoder.", ("feat_linear.",))) is not None:
       parts["region"], mapped = open_region(tensors, prefix)
-      found.append(Part(mapped, "", "region/"))
+      params.append(Part(mapped, "", "region/"))
   if not parts:
     held = ", ".join(list(tensors)[:3]) if files else "no such file"
     raise InputError(
@@ -116,7 +116,7 @@ def open_partial(path: Path) -> Source:
       f"it holds {held}"
     )
   return Source(
-    kind="parts of a published stage", path=path, parts=parts, params=Joined(*found),
+    kind="parts of a published stage", path=path, parts=parts, params=Joined(*params),
     notes=tuple(notes),
   )  # fmt: skip
 
@@ -133,17 +133,17 @@ def open_region(tensors: Tensors, prefix: str) -> tuple[RegionConfig, Mapped]:
     "fc2/kernel": (width, width),
     "fc2/bias": (width,),
   }
-  wanted = list(slots(shapes, videorefer.REGION, theirs=prefix))
-  mapped = Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
+  table = list(slots(shapes, videorefer.REGION, theirs=prefix))
+  mapped = Mapped(tensors, table, shapes, unused=lambda name: not name.startswith(prefix))
   return RegionConfig(width=width), mapped
 
 
 def _prefix(tensors: Tensors, word: str, starts: tuple[str, ...]) -> str | None:
   """What stands before a part's names: up to `word`, or nothing in a file of that part alone."""
   for name in tensors:
-    before, found, _ = name.partition(word)
-    if found:
-      return before + found
+    before, match, _ = name.partition(word)
+    if match:
+      return before + match
   if any(name.startswith(starts) for name in tensors):
     return ""
   return None

@@ -124,8 +124,8 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
   tensors = Safetensors(folder / "adapter_model.safetensors")
   adapted = _adapted(tensors, cfg)
   shapes = adapter_shapes(cfg, rank, dict.fromkeys(adapted))
-  wanted = list(slots(shapes, rows(cfg)))
-  return Adapter(Mapped(_Completed(tensors, wanted, shapes), wanted, shapes), rank, float(alpha))
+  table = list(slots(shapes, rows(cfg)))
+  return Adapter(Mapped(_Completed(tensors, table, shapes), table, shapes), rank, float(alpha))
 
 
 class _Completed:
@@ -134,10 +134,10 @@ class _Completed:
   We stack what the file may adapt apart: k_proj and v_proj, gate_proj and up_proj, the layers.
   """
 
-  def __init__(self, tensors: Safetensors, wanted: list[Slot], shapes: Shapes):
+  def __init__(self, tensors: Safetensors, table: list[Slot], shapes: Shapes):
     self.path, self._tensors = tensors.path, tensors
     self._zeros = {}
-    for slot in wanted:
+    for slot in table:
       pair = (re.sub(r"\.lora_[AB]\.", f".lora_{letter}.", slot.theirs) for letter in "AB")
       if not any(name in tensors for name in pair):
         self._zeros[slot.theirs] = their_shape(slot, shapes[slot.ours])
@@ -163,13 +163,13 @@ class _Completed:
 
 def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:
   """The matrices of ours for which the file holds factors."""
-  found = set()
+  adapted = set()
   for path, shape in hf_decoder.decoder_shapes(cfg).items():
     for slot in slots({path: shape}, hf_decoder.rows(cfg)):
       if _PREFIX + slot.theirs.replace(".weight", ".lora_A.weight") in tensors:
-        found.add(path)
+        adapted.add(path)
         break
-  return found
+  return adapted
 
 
 def factors_of(params: Parameters) -> Parameters:
@@ -232,12 +232,12 @@ class Merged:
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
     value = self.base.read(path, index)
-    own = path.removeprefix("llm/")
-    if not path.startswith("llm/") or f"{own}_lora_a" not in self._adapter.params.shapes:
+    matrix = path.removeprefix("llm/")
+    if not path.startswith("llm/") or f"{matrix}_lora_a" not in self._adapter.params.shapes:
       return value
-    a = self._adapter.params.read(f"{own}_lora_a", index).astype(np.float32)
-    b = self._adapter.params.read(f"{own}_lora_b", index).astype(np.float32)
-    return (value + self._adapter.scale * _product(own, a, b)).astype(value.dtype)
+    a = self._adapter.params.read(f"{matrix}_lora_a", index).astype(np.float32)
+    b = self._adapter.params.read(f"{matrix}_lora_b", index).astype(np.float32)
+    return (value + self._adapter.scale * _product(matrix, a, b)).astype(value.dtype)
 
 
 def _product(path: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

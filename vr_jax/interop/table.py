@@ -170,8 +170,8 @@ class Safetensors:
     files = sorted(self.path.glob("*.safetensors"))
     if not files:
       torch_files = sorted(f.name for f in self.path.glob("*.bin")) if self.path.is_dir() else []
-      found = f"found {', '.join(torch_files)}, " if torch_files else ""
-      raise InputError(f"{self.path}: {found}expected a .safetensors file or shards of it")
+      others = f"found {', '.join(torch_files)}, " if torch_files else ""
+      raise InputError(f"{self.path}: {others}expected a .safetensors file or shards of it")
     return files
 
   def __iter__(self) -> Iterator[str]:
@@ -255,14 +255,14 @@ class Mapped:
   def __init__(
     self,
     tensors: Tensors,
-    wanted: Iterable[Slot],
+    table: Iterable[Slot],
     shapes: Shapes,
     *,
     unused: Callable[[str], bool] = lambda name: False,
   ):
     self.tensors, self.shapes = tensors, dict(shapes)
     self._slots: dict[str, dict[tuple[int, ...], Slot]] = {}
-    for slot in wanted:
+    for slot in table:
       self._slots.setdefault(slot.ours, {})[slot.index] = slot
     self.shapes = {path: self.shapes[path] for path in self._slots}
     self.skipped = self._check(unused)
@@ -271,8 +271,8 @@ class Mapped:
     tensors = self.tensors
     expected = {
       slot.theirs: their_shape(slot, self.shapes[path])
-      for path, own in self._slots.items()
-      for slot in own.values()
+      for path, by_index in self._slots.items()
+      for slot in by_index.values()
     }
     left = [name for name in tensors if name not in expected]
     missing = [name for name in expected if name not in tensors]
@@ -307,13 +307,13 @@ class Mapped:
     return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    own = self._slots[path]
+    by_index = self._slots[path]
     for length in range(len(index) + 1):  # a slot, or a piece of one
-      if index[:length] in own:
-        return self._slot(own[index[:length]], self.shapes[path][length:], index[length:])
+      if index[:length] in by_index:
+        return self._slot(by_index[index[:length]], self.shapes[path][length:], index[length:])
     rest = len(index)
     into = np.empty(self.shapes[path][rest:], self.dtype(path))
-    for at, slot in own.items():
+    for at, slot in by_index.items():
       if at[:rest] == index:
         into[at[rest:]] = self._slot(slot, self.shapes[path][len(at) :], ())
     return into
@@ -335,14 +335,14 @@ class Joined:
   """Parameters of several sources side by side."""
 
   def __init__(self, *parts: Parameters):
-    self._of = {path: part for part in parts for path in part.shapes}
-    self.shapes = {path: part.shapes[path] for path, part in self._of.items()}
+    self._parts = {path: part for part in parts for path in part.shapes}
+    self.shapes = {path: part.shapes[path] for path, part in self._parts.items()}
 
   def dtype(self, path: str) -> np.dtype:
-    return self._of[path].dtype(path)
+    return self._parts[path].dtype(path)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    return self._of[path].read(path, index)
+    return self._parts[path].read(path, index)
 
 
 class Part:
@@ -409,21 +409,21 @@ class Output(NamedTuple):
     return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
-def outputs(wanted: Iterable[Slot], shapes: Shapes) -> list[Output]:
+def outputs(table: Iterable[Slot], shapes: Shapes) -> list[Output]:
   """The foreign tensors that slots make."""
   by_name: dict[str, list[Slot]] = {}
-  for slot in wanted:
+  for slot in table:
     by_name.setdefault(slot.theirs, []).append(slot)
   return [
-    Output(name, their_shape(own[0], shapes[own[0].ours]), tuple(own))
-    for name, own in by_name.items()
+    Output(name, their_shape(parts[0], shapes[parts[0].ours]), tuple(parts))
+    for name, parts in by_name.items()
   ]
 
 
-def collect(params: Mapping[str, Any], wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
+def collect(params: Mapping[str, Any], table: Iterable[Slot]) -> dict[str, np.ndarray]:
   """The foreign tensors that the slots make of a parameter tree; contiguous, dtype unchanged."""
   tree = Tree(params)
-  return {output.name: output.make(tree) for output in outputs(wanted, tree.shapes)}
+  return {output.name: output.make(tree) for output in outputs(table, tree.shapes)}
 
 
 def shapes_of(init: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:

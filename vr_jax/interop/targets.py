@@ -33,8 +33,8 @@ Cast = Callable[[np.dtype], np.dtype]
 class Item(NamedTuple):
   """One tensor, or one layer of a stacked one, from reading to writing.
 
-  `make` gives it in the dtype of the source, `write` takes it in `dtype`; `of` names what it is
-  made of; items are worked through in the order of `order`, which keeps reads together.
+  `make` gives it in the dtype of the source, `write` takes it in `dtype`; `sources` names what it
+  is made of; items are worked through in the order of `order`, which keeps reads together.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Item(NamedTuple):
   dtype: np.dtype
   make: Callable[[], np.ndarray]
   write: Callable[[np.ndarray], None]
-  of: tuple[str, ...]
+  sources: tuple[str, ...]
   order: tuple[Any, ...]
 
   @property
@@ -102,7 +102,7 @@ def to_vr(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
           dtype=entries[path][1],
           make=lambda path=path, index=index: params.read(path, index),
           write=lambda array, path=path, index=index: writer.write(path, index, array),
-          of=(path,),
+          sources=(path,),
           order=(path, index),
         )
       )
@@ -198,9 +198,9 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   if "llm" in parts:
     home = "" if alone else "decoder/"
     llm = hf_decoder.hf_config(parts["llm"])
-    wanted = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
+    table = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
     before = len(target.items)
-    made = outputs(wanted, source.params.shapes)
+    made = outputs(table, source.params.shapes)
     _shards(target, folder / home, made, source.params, cast, shard_bytes, home)
     dtype = {"torch_dtype": _main_dtype(target.items[before:])}
     target.files[f"{home}config.json"] = _json(llm | _special_ids(source.generation) | dtype)
@@ -213,8 +213,8 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   ):
     if part in parts:
       table = table or videorefer.connector_rows(parts["connector"].kind)
-      own = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
-      made = outputs(slots(own, table, f"{part}/", prefix), own)
+      shapes = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
+      made = outputs(slots(shapes, table, f"{part}/", prefix), shapes)
       _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
   return target
 
@@ -298,7 +298,7 @@ def _items(
         dtype=entries[output.name][1],
         make=lambda output=output: output.make(params),
         write=lambda array, name=output.name: write(name, array),
-        of=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
+        sources=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
         order=(first.ours, first.index),
       )
     )
@@ -313,7 +313,7 @@ def _kept_item(
     dtype=dtype,
     make=lambda: kept.tensors.read(name),
     write=lambda array: write(new_name or name, array),
-    of=(name,),
+    sources=(name,),
     order=("~", name),
   )
 
@@ -362,8 +362,8 @@ def _tower_folder(
   label = f"{home}/" if home else ""
   _items(target, made, source.params, entries, writer.write, label)
   for name in names:
-    own = name[len(prefix) :]
-    target.items.append(_kept_item(label + own, name, kept, entries[own][1], writer.write, own))
+    bare = name[len(prefix) :]
+    target.items.append(_kept_item(label + bare, name, kept, entries[bare][1], writer.write, bare))
   depth = img.depth if names or img.select_layer is None else img.layers
   dtype = _main_dtype([i for i in target.items if i.name.startswith(f"{label}vision_model.")])
   config = hf_tower.hf_config(img, depth) | {"torch_dtype": dtype}

@@ -72,15 +72,15 @@ def code() -> Mapping[str, bytes]:
   package = {"data_pipes": Path(data_pipes.__file__).parent}
   package["vr_jax.inference"] = Path(vr_jax.__file__).parent / "inference"
   files = {path.name: path for path in sorted(CODE.glob("*_videorefer.py"))}
-  found: dict[str, bytes] = {}
+  contents: dict[str, bytes] = {}
   while files:
     name, path = files.popitem()
     text = path.read_text(encoding="utf-8")
     for room, module in _IMPORT.findall(text):
-      if f"{module}.py" not in found:
+      if f"{module}.py" not in contents:
         files[f"{module}.py"] = package[room] / f"{module}.py"
-    found[name] = _IMPORT.sub(r"from .\2 import", text).encode()
-  return found
+    contents[name] = _IMPORT.sub(r"from .\2 import", text).encode()
+  return contents
 
 
 def output_slots(cfg: VideoReferConfig, shapes: Shapes) -> list[Slot]:

@@ -291,21 +291,21 @@ def open_published(folder: Path | str) -> Source:
     max_text_ids=field(fields, where, "tokenizer_model_max_length", int, 2048),
   )
   shapes = model_shapes(cfg)
-  wanted = model_slots(cfg, shapes)
+  table = model_slots(cfg, shapes)
   unused = _unused(cfg)
-  complete = all(slot.theirs in tensors for slot in wanted if slot.ours.startswith("img/"))
+  complete = all(slot.theirs in tensors for slot in table if slot.ours.startswith("img/"))
   if complete or tower_folder is None:
-    params = Mapped(tensors, wanted, shapes, unused=unused)
+    params = Mapped(tensors, table, shapes, unused=unused)
     skipped = kept = params.skipped
     if tower_folder is not None:
       beside = hf_tower.open_tower(Safetensors(tower_folder), img)
-      found = _agreement(Part(params, "img/"), beside)
-      notes.append(f"tower: from the shards; {tower_folder} holds {found}")
+      comparison = _agreement(Part(params, "img/"), beside)
+      notes.append(f"tower: from the shards; {tower_folder} holds {comparison}")
   else:
-    own = [slot for slot in wanted if not slot.ours.startswith("img/")]
+    rest_slots = [slot for slot in table if not slot.ours.startswith("img/")]
     rest = Mapped(
       tensors,
-      own,
+      rest_slots,
       shapes,
       unused=lambda name: name.startswith(SHARD_TOWER) or unused(name),
     )
@@ -381,8 +381,8 @@ def open_connector(tensors: Tensors, kind: str, prefix: str) -> tuple[ConnectorC
   cfg = ConnectorConfig(kind=kind, width=tensors.shape(readout[-1])[0])
   features = jax.ShapeDtypeStruct((1, 2, 4, tensors.shape(first)[1]), jnp.float32)
   shapes = shapes_of(lambda x: Connector(cfg).init(jax.random.key(0), x)["params"], features)
-  wanted = list(slots(shapes, connector_rows(kind), theirs=prefix))
-  return cfg, Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
+  table = list(slots(shapes, connector_rows(kind), theirs=prefix))
+  return cfg, Mapped(tensors, table, shapes, unused=lambda name: not name.startswith(prefix))
 
 
 def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:

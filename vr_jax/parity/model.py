@@ -141,9 +141,9 @@ def _region(shared: Case, params, width: int, case: Case) -> Produced:
     batch[b, : len(pairs)] = features[pairs]
     start = 0
     for r, frames in enumerate(row):
-      own = np.arange(start, start := start + len(frames))
-      masks[b, r, own] = on_grid.reshape(-1, grid * grid)[own]
-      region_frames[b, r, : len(own)] = own
+      entries = np.arange(start, start := start + len(frames))
+      masks[b, r, entries] = on_grid.reshape(-1, grid * grid)[entries]
+      region_frames[b, r, : len(entries)] = entries
 
   encoder = RegionEncoder(RegionConfig(width=width, tokens=meta["region_token_num"]))
   out = _encode(encoder, params, batch, masks, region_frames)
