@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipes.errors import InputError
 from vr_jax.interop import big_vision, hf_decoder, peft, torch_folder, videorefer
+from vr_jax.interop.adapter import Merged
 from vr_jax.interop.table import Mapped, Tree, arrays, outputs, slots
 from vr_jax.models.variants import DECODERS, VARIANTS, get_variant
 
@@ -133,7 +134,7 @@ def test_adapters_survive_the_peft_format_and_merge_as_their_product(name, tmp_p
 
   rng = np.random.default_rng(1)
   base = {f"llm/{k}": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-  merged = peft.Merged(Tree(base), opened)
+  merged = Merged(Tree(base), opened)
   # In their layout an adapter is B @ A, whatever the matrix.
   theirs = {o.name: o.make(Tree(adapter)) for o in outputs(
     slots(Tree(adapter).shapes, peft.rows(cfg)), Tree(adapter).shapes)}  # fmt: skip

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.interop.fields import read_json
 from vr_jax.interop.table import (
   DENSE,
   FLAT,
@@ -31,7 +32,6 @@ from vr_jax.interop.table import (
   arrays,
   collect,
   nested,
-  read_json,
   shapes_of,
   slots,
 )
@@ -245,9 +245,7 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
   ]
   if wrong:
     odd = ", ".join(f"{k}={getattr(cfg, k)!r}" for k in wrong)
-    raise InputError(
-      f"{where}: no model of transformers has {odd} in a decoder like {family}"
-    )
+    raise InputError(f"{where}: no model of transformers has {odd} in a decoder like {family}")
   fields: dict[str, Any] = {
     "model_type": family,
     "architectures": [_ARCHITECTURES[family]],

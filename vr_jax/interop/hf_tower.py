@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from data_pipes.errors import InputError
+from vr_jax.interop.fields import field, read_json, require
 from vr_jax.interop.table import (
   CONV2D,
   DENSE,
@@ -29,7 +30,6 @@ from vr_jax.interop.table import (
   Transform,
   arrays,
   nested,
-  read_json,
   shapes_of,
   slots,
 )
@@ -95,24 +95,6 @@ ROWS = [
 
 
 # --- Configuration ----------------------------------------------------------------------------
-
-
-def field(fields: Mapping[str, Any], where: Any, key: str, kind: type, default: Any = None) -> Any:
-  """`fields[key]` checked to be a `kind`, or the default; without a default it must be there."""
-  value = fields.get(key)
-  value = default if value is None else value
-  if kind is float and type(value) is int:
-    value = float(value)
-  if type(value) is not kind:
-    raise InputError(f"{where}: {key}={value!r}, expected {kind.__name__}")
-  return value
-
-
-def require(fields: Mapping[str, Any], where: Any, key: str, accepted: tuple, default: Any) -> None:
-  """Refuses a value that is not one of the accepted ones."""
-  if fields.get(key, default) not in accepted:
-    names = ", ".join(repr(a) for a in accepted)
-    raise InputError(f"{where}: {key}={fields.get(key)!r} is not supported; accepted: {names}")
 
 
 def tower_config(

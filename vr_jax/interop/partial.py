@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from vr_jax.interop import videorefer
+from vr_jax.interop.fields import read_json
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   Joined,
@@ -21,7 +22,6 @@ from vr_jax.interop.table import (
   Part,
   Safetensors,
   Tensors,
-  read_json,
   slots,
 )
 from vr_jax.models.region import RegionConfig

@@ -1,8 +1,4 @@
-"""LoRA adapters of the decoder in the PEFT format: read, written, merged into the base.
-
-An adapter's factors lie beside the matrices, as in a decoder with `lora_rank`: for a matrix at
-`layers/attn/q_einsum/w` they are `layers/attn/q_einsum/w_lora_a` [X,D,r] and `w_lora_b` [X,r,N,H],
-whose product over r, times alpha / r, is added to the matrix.
+"""LoRA adapters of the decoder in the PEFT format: read and written.
 
 Source: LoRA (arXiv 2106.09685); the files of the library peft (adapter_config.json,
 adapter_model.safetensors).
@@ -19,12 +15,12 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from vr_jax.interop import hf_decoder
+from vr_jax.interop.adapter import Adapter
+from vr_jax.interop.fields import read_json
 from vr_jax.interop.table import (
   DENSE,
   HEADS_OUT,
   Mapped,
-  Parameters,
-  Part,
   Row,
   Safetensors,
   Shapes,
@@ -34,7 +30,6 @@ from vr_jax.interop.table import (
   arrays,
   nested,
   outputs,
-  read_json,
   slots,
   their_shape,
 )
@@ -43,19 +38,6 @@ from vr_jax.models.decoder import DecoderConfig, is_factor
 
 _PREFIX = "base_model.model."
 _MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """The factors by our path (relative to the decoder), and what scales their product."""
-
-  params: Parameters
-  rank: int
-  alpha: float
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
 
 
 # A [r, N*H in] of o_proj <-> [N, H, r]
@@ -172,17 +154,10 @@ def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:
   return adapted
 
 
-def factors_of(params: Parameters) -> Parameters:
-  """The factors among a model's parameters, by paths relative to the decoder."""
-  factors = Part(params, "llm/")
-  factors.shapes = {path: shape for path, shape in factors.shapes.items() if is_factor(path)}
-  return factors
-
-
 def write_adapter(
   folder: str | Path, cfg: DecoderConfig, adapter: Mapping[str, Any], alpha: float
 ) -> None:
-  """Writes factors (nested as in this module's text) as a PEFT folder."""
+  """Writes factors (nested; paths as in `adapter`) as a PEFT folder."""
   folder = Path(folder)
   tree = Tree(adapter)
   made = outputs(slots(tree.shapes, rows(cfg)), tree.shapes)
@@ -215,35 +190,3 @@ def read_adapter(folder: str | Path, cfg: DecoderConfig) -> tuple[dict[str, Any]
   """(factors as a nested dict, alpha / r) of a PEFT folder; see `open_adapter`."""
   adapter = open_adapter(folder, cfg)
   return nested(arrays(adapter.params)), adapter.scale
-
-
-class Merged:
-  """A model's parameters with an adapter added to its decoder, in float32; dtype unchanged.
-
-  `base` are those without it.
-  """
-
-  def __init__(self, base: Parameters, adapter: Adapter):
-    self.shapes = base.shapes
-    self.base, self._adapter = base, adapter
-
-  def dtype(self, path: str) -> np.dtype:
-    return self.base.dtype(path)
-
-  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    value = self.base.read(path, index)
-    matrix = path.removeprefix("llm/")
-    if not path.startswith("llm/") or f"{matrix}_lora_a" not in self._adapter.params.shapes:
-      return value
-    a = self._adapter.params.read(f"{matrix}_lora_a", index).astype(np.float32)
-    b = self._adapter.params.read(f"{matrix}_lora_b", index).astype(np.float32)
-    return (value + self._adapter.scale * _product(matrix, a, b)).astype(value.dtype)
-
-
-def _product(path: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """The change of a matrix from its factors, with whatever axes lead."""
-  if path.endswith("attn_vec_einsum/w"):
-    return np.einsum("...NHr,...rD->...NHD", a, b)
-  if path.endswith("_einsum/w"):
-    return np.einsum("...Dr,...rNH->...NDH", a, b)
-  return np.einsum("...ir,...ro->...io", a, b)

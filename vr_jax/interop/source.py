@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.interop.peft import Adapter, Merged
+from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.table import Parameters, Tensors
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
@@ -36,7 +36,7 @@ class Source:
     skipped: tensors that no part of this model uses.
     kept: those of them that belong to a published folder.
     origin: JSON of the foreign folder that the way back needs (its config files).
-    adapter: what is merged into the decoder, if anything is (`params` are then `peft.Merged`).
+    adapter: what is merged into the decoder, if anything is (`params` are then `adapter.Merged`).
   """
 
   kind: str

@@ -16,9 +16,11 @@ from vr_jax.interop import (
   videorefer,
   vr,
 )
+from vr_jax.interop.fields import read_json
+from vr_jax.interop.generation import generation
 from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
-from vr_jax.interop.table import Part, Safetensors, read_json
+from vr_jax.interop.table import Part, Safetensors
 
 ACCEPTED = (
   "a checkpoint of vr_jax, a published VideoRefer folder, a folder of transformers (SigLIP, Qwen2, "
@@ -102,14 +104,13 @@ def _open_decoder(folder: Path) -> Source:
   fields = read_json(where)
   cfg = hf_decoder.decoder_config(fields, where)
   params = hf_decoder.open_decoder(Safetensors(folder), cfg)
-  generation = videorefer.generation(folder)
   return Source(
     kind="decoder folder",
     path=folder,
     parts={"llm": cfg},
     params=Part(params, "", "llm/"),
     tokenizer_files=find_tokenizer_files(folder),
-    generation=vars(generation),
+    generation=vars(generation(folder)),
     skipped=params.skipped,
     origin={"format": "decoder", "config.json": fields},
   )

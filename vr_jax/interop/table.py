@@ -7,7 +7,6 @@ tensors of parameters.
 
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from data_pipes.errors import InputError
+from vr_jax.interop.fields import read_json
 
 
 class Transform(NamedTuple):
@@ -191,18 +191,6 @@ class Safetensors:
       if not index:
         return handle.get_tensor(name)
       return np.asarray(handle.get_slice(name)[index[0]])[index[1:]]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-  try:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise InputError(f"{file}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"{file}: not JSON ({error})") from None
-  if not isinstance(fields, dict):
-    raise InputError(f"{file}: expected a JSON object, found {type(fields).__name__}")
-  return fields
 
 
 def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:

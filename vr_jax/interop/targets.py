@@ -20,6 +20,7 @@ from vr_jax.interop import (
   videorefer,
   vr,
 )
+from vr_jax.interop.generation import generation_json
 from vr_jax.interop.npz import CONFIG
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import DTYPES, Output, Parameters, dtype_name, outputs, pieces, slots
@@ -145,7 +146,7 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   fields["mm_vision_tower"] = old["mm_vision_tower"] if elsewhere else tower["folder"]
   target.files["config.json"] = _json(fields)
   old_generation = origin.get("generation_config.json")
-  generation = videorefer.generation_json(source.generation)
+  generation = generation_json(source.generation)
   target.files["generation_config.json"] = _json(old_generation or generation)
   target.files |= source.tokenizer_files
   return target
@@ -161,7 +162,7 @@ def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Targ
   _shards(target, folder, made, source.params, cast, shard_bytes)
   fields = torch_folder.config_json(cfg, _main_dtype(target.items))
   target.files["config.json"] = _json(fields)
-  target.files["generation_config.json"] = _json(videorefer.generation_json(source.generation))
+  target.files["generation_config.json"] = _json(generation_json(source.generation))
   processor = {"auto_map": {"AutoProcessor": fields["auto_map"]["AutoProcessor"]}}
   target.files["processor_config.json"] = _json(processor)
   target.files |= torch_folder.code() | dict(source.tokenizer_files)
@@ -204,7 +205,7 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
     _shards(target, folder / home, made, source.params, cast, shard_bytes, home)
     dtype = {"torch_dtype": _main_dtype(target.items[before:])}
     target.files[f"{home}config.json"] = _json(llm | _special_ids(source.generation) | dtype)
-    generation = videorefer.generation_json(source.generation)
+    generation = generation_json(source.generation)
     target.files[f"{home}generation_config.json"] = _json(generation)
     target.files |= {home + name: data for name, data in source.tokenizer_files.items()}
   for part, stem, table, prefix in (

@@ -14,8 +14,10 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import videorefer
+from vr_jax.interop.fields import read_json
+from vr_jax.interop.generation import generation
 from vr_jax.interop.source import Source
-from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot, read_json
+from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot
 from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
 
 MODEL_TYPE = "videorefer_torch"
@@ -38,7 +40,6 @@ def open_torch(folder: Path) -> Source:
   cfg = VideoReferConfig(**settings, **parts)
   shapes = videorefer.model_shapes(cfg)
   params = Mapped(Safetensors(folder), videorefer.model_slots(cfg, shapes), shapes)
-  generation = videorefer.generation(folder)
   return Source(
     kind="PyTorch folder of vr_jax",
     path=folder,
@@ -46,7 +47,7 @@ def open_torch(folder: Path) -> Source:
     params=params,
     settings=settings,
     tokenizer_files=find_tokenizer_files(folder),
-    generation=vars(generation),
+    generation=vars(generation(folder)),
   )
 
 

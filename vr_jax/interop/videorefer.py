@@ -18,7 +18,9 @@ import numpy as np
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
-from vr_jax.interop.hf_tower import dense, field, norm, require
+from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.generation import Generation, generation
+from vr_jax.interop.hf_tower import dense, norm
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import (
   CONV1X1,
@@ -38,7 +40,6 @@ from vr_jax.interop.table import (
   dtype_name,
   nested,
   pieces,
-  read_json,
   shapes_of,
   slots,
 )
@@ -104,42 +105,6 @@ def is_published(folder: Path | str) -> bool:
   """Whether a folder holds a published VideoRefer checkpoint, by what its config.json says."""
   file = Path(folder) / "config.json"
   return file.is_file() and read_json(file).get("model_type") in MODEL_TYPES
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What generation_config.json asks of decoding: it holds for greedy decoding too.
-
-  The repetition penalty falls on generated tokens only, never on the prompt.
-  """
-
-  eos_ids: tuple[int, ...]
-  pad_id: int | None = None
-  repetition_penalty: float = 1.0
-
-
-def generation(folder: Path | str) -> Generation:
-  """From generation_config.json, where it is silent or absent from config.json."""
-  folder = Path(folder)
-  fields = read_json(folder / "config.json")
-  if (folder / "generation_config.json").is_file():
-    fields |= read_json(folder / "generation_config.json")
-  eos = fields.get("eos_token_id")
-  eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-  penalty = field(fields, folder / "generation_config.json", "repetition_penalty", float, 1.0)
-  return Generation(eos_ids, fields.get("pad_token_id"), penalty)
-
-
-def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of generation_config.json; `generation` reads them back."""
-  eos = list(settings.get("eos_ids") or ())
-  return {
-    "bos_token_id": settings.get("pad_id"),
-    "do_sample": False,
-    "eos_token_id": eos,
-    "pad_token_id": settings.get("pad_id"),
-    "repetition_penalty": settings.get("repetition_penalty") or 1.0,
-  }
 
 
 def config_json(

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipes.masks import mask_to_grid, resize_mask
 from vr_jax.interop import hf_tower, videorefer
+from vr_jax.interop.fields import read_json
 from vr_jax.models.connector import Connector
 from vr_jax.models.region import (
   RegionConfig,
@@ -38,7 +39,7 @@ def siglip(golden: Golden) -> Iterator[CaseResult]:
 
 def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   folder = golden.path(case.meta["tower"]) if "tower" in case.meta else _checkpoint_tower(golden)
-  model_type = videorefer.read_json(folder / "config.json").get("model_type", "")
+  model_type = read_json(folder / "config.json").get("model_type", "")
   if model_type.startswith("clip"):
     raise Skipped("CLIP towers are optional and not built")
   pixels = jnp.asarray(case["pixel_values"]).transpose(0, 2, 3, 1)
@@ -61,7 +62,7 @@ def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
 
 
 def _checkpoint_tower(golden: Golden):
-  fields = videorefer.read_json(golden.checkpoint / "config.json")
+  fields = read_json(golden.checkpoint / "config.json")
   return golden.checkpoint / fields["mm_vision_tower"]
 
 
