@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import StoredParams
@@ -75,7 +76,7 @@ class _Renamed:
   def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
     array = self._params.read(self._theirs[name])
     if self._transposed(name):
-      array = array.swapaxes(-1, -2)
+      array = rearrange(array, "... o i -> ... i o")
     return array[: self.shape(name)[0]][index]
 
 

@@ -19,6 +19,7 @@ from vr_jax.interop.adapter import Adapter
 from vr_jax.interop.fields import read_json
 from vr_jax.interop.table import (
   DENSE,
+  HEADS_IN,
   HEADS_OUT,
   Mapped,
   Row,
@@ -40,10 +41,6 @@ _PREFIX = "base_model.model."
 _MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"
 
 
-# A [r, N*H in] of o_proj <-> [N, H, r]
-_HEADS_A = HEADS_OUT._replace(save=lambda y: y.reshape(-1, y.shape[-1]).T)
-
-
 def rows(cfg: DecoderConfig) -> list[Row]:
   """The table: two rows for each row of the decoder that is a matrix of a layer."""
 
@@ -57,7 +54,7 @@ def rows(cfg: DecoderConfig) -> list[Row]:
     if re.fullmatch(_MATRICES, row.ours):
       heads_in = "attn_vec" in row.ours
       heads_out = row.transform is not DENSE and not heads_in
-      a, b = _HEADS_A if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
+      a, b = HEADS_IN if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
       table.append(Row(f"{row.ours}_lora_a", renamed(row.theirs, "A"), a))
       table.append(Row(f"{row.ours}_lora_b", renamed(row.theirs, "B"), b))
   return table

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes.batch import Clip, Row, build_row, collate, fit_shape, needs
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text
@@ -251,7 +252,9 @@ def tower_features(source: Source, folder: Path) -> dict[str, Any]:
     ours, _ = Siglip(cfg).apply({"params": params}, jnp.asarray(pixels))
   module = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
   with torch.no_grad():
-    out = module(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    out = module(
+      torch.from_numpy(rearrange(pixels, "b h w c -> b c h w")), output_hidden_states=True
+    )
   theirs = (
     out.last_hidden_state if cfg.select_layer is None else out.hidden_states[cfg.layers]
   ).numpy()

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 
 from data_pipes.errors import InputError
@@ -30,28 +31,30 @@ class Transform(NamedTuple):
   save: Callable[[Any], Any]
 
 
+def axes(theirs: str, ours: str) -> Transform:
+  """The transform between two layouts, each axis by its name (einops); ours has no groups."""
+  names = ours.split()
+
+  def load(x: Any, shape: tuple[int, ...]) -> Any:
+    sizes = {name: n for name, n in zip(names, shape, strict=True) if name != "1"}
+    return rearrange(x, f"{theirs} -> {ours}", **sizes)
+
+  return Transform(load, lambda y: rearrange(y, f"{ours} -> {theirs}"))
+
+
+# i, o: width in and out; d: width of the stream; n: heads; h: width of a head; t, y, x: taps of a
+# kernel in time, height and width; p: positions.
 SAME = Transform(lambda x, shape: x.reshape(shape), lambda y: y)
-FLAT = Transform(lambda x, shape: x.reshape(shape), lambda y: y.reshape(-1))
-DENSE = Transform(lambda x, shape: x.T, lambda y: y.T)
-HEADS_OUT = Transform(  # [A*H out, D in] <-> [D, A, H]
-  lambda x, shape: x.T.reshape(shape), lambda y: y.reshape(y.shape[0], -1).T
-)
-HEADS_IN = Transform(  # [D out, A*H in] <-> [A, H, D]
-  lambda x, shape: x.T.reshape(shape), lambda y: y.reshape(-1, y.shape[-1]).T
-)
-HEADS_FIRST = Transform(  # [N*H out, D in] <-> [N, D, H]
-  lambda x, shape: x.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2),
-  lambda y: y.swapaxes(1, 2).reshape(-1, y.shape[1]),
-)
-CONV1X1 = Transform(lambda x, shape: x[:, :, 0, 0].T, lambda y: y.T[:, :, None, None])
-DEPTHWISE = Transform(
-  lambda x, shape: x[:, 0].transpose(1, 2, 0), lambda y: y.transpose(2, 0, 1)[:, None]
-)
-CONV2D = Transform(lambda x, shape: x.transpose(2, 3, 1, 0), lambda y: y.transpose(3, 2, 0, 1))
-CONV3D = Transform(
-  lambda x, shape: x.transpose(2, 3, 4, 1, 0), lambda y: y.transpose(4, 3, 0, 1, 2)
-)
-POSITIONS = Transform(lambda x, shape: x[None], lambda y: y[0])
+FLAT = axes("(n h)", "n h")
+DENSE = axes("o i", "i o")
+HEADS_OUT = axes("(n h) d", "d n h")
+HEADS_IN = axes("d (n h)", "n h d")
+HEADS_FIRST = axes("(n h) d", "n d h")
+CONV1X1 = axes("o i 1 1", "i o")
+DEPTHWISE = axes("d 1 y x", "y x d")
+CONV2D = axes("o i y x", "y x i o")
+CONV3D = axes("o i t y x", "t y x i o")
+POSITIONS = axes("p d", "1 p d")
 
 
 class Row(NamedTuple):
@@ -207,7 +210,8 @@ def _saved_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 class Parameters(Protocol):
   """Our parameters by path, wherever they lie; values are read when they are asked for."""
 
-  shapes: Mapping[str, tuple[int, ...]]
+  @property
+  def shapes(self) -> Shapes: ...
 
   def dtype(self, path: str) -> np.dtype: ...
 

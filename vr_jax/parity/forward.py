@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes import batch as batches
 from data_pipes.batch import Clip, Row
@@ -90,7 +91,7 @@ class Published:
     if scene is None:
       return None
     image = scene.ndim == 3 or len(scene) == 1
-    scene = np.moveaxis(scene[None] if scene.ndim == 3 else scene, 1, -1)
+    scene = rearrange(scene[None] if scene.ndim == 3 else scene, "t c h w -> t h w c")
     numbers = [0] * self.cfg.num_frames if image else list(range(len(scene)))
     frames_by_number = dict(enumerate(scene))
     objects: list[dict[int, np.ndarray]] = []
@@ -99,7 +100,7 @@ class Published:
       objects.append({})
       for position in positions:
         number = len(scene) + entry  # each (object, frame) pair has a frame of its own
-        frames_by_number[number] = np.moveaxis(frames[position], 0, -1)
+        frames_by_number[number] = rearrange(frames[position], "c h w -> h w c")
         cells = mask_to_grid(
           masks[entry], self.cfg.img.grid, self.cfg.image_aspect_ratio, "published"
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes.masks import mask_to_grid, resize_mask
 from vr_jax.interop import hf_tower, videorefer
@@ -42,7 +43,7 @@ def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   model_type = read_json(folder / "config.json").get("model_type", "")
   if model_type.startswith("clip"):
     raise Skipped("CLIP towers are optional and not built")
-  pixels = jnp.asarray(case["pixel_values"]).transpose(0, 2, 3, 1)
+  pixels = jnp.asarray(rearrange(case["pixel_values"], "b c h w -> b h w c"))
   scale = case.meta.get("scale_embeddings", 1.0)
 
   def run(select_layer, **kwargs):
@@ -81,10 +82,10 @@ def _projector(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   out = {k: np.asarray(v) for k, v in stages({"params": params}, case["x"]).items()}
   arrays = {"y": out["tokens"]}
   for name in ("s1", "s2"):
-    if name in out:  # [b,t,h,w,c] -> [(b t),c,h,w]
-      arrays[name] = out[name].reshape(-1, *out[name].shape[2:]).transpose(0, 3, 1, 2)
+    if name in out:
+      arrays[name] = rearrange(out[name], "b t h w c -> (b t) c h w")
   if "sampler" in out:
-    arrays["sampler"] = out["sampler"].transpose(0, 4, 1, 2, 3)
+    arrays["sampler"] = rearrange(out["sampler"], "b t h w c -> b c t h w")
   return arrays
 
 

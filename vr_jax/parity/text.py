@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange, reduce
 from PIL import Image
 
 from data_pipes.errors import InputError
@@ -328,17 +329,19 @@ def _at_model(
     u8 = np.stack([to_model(frame, size, aspect_ratio) for frame in frames])
     pixels = normalise(u8)
     name = f"{prefix}u8" if prefix else "pixels_u8"
-    arrays[name], atol[name] = u8.transpose(0, 3, 1, 2), levels
+    arrays[name], atol[name] = rearrange(u8, "t h w c -> t c h w"), levels
     if name in case and "pixel_mean_abs" in case.tolerance:
       gap = abs(pixels.mean() - normalise(case.reference(name)).mean())
       _same("mean pixel within tolerance", bool(gap <= case.tolerance["pixel_mean_abs"]), True)
     if f"{prefix}patch_means" in case:
       n = case.reference(f"{prefix}patch_means").shape[1]
       side = size // n
-      patches = pixels[:, : n * side, : n * side].reshape(-1, n, side, n, side, 3)
-      arrays[f"{prefix}patch_means"] = patches.mean((2, 4))
+      whole = pixels[:, : n * side, : n * side]
+      arrays[f"{prefix}patch_means"] = reduce(
+        whole, "t (i y) (j x) c -> t i j c", "mean", y=side, x=side
+      )
     if not prefix:
-      arrays["pixel_values"] = pixels.transpose(0, 3, 1, 2)
+      arrays["pixel_values"] = rearrange(pixels, "t h w c -> t c h w")
       wide = pixels.astype(np.float64)
       arrays["channel_mean"] = wide.mean((1, 2))
       arrays["channel_std"] = wide.std((1, 2), ddof=1)
