@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop.fields import read_json
+from vr_jax.interop.generation import generation
+from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   DENSE,
   FLAT,
@@ -24,6 +27,7 @@ from vr_jax.interop.table import (
   HEADS_IN,
   SAME,
   Mapped,
+  Part,
   Row,
   Safetensors,
   Shapes,
@@ -110,6 +114,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     },
   ),
 }
+MODEL_TYPES = (*FAMILIES, "gemma3")  # gemma3: a multimodal one, of which the decoder is taken
 
 
 def rows(cfg: DecoderConfig) -> list[Row]:
@@ -313,6 +318,28 @@ def open_decoder(tensors: Tensors, cfg: DecoderConfig, *, alone: bool = True) ->
   shapes = decoder_shapes(cfg)
   table = decoder_slots(cfg, shapes, body=body, head=head)
   return Mapped(tensors, table, shapes, unused=unused)
+
+
+def open_folder(folder: Path) -> Source:
+  """Opens a decoder folder: config.json, safetensors, and whatever tokenizer lies there.
+
+  Raises:
+    InputError: a config or tensors that do not fit.
+  """
+  where = folder / "config.json"
+  fields = read_json(where)
+  cfg = decoder_config(fields, where)
+  params = open_decoder(Safetensors(folder), cfg)
+  return Source(
+    kind="decoder folder",
+    path=folder,
+    parts={"llm": cfg},
+    params=Part(params, "", "llm/"),
+    tokenizer_files=find_tokenizer_files(folder),
+    generation=vars(generation(folder)),
+    skipped=params.skipped,
+    origin={"format": "decoder", "config.json": fields},
+  )
 
 
 def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:

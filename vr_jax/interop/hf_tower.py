@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from data_pipes.errors import InputError
 from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   CONV2D,
   DENSE,
@@ -24,6 +25,7 @@ from vr_jax.interop.table import (
   POSITIONS,
   SAME,
   Mapped,
+  Part,
   Row,
   Safetensors,
   Tensors,
@@ -252,3 +254,28 @@ def load_tower(
   where = Path(folder) / "config.json"
   cfg = tower_config(read_json(where), where, select_layer, pool=pool)
   return cfg, nested(arrays(open_tower(Safetensors(folder), cfg), dtype))
+
+
+def open_folder(folder: Path) -> Source:
+  """Opens a stand-alone tower, or the vision half of a whole SigLIP.
+
+  Raises:
+    InputError: a config or tensors that do not fit.
+  """
+  where = folder / "config.json"
+  fields = read_json(where)
+  tensors = Safetensors(folder)
+  prefix = prefix_of(tensors)
+  complete = f"{prefix}post_layernorm.weight" in tensors
+  pool = complete and f"{prefix}head.probe" in tensors
+  # A tower without its last norm is one whose last layer but one is the output.
+  cfg = tower_config(fields, where, None if complete else -1, pool=pool)
+  params = open_tower(tensors, cfg)
+  return Source(
+    kind="SigLIP folder",
+    path=folder,
+    parts={"img": cfg},
+    params=Part(params, "", "img/"),
+    skipped=params.skipped,
+    origin={"format": "siglip", "config.json": fields},
+  )

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from data_pipes.errors import InputError
-from vr_jax.interop import videorefer
+from vr_jax.interop import peft, videorefer
 from vr_jax.interop.fields import read_json
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
@@ -85,6 +85,16 @@ def open_tensors(path: Path) -> Tensors:
   if start[:2] == b"PK" or start[:1] == b"\x80":
     return TorchFile(path)
   raise InputError(f"{path}: neither a safetensors file, nor a PyTorch file, nor an npz")
+
+
+def is_partial(path: Path) -> bool:
+  """Whether it is a file, or a folder of such files without a whole model and no adapter."""
+  if not any((path / name).is_file() for name in FILES):
+    return path.is_file()
+  if (path / "config.json").is_file():
+    weights = any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+    return videorefer.is_published(path) and not weights
+  return not peft.is_adapter(path)
 
 
 def open_partial(path: Path) -> Source:
