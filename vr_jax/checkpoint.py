@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import ASSETS
 from vr_jax.params import Params
@@ -374,10 +374,9 @@ def _saved_shapes(path: Path, item: str) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> Damaged:
-  reason = " ".join(str(error).split())[:200]
   return Damaged(
     f"{path}: the checkpoint is truncated, damaged or not one of vr_jax "
-    f"({type(error).__name__}: {reason})"
+    f"({type(error).__name__}: {one_line(error)})"
   )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from vr_jax.interop import peft, videorefer
 from vr_jax.interop.fields import read_json
 from vr_jax.interop.source import Source
@@ -47,7 +47,7 @@ class TorchFile:
         torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
       )
     except Exception as error:  # the unpickler raises all kinds
-      reason = " ".join(str(error).split())[:120]
+      reason = one_line(error, 120)
       raise InputError(f"{path}: not a complete PyTorch file of tensors ({reason})") from None
     if not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
       raise InputError(f"{path}: holds other things than tensors by name")
