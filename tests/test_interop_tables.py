@@ -37,12 +37,12 @@ FORMS = ("published", "torch", "big_vision", "big_vision unscanned")
 def test_every_parameter_is_covered_once_at_full_size(name, form):
   wanted, shapes = wanted_slots(name, form)
   assert len({(slot.theirs, slot.part) for slot in wanted}) == len(wanted)
-  assert len({(slot.ours, slot.index) for slot in wanted}) == len(wanted)
+  assert len({(slot.ours, slot.at) for slot in wanted}) == len(wanted)
   covered = dict.fromkeys(shapes, 0)
   for slot in wanted:
     shape = shapes[slot.ours]
-    assert all(0 <= i < n for i, n in zip(slot.index, shape, strict=False))
-    covered[slot.ours] += math.prod(shape[len(slot.index) :])
+    assert all(0 <= i < n for i, n in zip(slot.at, shape, strict=False))
+    covered[slot.ours] += math.prod(shape[len(slot.at) :])
   assert covered == {path: math.prod(shape) for path, shape in shapes.items()}
   total = sum(math.prod(output.shape) for output in outputs(wanted, shapes))
   assert total == sum(covered.values())

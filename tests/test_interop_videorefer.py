@@ -274,7 +274,7 @@ def test_the_table_covers_every_parameter_once(kind, kv_heads, tied):
   cover = {path: np.zeros(shape, int) for path, shape in shapes.items()}
   names = []
   for slot in videorefer.model_slots(cfg, shapes):
-    cover[slot.ours][slot.index] += 1
+    cover[slot.ours][slot.at] += 1
     names.append((slot.theirs, slot.part))
   assert all((array == 1).all() for array in cover.values())
   assert len(names) == len(set(names))

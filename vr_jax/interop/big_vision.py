@@ -216,7 +216,7 @@ def guess_decoder(tensors: Tensors, notes: list[str], ours: str = "llm/") -> Dec
   else:
     *_, heads, _, head_dim = tensors.shape(f"{layer}/attn/q_einsum/w")
     kv_heads = tensors.shape(f"{layer}/attn/kv_einsum/w")[-3]
-  sizes = {
+  sizes: dict[str, Any] = {
     "width": width,
     "depth": depth,
     "heads": heads,

@@ -85,7 +85,7 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
   folder, cfg = Path(folder), dataclasses.replace(cfg, lora_rank=0)
   where = folder / "adapter_config.json"
   fields = read_json(where)
-  for key, accepted in (
+  features: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
     ("use_dora", (False, None)),
     ("bias", ("none", None)),
@@ -93,7 +93,8 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
     ("fan_in_fan_out", (False, None)),
     ("rank_pattern", ({}, None)),
     ("alpha_pattern", ({}, None)),
-  ):
+  )
+  for key, accepted in features:
     if fields.get(key, accepted[-1]) not in accepted:
       names = ", ".join(repr(a) for a in accepted if a is not None)
       raise InputError(f"{where}: {key}={fields.get(key)!r} is not supported; accepted: {names}")

@@ -72,12 +72,12 @@ class Row(NamedTuple):
 
 
 class Slot(NamedTuple):
-  """Where one of their tensors (or a third of it) lies in ours."""
+  """Where one of their tensors (or a third of it) lies in ours: at which leading indices."""
 
   theirs: str
   part: int | None
   ours: str
-  index: tuple[int, ...]
+  at: tuple[int, ...]
   transform: Transform
 
 
@@ -198,7 +198,7 @@ class Safetensors:
 
 def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape their tensor must have to fill a slot of an array of ours."""
-  theirs = _saved_shape(slot.transform, tuple(shape[len(slot.index) :]))
+  theirs = _saved_shape(slot.transform, tuple(shape[len(slot.at) :]))
   return theirs if slot.part is None else (3 * theirs[0], *theirs[1:])
 
 
@@ -255,7 +255,7 @@ class Mapped:
     self.tensors, self.shapes = tensors, dict(shapes)
     self._slots: dict[str, dict[tuple[int, ...], Slot]] = {}
     for slot in table:
-      self._slots.setdefault(slot.ours, {})[slot.index] = slot
+      self._slots.setdefault(slot.ours, {})[slot.at] = slot
     self.shapes = {path: self.shapes[path] for path in self._slots}
     self.skipped = self._check(unused)
 
@@ -389,7 +389,7 @@ class Output(NamedTuple):
   def make(self, params: Parameters) -> np.ndarray:
     """Its value; contiguous, dtype unchanged."""
     blocks = [
-      slot.transform.save(params.read(slot.ours, slot.index))
+      slot.transform.save(params.read(slot.ours, slot.at))
       for slot in sorted(self.slots, key=lambda slot: slot.part or 0)
     ]
     # Contiguous, as safetensors writes a transposed view wrongly and says nothing.

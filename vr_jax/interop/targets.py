@@ -1,6 +1,7 @@
 """What `vr convert` writes, format by format: tensors piece by piece, and the files beside them."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,8 +102,8 @@ def to_vr(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
           name=path + "".join(f"[{i}]" for i in index),
           shape=shape[len(index) :],
           dtype=entries[path][1],
-          make=lambda path=path, index=index: params.read(path, index),
-          write=lambda array, path=path, index=index: writer.write(path, index, array),
+          make=functools.partial(params.read, path, index),
+          write=functools.partial(writer.write, path, index),
           sources=(path,),
           order=(path, index),
         )
@@ -135,15 +136,13 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   dtype = _main_dtype(target.items)
   origin = source.origin if source.origin.get("format") == "videorefer" else {}
   old = origin.get("config.json", {})
-  tower = origin.get("tower")
-  elsewhere = old.get("mm_vision_tower") and tower is None
-  if elsewhere:
+  fields = videorefer.config_json(cfg, old, source.generation, dtype)
+  if old.get("mm_vision_tower") and "tower" not in origin:
     target.notes.append(f"tower: the published code reads it from {old['mm_vision_tower']}")
   else:
-    tower = tower or {"folder": "siglip_vision_tower", "dtype": None}
+    tower = origin.get("tower", {"folder": "siglip_vision_tower", "dtype": None})
     _tower_folder(target, folder, source, img, tower, kept, cast)
-  fields = videorefer.config_json(cfg, old, source.generation, dtype)
-  fields["mm_vision_tower"] = old["mm_vision_tower"] if elsewhere else tower["folder"]
+    fields["mm_vision_tower"] = tower["folder"]
   target.files["config.json"] = _json(fields)
   old_generation = origin.get("generation_config.json")
   generation = generation_json(source.generation)
@@ -165,7 +164,8 @@ def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Targ
   target.files["generation_config.json"] = _json(generation_json(source.generation))
   processor = {"auto_map": {"AutoProcessor": fields["auto_map"]["AutoProcessor"]}}
   target.files["processor_config.json"] = _json(processor)
-  target.files |= torch_folder.code() | dict(source.tokenizer_files)
+  target.files |= torch_folder.code()
+  target.files |= source.tokenizer_files
   return target
 
 
@@ -208,14 +208,15 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
     generation = generation_json(source.generation)
     target.files[f"{home}generation_config.json"] = _json(generation)
     target.files |= {home + name: data for name, data in source.tokenizer_files.items()}
-  for part, stem, table, prefix in (
-    ("connector", "mm_projector", None, "model.mm_projector."),
-    ("region", "region_encoder", videorefer.REGION, "model.region_encoder."),
+  for part, stem, prefix in (
+    ("connector", "mm_projector", "model.mm_projector."),
+    ("region", "region_encoder", "model.region_encoder."),
   ):
     if part in parts:
-      table = table or videorefer.connector_rows(parts["connector"].kind)
+      kind = parts["connector"].kind if part == "connector" else ""
+      rows = videorefer.connector_rows(kind) if kind else videorefer.REGION
       shapes = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
-      made = outputs(slots(shapes, table, f"{part}/", prefix), shapes)
+      made = outputs(slots(shapes, rows, f"{part}/", prefix), shapes)
       _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
   return target
 
@@ -272,13 +273,11 @@ def _shards(
 ) -> None:
   """Adds a folder of safetensors shards to a target."""
   entries = {o.name: (o.shape, cast(o.dtype(params))) for o in made}
-  kept_names = kept.names if kept else ()
-  for name in kept_names:
-    entries[name] = (kept.tensors.shape(name), cast(kept.tensors.dtype(name)))
+  others = {name: name for name in kept.names} if kept else {}
+  entries |= _kept_entries(kept, others, cast)
   writer = ShardWriter(folder, dict(sorted(entries.items())), shard_bytes, stem)
   _items(target, made, params, entries, writer.write, home)
-  for name in kept_names:
-    target.items.append(_kept_item(f"{home}{name}", name, kept, entries[name][1], writer.write))
+  _kept_items(target, kept, others, entries, writer.write, home)
   target.closing.append(writer.finish)
 
 
@@ -297,26 +296,47 @@ def _items(
         name=home + output.name,
         shape=output.shape,
         dtype=entries[output.name][1],
-        make=lambda output=output: output.make(params),
-        write=lambda array, name=output.name: write(name, array),
+        make=functools.partial(output.make, params),
+        write=functools.partial(write, output.name),
         sources=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
-        order=(first.ours, first.index),
+        order=(first.ours, first.at),
       )
     )
 
 
-def _kept_item(
-  label: str, name: str, kept: Kept, dtype: np.dtype, write: Callable, new_name: str | None = None
-) -> Item:
-  return Item(
-    name=label,
-    shape=kept.tensors.shape(name),
-    dtype=dtype,
-    make=lambda: kept.tensors.read(name),
-    write=lambda array: write(new_name or name, array),
-    sources=(name,),
-    order=("~", name),
-  )
+def _kept_entries(
+  kept: Kept | None, names: Mapping[str, str], cast: Cast
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """New name -> shape and dtype of tensors that were kept; `names`: old name -> new name."""
+  if kept is None:
+    return {}
+  tensors = kept.tensors
+  return {new: (tensors.shape(old), cast(tensors.dtype(old))) for old, new in names.items()}
+
+
+def _kept_items(
+  target: Target,
+  kept: Kept | None,
+  names: Mapping[str, str],
+  entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  write: Callable[[str, np.ndarray], None],
+  home: str,
+) -> None:
+  """Adds tensors that were kept to a target."""
+  if kept is None:
+    return
+  for old, new in names.items():
+    target.items.append(
+      Item(
+        name=home + new,
+        shape=entries[new][0],
+        dtype=entries[new][1],
+        make=functools.partial(kept.tensors.read, old),
+        write=functools.partial(write, new),
+        sources=(old,),
+        order=("~", old),
+      )
+    )
 
 
 def _kept(source: Source) -> Kept | None:
@@ -351,27 +371,26 @@ def _tower_folder(
   home = tower["folder"]
   shapes = {k: v for k, v in source.params.shapes.items() if k.startswith("img/")}
   made = outputs(slots(shapes, hf_tower.ROWS, "img/", "vision_model."), shapes)
-  fixed = DTYPES.get(tower.get("dtype") or "")
-  own_cast = (lambda dtype: fixed) if fixed is not None else cast
-  entries = {o.name: (o.shape, own_cast(o.dtype(source.params))) for o in made}
+  dtype = DTYPES.get(tower.get("dtype") or "")
+
+  def cast_tower(old: np.dtype) -> np.dtype:
+    return cast(old) if dtype is None else dtype  # the dtype that the folder had
+
+  entries = {o.name: (o.shape, cast_tower(o.dtype(source.params))) for o in made}
   prefix = videorefer.SHARD_TOWER.removesuffix("vision_model.")
-  names = [n for n in (kept.names if kept else ()) if n.startswith(prefix)]
-  for name in names:
-    shape = kept.tensors.shape(name)
-    entries[name[len(prefix) :]] = (shape, own_cast(kept.tensors.dtype(name)))
+  kept_names = kept.names if kept else ()
+  names = {name: name[len(prefix) :] for name in kept_names if name.startswith(prefix)}
+  entries |= _kept_entries(kept, names, cast_tower)
   writer = ShardWriter(folder / home, dict(sorted(entries.items())), 1 << 60)
   label = f"{home}/" if home else ""
   _items(target, made, source.params, entries, writer.write, label)
-  for name in names:
-    bare = name[len(prefix) :]
-    target.items.append(_kept_item(label + bare, name, kept, entries[bare][1], writer.write, bare))
+  _kept_items(target, kept, names, entries, writer.write, label)
   depth = img.depth if names or img.select_layer is None else img.layers
-  dtype = _main_dtype([i for i in target.items if i.name.startswith(f"{label}vision_model.")])
-  config = hf_tower.hf_config(img, depth) | {"torch_dtype": dtype}
+  written = [item for item in target.items if item.name.startswith(f"{label}vision_model.")]
+  config = hf_tower.hf_config(img, depth) | {"torch_dtype": _main_dtype(written)}
   config["vision_use_head"] = img.pool or any(".head." in name for name in names)
   if old := dict(tower.get("config.json") or {}):
-    at = old.get("vision_config", old)
-    at["num_hidden_layers"] = depth
+    old.get("vision_config", old)["num_hidden_layers"] = depth
     config = old
   target.files[f"{label}config.json"] = _json(config)
   target.files[f"{label}preprocessor_config.json"] = _json(

@@ -5,7 +5,6 @@ along: the model (`torch_model/`) and the modules of data_pipes that read videos
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def config_json(cfg: VideoReferConfig, dtype: str) -> dict[str, Any]:
   }
 
 
-def code() -> Mapping[str, bytes]:
+def code() -> dict[str, bytes]:
   """The Python files of the folder: our model, and what its processor imports, side by side."""
   package = {"data_pipes": Path(data_pipes.__file__).parent}
   package["vr_jax.inference"] = Path(vr_jax.__file__).parent / "inference"
