@@ -93,12 +93,10 @@ def convert(
     raise
   for note in target.notes:
     report(note)
-  parity = _parity(source, src, to, tensors, [*source.notes, *target.notes])
-  parity |= compare(source.params, reopen(to, stage, target, source))
-  allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
-  parity["passed"] = parity["largest_difference"] <= allowed
-  parity["logits"] = proof.logits(source, to, stage / target.weights, logits)
-  parity["passed"] &= parity["logits"].get("passed", True)
+  parity = {
+    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)}
+  }
+  parity |= _prove(source, to, stage, target, tensors, logits)
   _publish(partial, stage, target, dst, parity)
   return parity
 
@@ -329,17 +327,27 @@ def compare(source: Parameters, result: Parameters) -> dict[str, Any]:
   }
 
 
-def _parity(
-  source: Source, src: str | Path, to: str, tensors: list[dict[str, Any]], notes: list[str]
+def _prove(
+  source: Source,
+  to: str,
+  stage: Path,
+  target: Target,
+  tensors: list[dict[str, Any]],
+  logits: str,
 ) -> dict[str, Any]:
-  return {
-    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)},
+  """What parity.json says of a result that stands in `stage`, but for where it comes from."""
+  parity = {
     "to": to,
-    "notes": notes,
+    "notes": [*source.notes, *target.notes],
     "left_out": [] if source.kept else list(source.skipped),
     "versions": package_versions(),
     "tensors": tensors,
+    **compare(source.params, reopen(to, stage, target, source)),
   }
+  allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
+  compared = proof.logits(source, to, stage / target.weights, logits)
+  equal = parity["largest_difference"] <= allowed
+  return parity | {"passed": equal and compared.get("passed", True), "logits": compared}
 
 
 def summary(parity: dict[str, Any], dst: str | Path) -> str:
