@@ -322,7 +322,10 @@ def make_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:
     for name, content in files.items():
       Path(folder, name).write_bytes(content)
-    return Tokenizer.from_folder(folder)
+    try:
+      return Tokenizer.from_folder(folder)
+    except InputError as error:  # it names a folder that is gone when the user looks for it
+      raise InputError(str(error).replace(folder, "tokenizer files")) from None
 
 
 def load_params(path: Path | str, shardings: Params | None = None) -> Params:
