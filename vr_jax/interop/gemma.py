@@ -81,7 +81,7 @@ class _Renamed:
 
 
 def open_gemma(path: str | Path) -> Source:
-  """Opens a Gemma folder in Orbax/Flax layout; its config is told from the tensors.
+  """Opens a Gemma folder in Orbax/Flax layout; its config follows from the tensors' shapes.
 
   Raises:
     InputError: an Orbax folder that holds no Gemma.

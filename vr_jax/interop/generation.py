@@ -21,7 +21,7 @@ class Generation:
 
 
 def generation(folder: Path | str) -> Generation:
-  """From generation_config.json, where it is silent or absent from config.json."""
+  """The settings in generation_config.json; where it is silent or absent, those in config.json."""
   folder = Path(folder)
   fields = read_json(folder / "config.json")
   if (folder / "generation_config.json").is_file():

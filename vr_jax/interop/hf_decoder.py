@@ -286,7 +286,7 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
 
 
 def _family_of_switches(cfg: DecoderConfig, where: str) -> str:
-  """The family that a decoder is of; InputError where some switch is that of another."""
+  """The family whose switches a decoder has; InputError where one switch is another family's."""
   family = "gemma" if cfg.activation == "gelu_tanh" else "qwen2"
   if cfg.post_norms:
     family = "gemma3_text" if cfg.qk_norm else "gemma2"

@@ -190,7 +190,7 @@ def guess_config(
 
 
 def guess_image_size(grid: int, patch: int, name: str) -> tuple[int, str]:
-  """(pixels, how they were told): by the end of a name such as so400m-patch14-384."""
+  """(pixels, where the number is from): by the end of a name such as so400m-patch14-384."""
   named = re.search(r"patch(\d+)-(\d+)$", name)
   if named and int(named[1]) == patch and int(named[2]) // patch == grid:
     return int(named[2]), "from its name"
@@ -235,7 +235,7 @@ def open_tower(tensors: Tensors, cfg: SiglipConfig, *, alone: bool = True) -> Ma
 
 
 def unused(name: str, cfg: SiglipConfig) -> bool:
-  """What a hidden state does not need; whole SigLIP models hold a text half as well."""
+  """Whether a hidden state needs no such tensor: later layers, the head, a SigLIP's text half."""
   layer = re.match(r"encoder\.layers\.(\d+)\.", name)
   if layer:
     return cfg.layers <= int(layer[1]) < cfg.depth

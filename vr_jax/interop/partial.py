@@ -100,7 +100,7 @@ def is_partial(path: Path) -> bool:
 def open_partial(path: Path) -> Source:
   """Opens one such file, or the folder of a published stage that holds them.
 
-  The kind of a connector is that of the config.json beside it, else told from its tensors.
+  The kind of a connector is what the config.json beside it says, else what its tensors show.
 
   Raises:
     InputError: neither a connector nor a region encoder in it.

@@ -189,7 +189,7 @@ def _whole(source: Source, to: str, result: Path) -> dict[str, Any]:
 
 
 def _tolerance(source: Source, result: Source) -> float:
-  """Of the arithmetic alone where the weights are equal, else of a cast to half precision."""
+  """The tolerance of arithmetic alone where both sides have the same dtypes, else of a cast."""
   both = source.params.shapes.keys() & result.params.shapes.keys()
   same = all(source.params.dtype(path) == result.params.dtype(path) for path in both)
   return TOLERANCE["float32" if same else "half"]

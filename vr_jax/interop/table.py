@@ -1,8 +1,14 @@
 """Mapping tables between our parameters and the tensors of foreign formats, read both ways.
 
-A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model; `Mapped`
-reads the parameters out of the foreign tensors, piece by piece, and `outputs` makes the foreign
-tensors of parameters.
+A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model, one `Slot` for
+each foreign tensor and the place in our stacked array that it fills:
+
+    Row       layers/mlp/linear         model.layers.{l}.mlp.down_proj.weight    DENSE
+    Slots     layers/mlp/linear [0]     model.layers.0.mlp.down_proj.weight      o i <-> i o
+              layers/mlp/linear [1]     model.layers.1.mlp.down_proj.weight      o i <-> i o
+
+`Mapped` reads our parameters out of the foreign tensors, piece by piece; `outputs` makes the
+foreign tensors of our parameters. Both follow the same rows, so a way out is a way back.
 """
 
 import difflib
@@ -32,7 +38,7 @@ class Transform(NamedTuple):
 
 
 def axes(theirs: str, ours: str) -> Transform:
-  """The transform between two layouts, each axis by its name (einops); ours has no groups."""
+  """The transform between two layouts in einops's words; `ours` has no axes in brackets."""
   names = ours.split()
 
   def load(x: Any, shape: tuple[int, ...]) -> Any:

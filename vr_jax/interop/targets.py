@@ -125,7 +125,7 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
       f"{source.path}: the published code takes a hidden state of the tower (select_layer), not "
       "its normed output; --to torch takes this one"
     )
-  target, kept = Target(), _kept(source)
+  target, kept = Target(), _published_kept(source)
   img = _as_held(cfg.img, kept, videorefer.SHARD_TOWER)
   cfg = dataclasses.replace(cfg, img=img)
   slots_of_model = videorefer.model_slots(cfg, source.params.shapes)
@@ -188,7 +188,7 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   alone = len(parts) == 1
   if "img" in parts:
     home = "" if alone else "tower"
-    kept = _kept(source)
+    kept = _published_kept(source)
     img = _as_held(parts["img"], kept, videorefer.SHARD_TOWER)
     _tower_folder(target, folder, source, img, {"folder": home, "dtype": None}, kept, cast)
     if img.select_layer == -1 and not kept:
@@ -339,7 +339,8 @@ def _kept_items(
     )
 
 
-def _kept(source: Source) -> Kept | None:
+def _published_kept(source: Source) -> Kept | None:
+  """What the published folder that the weights come from held besides the model."""
   return source.kept if source.origin.get("format") == "videorefer" else None
 
 
