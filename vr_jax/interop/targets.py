@@ -24,7 +24,7 @@ from vr_jax.interop import (
 from vr_jax.interop.generation import generation_json
 from vr_jax.interop.npz import CONFIG
 from vr_jax.interop.source import Kept, Source
-from vr_jax.interop.table import DTYPES, Output, Parameters, dtype_name, outputs, pieces, slots
+from vr_jax.interop.table import DTYPES, Output, Parameters, Row, dtype_name, outputs, pieces, slots
 from vr_jax.interop.writers import SHARD_BYTES, NpzWriter, ShardWriter, size_of
 from vr_jax.models.siglip import SiglipConfig
 
@@ -176,15 +176,7 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   """
   target, parts = Target(), source.parts
   if big_vision.is_paligemma(parts):
-    made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
-    _shards(target, folder, made, source.params, cast, shard_bytes)
-    target.files["config.json"] = _json(
-      hf_paligemma.hf_config(parts["img"], parts["llm"])
-      | {"torch_dtype": _main_dtype(target.items)}
-    )
-    target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
-    target.files |= source.tokenizer_files
-    return target
+    return _to_paligemma(source, folder, cast, shard_bytes)
   alone = len(parts) == 1
   if "img" in parts:
     home = "" if alone else "tower"
@@ -208,16 +200,27 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
     generation = generation_json(source.generation)
     target.files[f"{home}generation_config.json"] = _json(generation)
     target.files |= {home + name: data for name, data in source.tokenizer_files.items()}
-  for part, stem, prefix in (
-    ("connector", "mm_projector", "model.mm_projector."),
-    ("region", "region_encoder", "model.region_encoder."),
-  ):
-    if part in parts:
-      kind = parts["connector"].kind if part == "connector" else ""
-      rows = videorefer.connector_rows(kind) if kind else videorefer.REGION
-      shapes = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
-      made = outputs(slots(shapes, rows, f"{part}/", prefix), shapes)
-      _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
+  tables: dict[tuple[str, str], list[Row]] = {}
+  if "connector" in parts:
+    tables["connector", "mm_projector"] = videorefer.connector_rows(parts["connector"].kind)
+  if "region" in parts:
+    tables["region", "region_encoder"] = videorefer.REGION
+  for (part, stem), rows in tables.items():
+    shapes = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
+    made = outputs(slots(shapes, rows, f"{part}/", f"model.{stem}."), shapes)
+    _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
+  return target
+
+
+def _to_paligemma(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """One folder of transformers for the three parts of a PaliGemma."""
+  target, parts = Target(), source.parts
+  made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
+  _shards(target, folder, made, source.params, cast, shard_bytes)
+  fields = hf_paligemma.hf_config(parts["img"], parts["llm"])
+  target.files["config.json"] = _json(fields | {"torch_dtype": _main_dtype(target.items)})
+  target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
+  target.files |= source.tokenizer_files
   return target
 
 
