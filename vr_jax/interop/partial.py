@@ -14,6 +14,7 @@ import numpy as np
 from data_pipes.errors import InputError, one_line
 from vr_jax.interop import peft, videorefer
 from vr_jax.interop.fields import read_json
+from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   Joined,
@@ -88,13 +89,22 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def is_partial(path: Path) -> bool:
-  """Whether it is a file, or a folder of such files without a whole model and no adapter."""
-  if not any((path / name).is_file() for name in FILES):
-    return path.is_file()
-  if (path / "config.json").is_file():
-    weights = any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
-    return videorefer.is_published(path) and not weights
-  return not peft.is_adapter(path)
+  """Whether it is a file (but no npz), or a folder of parts without config.json or adapter."""
+  if path.is_file():
+    return not is_npz(path)
+  configured = (path / "config.json").is_file() or peft.is_adapter(path)
+  return not configured and _holds_parts(path)
+
+
+def open_stage(folder: Path) -> Source:
+  """Opens the folder of a published stage: the whole model, or else the parts that it trained."""
+  weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+  parts = not weights and _holds_parts(folder)
+  return open_partial(folder) if parts else videorefer.open_published(folder)
+
+
+def _holds_parts(folder: Path) -> bool:
+  return any((folder / name).is_file() for name in FILES)
 
 
 def open_partial(path: Path) -> Source:

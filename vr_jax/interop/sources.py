@@ -16,7 +16,6 @@ from vr_jax.interop import (
   hf_decoder,
   hf_paligemma,
   hf_tower,
-  npz,
   partial,
   peft,
   torch_folder,
@@ -24,6 +23,7 @@ from vr_jax.interop import (
   vr,
 )
 from vr_jax.interop.fields import read_json
+from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
 
 
@@ -47,13 +47,13 @@ class Format(NamedTuple):
 TRANSFORMERS = "a folder of transformers (SigLIP, Qwen2, Gemma 1 to 3, PaliGemma)"
 FORMATS: tuple[Format, ...] = (  # the first that fits is taken
   Format("a checkpoint of vr_jax", vr.open_checkpoint, is_checkpoint),
-  Format("a big_vision npz (file.npz or file.npz:img)", big_vision.open_npz, npz.is_npz),
-  Format("mm_projector.bin or region_encoder.bin", partial.open_partial, partial.is_partial),
-  Format("a published VideoRefer folder", videorefer.open_published, videorefer.MODEL_TYPES),
+  Format("a published VideoRefer folder", partial.open_stage, videorefer.MODEL_TYPES),
   Format(TRANSFORMERS, hf_tower.open_folder, hf_tower.MODEL_TYPES),
   Format(TRANSFORMERS, hf_decoder.open_folder, hf_decoder.MODEL_TYPES),
   Format(TRANSFORMERS, hf_paligemma.open_paligemma, (hf_paligemma.MODEL_TYPE,)),
   Format("a folder of vr convert --to torch", torch_folder.open_torch, (torch_folder.MODEL_TYPE,)),
+  Format("mm_projector.bin or region_encoder.bin", partial.open_partial, partial.is_partial),
+  Format("a big_vision npz (file.npz or file.npz:img)", big_vision.open_npz, is_npz),
   Format("a Gemma folder of Orbax", gemma.open_gemma, is_orbax),
 )
 
