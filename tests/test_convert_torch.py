@@ -15,6 +15,7 @@ from test_interop_videorefer import model, random_params
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, make_meta, read_tokenizer_files
 from vr_jax.interop import hf_decoder, peft, proof
+from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Safetensors, Tree, arrays, nested
@@ -163,7 +164,7 @@ def test_peft_reads_our_adapter(family, tmp_path):
   factors = {p: (rng.normal(size=s) * 0.1).astype(np.float32) for p, s in shapes.items()}
   peft.write_adapter(tmp_path / "adapter", cfg, factors, alpha=12)
   merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
-  merged = peft.Merged(source.params, peft.Adapter(Tree(factors), 4, 12))
+  merged = Merged(source.params, Adapter(Tree(factors), 4, 12))
   found = proof.decoder_logits(dataclasses.replace(source, params=merged), tmp_path / "theirs")
   assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32

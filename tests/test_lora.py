@@ -30,6 +30,7 @@ from vr_jax.configs import base_config
 from vr_jax.flops import count_flops
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Tree, arrays, nested
@@ -68,8 +69,8 @@ def cfg(request):
 def test_an_adapter_that_is_merged_gives_the_same_logits(cfg):
   params, (tokens, positions) = init(cfg), example(cfg)
   base, factors = split(params["params"])
-  adapter = peft.Adapter(Tree(factors), cfg.lora_rank, cfg.lora_alpha)
-  merged = nested(arrays(peft.Merged(Tree({"llm": base}), adapter)))["llm"]
+  adapter = Adapter(Tree(factors), cfg.lora_rank, cfg.lora_alpha)
+  merged = nested(arrays(Merged(Tree({"llm": base}), adapter)))["llm"]
   plain = dataclasses.replace(cfg, lora_rank=0)
   adapted = apply(cfg, params, tokens, positions)
   # Beside every product of a width stand the two of the adapter's rank.

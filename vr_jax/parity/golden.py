@@ -174,20 +174,20 @@ def compare(case: Case, produced: Produced) -> CaseResult:
   if unknown and not known:
     problems.append("nothing was compared")
   for name in known:
-    wanted = case.reference(name)
-    found = np.asarray(produced.arrays[name])
-    if found.shape != wanted.shape:
-      problem = f"{name} has shape {list(found.shape)} instead of {list(wanted.shape)}"
+    expected = case.reference(name)
+    ours = np.asarray(produced.arrays[name])
+    if ours.shape != expected.shape:
+      problem = f"{name} has shape {list(ours.shape)} instead of {list(expected.shape)}"
     else:
-      error = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+      error = np.abs(ours.astype(np.float64) - expected.astype(np.float64))
       largest = float(error.max(initial=0.0))
       rms = float(np.sqrt(np.mean(error**2))) if error.size else 0.0
-      if not np.issubdtype(wanted.dtype, np.floating):
+      if not np.issubdtype(expected.dtype, np.floating):
         within = not error.any()
       elif name in produced.atol:
         within = largest <= produced.atol[name]
       else:
-        allowed = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * np.abs(wanted)
+        allowed = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * np.abs(expected)
         within = np.all(error <= allowed) and rms <= tolerance.get("rms_tol", np.inf)
       if within or name not in produced.loose:
         worst, worst_rms = np.fmax(worst, largest), np.fmax(worst_rms, rms)
@@ -253,18 +253,18 @@ def run_parity(
   no golden set or has no such stage.
   """
   golden = Golden(folder)
-  wanted = list(stages) if stages is not None else golden.stages()
-  for stage in wanted:
+  chosen = list(stages) if stages is not None else golden.stages()
+  for stage in chosen:
     if stage not in golden.stages():
       raise InputError(f"{folder}: no stage {stage!r}; it has {', '.join(golden.stages())}")
   results = []
-  for stage in wanted:
+  for stage in chosen:
     if stage in STAGES:
       module, function = STAGES[stage].split(":")
-      found = getattr(importlib.import_module(module), function)(golden)
+      outcomes: Iterable[CaseResult] = getattr(importlib.import_module(module), function)(golden)
     else:
-      found = [CaseResult(stage, "*", FAIL, note="no code compares this stage")]
-    for result in found:
+      outcomes = [CaseResult(stage, "*", FAIL, note="no code compares this stage")]
+    for result in outcomes:
       report(result)
       results.append(result)
   return results
