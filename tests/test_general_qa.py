@@ -15,7 +15,7 @@ from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from data_pipes.video import open_video, sample_scene
 from vr_jax.evaluation.benchmarks import mvbench, perception, videomme
-from vr_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, read
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.benchmarks.videomme import read_srt, subtitle_text
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.run import Settings, evaluate
@@ -202,7 +202,7 @@ def test_perception_test(tmp_path):
   assert data.media == tmp_path / "videos"
   assert (item.id, item.video, item.type) == ("video_7/3", "video_7.mp4", "physics")
   assert (item.truth, item.slices["tag"]) == ("(B) down", "motion, place")
-  sent = json.loads(perception.submission([Prediction.of(item, "Down")]))
+  sent = json.loads(perception.submission([Prediction.for_item(item, "Down")]))
   assert sent == {"video_7": [{"id": 3, "answer_id": 1, "answer": "down"}]}
   del questions["video_7"]["mc_question"][0]["answer_id"]
   path.write_text(json.dumps(questions))
@@ -223,8 +223,10 @@ def test_hc_stvg(tmp_path):
   assert data.split == "v2-val"
   assert data.items[0].masks("single") == [{5: item["mask"]}]
   assert data.items[0].question.count("<region>") == 1
-  predictions = [Prediction.of(i, text) for i, text in zip(data.items, ("x", None), strict=True)]
-  files = BENCHMARKS["hc-stvg"].export(predictions)
+  predictions = [
+    Prediction.for_item(i, text) for i, text in zip(data.items, ("x", None), strict=True)
+  ]
+  files = benchmark("hc-stvg").export(predictions)
   assert json.loads(files["published.jsonl"]) == {
     "video": "a.mp4",
     "Answer": "A man walks.",
@@ -240,10 +242,12 @@ def test_published_files_read_back_to_the_same_scores(mv, mme, tmp_path):
   for name, folder in (("mvbench", mv), ("videomme", mme)):
     items = read(benchmark(name), folder).items
     predictions = [
-      Prediction.of(i, said[k % 6], error=None if said[k % 6] is not None else "missing media: x")
+      Prediction.for_item(
+        i, said[k % 6], error=None if said[k % 6] is not None else "missing media: x"
+      )
       for k, i in enumerate(items)
     ]
-    (text,) = BENCHMARKS[name].export(predictions).values()
+    (text,) = benchmark(name).export(predictions).values()
     path = tmp_path / f"{name}.json"
     path.write_text(text)
     ours = score_choice(benchmark(name), predictions, {}, "published")
@@ -260,7 +264,7 @@ def test_published_files_read_back_to_the_same_scores(mv, mme, tmp_path):
 
 def test_videomme_file_of_the_published_scorer(mme):
   items = read(benchmark("videomme"), mme).items
-  content = json.loads(videomme.published_json([Prediction.of(i, "B.") for i in items]))
+  content = json.loads(videomme.published_json([Prediction.for_item(i, "B.") for i in items]))
   assert [v["missing"] for v in content] == [False, False]
   assert content[1]["duration"] == "long"
   assert {q["response"] for v in content for q in v["questions"]} == {"B"}

@@ -22,8 +22,9 @@ class Item:
   Attributes:
     where: file and item, for messages.
     video: path of the media file or folder, from the media folder.
-    question: the text after the media tag, byte for byte as the published scripts ask.
-    asked: the question alone, without options and instructions, for people to read.
+    bare_question: the question alone, without options and instructions, for people to read.
+    question: the text after the media tag, byte for byte as the published scripts ask; the
+      benchmark's `prompt` makes it of the bare question and the options.
     type: what its results are listed under ("" for none), `slices` further such groupings by name.
     truth: the right option or the reference caption, as the file has it; None if it is hidden.
     options: of a multiple-choice question.
@@ -37,8 +38,8 @@ class Item:
   id: str | int
   where: str
   video: str
-  question: str
-  asked: str = ""
+  bare_question: str = ""
+  question: str = ""
   type: str = ""
   truth: str | None = ""
   options: tuple[str, ...] = ()
@@ -106,7 +107,8 @@ class Prediction:
   error: str | None = None
 
   @classmethod
-  def of(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
+  def for_item(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
+    """What a model answered to `item`."""
     names = ("id", "video", "truth", "type", "question", "options", "slices")
     return cls(pred=pred, **{name: getattr(item, name) for name in names}, **fields)
 
@@ -128,6 +130,43 @@ class Prediction:
 
 
 MISSING = "missing media"
+
+
+def counts(predictions: Sequence[Prediction]) -> dict[str, int]:
+  """How many predictions there are, and how many are no answer for which reason."""
+  answers = [p.pred for p in predictions if p.pred is not None]
+  return {
+    "total": len(predictions),
+    "answered": len(answers),
+    "missing_media": sum(p.missing for p in predictions),
+    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
+    "empty": sum(not answer.strip() for answer in answers),
+  }
+
+
+def item_record(
+  prediction: Prediction,
+  *,
+  parsed: Any = None,
+  gt: str | None = None,
+  score: float | None = None,
+  problem: str | None = None,
+  **more: Any,
+) -> dict[str, Any]:
+  """The line of items.jsonl: what was asked, what was read from the answer, its score."""
+  return {
+    "id": prediction.id,
+    "video": prediction.video,
+    "type": prediction.type,
+    "prompt": prediction.question,
+    "raw": prediction.pred,
+    "parsed": parsed,
+    "gt": gt,
+    "score": score,
+    **more,
+    "problem": problem,
+    "error": prediction.error,
+  }
 
 
 def check_ids(items: Sequence[Item] | Sequence[Prediction], what: str) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import sha256_of
-from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark, read
+from vr_jax.evaluation.benchmark import Benchmark, Dataset
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
@@ -196,7 +197,7 @@ def _answers(
     if (media / item.video).exists():
       there.append(item)
     else:
-      yield Prediction.of(item, None, error=f"{MISSING}: {item.where}: {media / item.video}")
+      yield Prediction.for_item(item, None, error=f"{MISSING}: {item.where}: {media / item.video}")
   for first in range(0, len(there), settings.batch_size):
     chunk = there[first : first + settings.batch_size]
     try:
@@ -206,9 +207,9 @@ def _answers(
     for item, answer in zip(chunk, answers, strict=True):
       if isinstance(answer, InputError):
         where = "" if str(answer).startswith(item.where) else f"{item.where}: "
-        yield Prediction.of(item, None, error=f"unusable: {where}{answer}")
+        yield Prediction.for_item(item, None, error=f"unusable: {where}{answer}")
       else:
-        yield Prediction.of(
+        yield Prediction.for_item(
           item, answer.text, scene_frames=answer.scene_frames, warnings=answer.warnings
         )
 
@@ -260,11 +261,11 @@ def _describe(
       "mask_rule": settings.mask_rule if of.regions else None,
       "weights": model.weights,
       "sampler": "uniform",
-      "prompt_template": "published" if of.name != "hc-stvg" else "published, later edition",
+      "prompt_template": of.prompt_template,
       "prompt_sha": questions,
       "decoding": "greedy",
       "max_new_tokens": settings.max_new_tokens,
-      "subtitles": settings.subtitles if of.name == "videomme" else None,
+      "subtitles": settings.subtitles if of.subtitles else None,
       "seed": None,
     },
     "code": code_version(),

@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 
 from data_pipes import batch as batches
 from data_pipes.batch import Clip, RowShape
-from data_pipes.bench_prompts import DESCRIBE
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
 from data_pipes.masks import GRID_RULES
-from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
+from data_pipes.prompts import DESCRIBE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import open_video
 from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
