@@ -68,7 +68,7 @@ CHOICES = ["(A) red", "(B) blue"]
 @pytest.fixture
 def toy(tmp_path, monkeypatch) -> Path:
   """The folder of three questions on one clip, and the line of the table."""
-  monkeypatch.setitem(registry.TABLE, "toy", "test_toy_benchmark:TOY")
+  monkeypatch.setitem(registry.BENCHMARKS, "toy", "test_toy_benchmark:TOY")
   folder = tmp_path / "toy"
   (folder / "clip").mkdir(parents=True)
   for frame in range(2):

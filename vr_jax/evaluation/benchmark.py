@@ -1,7 +1,7 @@
 """What a benchmark is: its files, questions and published shapes, how it is scored and shown.
 
-A benchmark is one `Benchmark` in a file of `benchmarks/` and one line of `registry.TABLE`; a kind
-of scoring is one `Kind` in a file of `scoring/`.
+A benchmark is one `Benchmark` in a file of `benchmarks/` and one line of `registry.BENCHMARKS`; a
+kind of scoring is one `Kind` in a file of `scoring/`.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from data_pipes.errors import InputError
 from vr_jax.evaluation.answers import published_letter
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.evaluation.results import Result
-from vr_jax.evaluation.settings import ScoreSettings
 
 PAPER = "VideoRefer paper"
 
@@ -70,7 +69,8 @@ class Kind:
   """One way to score answers, and what the pages show of it.
 
   Attributes:
-    score: the result of a benchmark's predictions and the content of their run.json.
+    score: the result of (benchmark, predictions, the content of their run.json,
+      `scoring.settings.ScoreSettings`).
     headline: (metric, slice) of the one number that stands for a result.
     columns: the metric whose slices are the columns and bars; "" takes every metric by its name.
     graded: an item is right or wrong; else a text with a score.
@@ -83,7 +83,7 @@ class Kind:
   """
 
   name: str
-  score: Callable[["Benchmark", Sequence[Prediction], Mapping[str, Any], ScoreSettings], Result]
+  score: Callable[["Benchmark", Sequence[Prediction], Mapping[str, Any], Any], Result]
   headline: tuple[str, str]
   columns: str
   unit: str

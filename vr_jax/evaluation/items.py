@@ -169,7 +169,7 @@ def item_record(
   }
 
 
-def check_ids(items: Sequence[Item] | Sequence[Prediction], what: str) -> None:
+def check_ids(items: Sequence[Item | Prediction], what: str) -> None:
   """InputError if two items have one id: their answers could not be told apart."""
   seen: dict[Any, int] = {}
   for i, item in enumerate(items):

@@ -114,9 +114,9 @@ def collect_descriptions(records: Sequence[Mapping[str, Any]], args: Any = None)
   for record in records:
     kept = {key: value for key, value in record.items() if key != "benchmark"}
     by_name.setdefault(record["benchmark"], []).append(kept)
-  for name, kept in by_name.items():
+  for name, answers in by_name.items():
     task = registry.benchmark(name).lmms_task
-    write_text(folder / f"{task}.published.jsonl", "".join(map(json_line, kept)))
+    write_text(folder / f"{task}.published.jsonl", "".join(map(json_line, answers)))
   return len(records)
 
 

@@ -201,7 +201,7 @@ def _answers(
   for first in range(0, len(there), settings.batch_size):
     chunk = there[first : first + settings.batch_size]
     try:
-      answers: list[Answer | InputError] = _ask(model, chunk, media, settings)
+      answers: Sequence[Answer | InputError] = _ask(model, chunk, media, settings)
     except InputError:
       answers = [_ask_one(model, item, media, settings) for item in chunk]  # which one is it?
     for item, answer in zip(chunk, answers, strict=True):

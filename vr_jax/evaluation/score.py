@@ -22,8 +22,9 @@ from vr_jax.evaluation.pages.terminal import comparison_table, headline, table
 from vr_jax.evaluation.results import Result, load, read_predictions, save, to_dict, write
 from vr_jax.evaluation.scoring.comparison import compare
 from vr_jax.evaluation.scoring.judge import read_records
-from vr_jax.evaluation.scoring.reviewer import confusion_lines, score_reviewer
-from vr_jax.evaluation.settings import CaptionSettings, JudgeSettings, ScoreSettings
+from vr_jax.evaluation.scoring.reviewer import reviewer_table, score_reviewer
+from vr_jax.evaluation.scoring.settings import ScoreSettings
+from vr_jax.evaluation.settings import CaptionSettings, JudgeSettings
 
 
 def score(
@@ -115,7 +116,7 @@ def command(args: argparse.Namespace) -> None:
   if args.benchmark == "reviewer":
     verdicts = score_reviewer(Path(args.predictions), args.accept_rate)
     text = json.dumps(dataclasses.asdict(verdicts), indent=2)
-    print(text if args.json else "\n".join(confusion_lines(verdicts)))
+    print(text if args.json else "\n".join(reviewer_table(verdicts)))
     return
   settings = JudgeSettings(
     spec=args.judge,

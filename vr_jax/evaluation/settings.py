@@ -1,7 +1,6 @@
-"""How predictions are scored: what a user chooses for `vr score`."""
+"""What a user chooses for `vr score`."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -43,21 +42,3 @@ class CaptionSettings:
   meteor: bool = True
   length_filter: str = "none"
   spice_home: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreSettings:
-  """All that the kinds of benchmarks take.
-
-  Attributes:
-    source: the run folder or the file of predictions.
-    home: the folder that results and logs of replies go to.
-    progress: called with a line of text now and then.
-  """
-
-  parser: str
-  source: Path
-  home: Path
-  judge: JudgeSettings
-  captions: CaptionSettings
-  progress: Callable[[str], None]

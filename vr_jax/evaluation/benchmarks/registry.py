@@ -13,7 +13,7 @@ from data_pipes.errors import InputError
 if TYPE_CHECKING:
   from vr_jax.evaluation.benchmark import Benchmark, Dataset
 
-TABLE = {
+BENCHMARKS = {
   "bench-d": "vr_jax.evaluation.benchmarks.videorefer:BENCH_D",
   "bench-q": "vr_jax.evaluation.benchmarks.videorefer:BENCH_Q",
   "hc-stvg": "vr_jax.evaluation.benchmarks.hc_stvg:HC_STVG",
@@ -25,14 +25,14 @@ TABLE = {
 
 def names() -> tuple[str, ...]:
   """Of the benchmarks; imports none of them."""
-  return tuple(TABLE)
+  return tuple(BENCHMARKS)
 
 
 def benchmark(name: str) -> "Benchmark":
   """The benchmark of a name; InputError if there is none."""
-  if name not in TABLE:
-    raise InputError(f"benchmark {name!r}; accepted: {', '.join(TABLE)}")
-  module, _, attribute = TABLE[name].partition(":")
+  if name not in BENCHMARKS:
+    raise InputError(f"benchmark {name!r}; accepted: {', '.join(BENCHMARKS)}")
+  module, _, attribute = BENCHMARKS[name].partition(":")
   return getattr(importlib.import_module(module), attribute)
 
 
@@ -63,7 +63,7 @@ def read(
       "--split NAME, such as v1-test or valid"
     )
   if subtitles and not bench.subtitles:
-    accepted = ", ".join(name for name in TABLE if benchmark(name).subtitles)
+    accepted = ", ".join(name for name in BENCHMARKS if benchmark(name).subtitles)
     raise InputError(f"{bench.title} has no subtitles; accepted: {accepted}")
   folder = data if data.is_dir() else data.parent
   files = bench.files(data)

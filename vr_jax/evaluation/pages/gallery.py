@@ -93,8 +93,8 @@ def shown_frames(item: Item | None, media: Path, mode: str) -> list[Frame]:
     if item.objects:
       return frames_of(item, media, [item.frame] if mode == "single" else spread(item))
     video = open_video(media / item.video)
-    numbers = np.linspace(0, len(video) - 1, SCENE_FRAMES + 2).round().astype(int)[1:-1]
-    numbers = list(dict.fromkeys(int(n) for n in numbers))
+    places = np.linspace(0, len(video) - 1, SCENE_FRAMES + 2).round().astype(int)[1:-1]
+    numbers = list(dict.fromkeys(int(n) for n in places))
     return [Frame(f, {}, f"frame {n}") for n, f in zip(numbers, video.frames(numbers), strict=True)]
   except InputError:
     return []

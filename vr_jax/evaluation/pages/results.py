@@ -346,7 +346,7 @@ def provenance(result: Result) -> dict[str, str]:
     "Decoding": f"{inference['decoding']}, up to {inference.get('max_new_tokens')} tokens"
     if inference.get("decoding")
     else "",
-    "Subtitles": {True: "with", False: "without"}.get(inference.get("subtitles"), ""),
+    "Subtitles": {True: "with", False: "without", None: ""}[inference.get("subtitles")],
     "Parser": result.parser,
     "Judge": _judge_text(judge) if judge else "",
     "Environment": f"Python {env['python']}, JAX {env['jax']}, {env['device']}"

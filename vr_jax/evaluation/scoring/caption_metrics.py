@@ -39,8 +39,11 @@ def bleu(references: References, predictions: Sequence[str]) -> list[Scored]:
   """BLEU-1 .. BLEU-4; a corpus score comes of summed counts."""
   per_item = [bleu_counts(r, p) for r, p in zip(references, predictions, strict=True)]
   items = np.array([bleu_from_counts(*counts) for counts in per_item]).reshape(-1, ORDERS)
-  sums = [np.sum([c[k] for c in per_item], axis=0) for k in range(4)]
-  corpus = bleu_from_counts(*sums) if per_item else [0.0] * ORDERS
+  corpus = [0.0] * ORDERS
+  if per_item:
+    matches, guesses, lengths, closest = zip(*per_item, strict=True)
+    sums = np.sum(matches, axis=0), np.sum(guesses, axis=0)
+    corpus = bleu_from_counts(*sums, sum(lengths), sum(closest))
   return [Scored(float(corpus[n]), tuple(float(v) for v in items[:, n])) for n in range(ORDERS)]
 
 

@@ -106,10 +106,10 @@ def summary_of(result: Result) -> Summary:
 def _record(p: Prediction, graded: Graded | None) -> dict[str, Any]:
   return item_record(
     p,
-    parsed=graded and graded.letter,
+    parsed=graded.letter if graded else None,
     gt=graded.truth if graded else strict_letter(p.truth or "", p.options),
-    score=graded and int(graded.correct),
-    problem=graded and graded.problem,
+    score=int(graded.correct) if graded else None,
+    problem=graded.problem if graded else None,
     slices=dict(p.slices),
     options=list(p.options),
   )

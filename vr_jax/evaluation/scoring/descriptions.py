@@ -29,12 +29,13 @@ from vr_jax.evaluation.scoring.judge_scores import (
   Scores,
   mean_scores,
 )
+from vr_jax.evaluation.scoring.settings import ScoreSettings
 from vr_jax.evaluation.scoring.statistics import (
   bootstrap_mean_of_means,
   cluster_bootstrap,
   clustered_standard_error,
 )
-from vr_jax.evaluation.settings import JudgeSettings, ScoreSettings
+from vr_jax.evaluation.settings import JudgeSettings
 
 EMPTY = "empty prediction"
 
@@ -163,7 +164,7 @@ def _metrics(
     values = [merged[p.id].values[dimension.name] for p in valid]
     videos = [p.video for p in valid]
     columns.append((values, videos))
-    fields = {
+    fields: dict[str, Any] = {
       "slice": dimension.name,
       "value": dimension.mean,
       "unit": "points",

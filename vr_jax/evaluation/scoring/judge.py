@@ -9,6 +9,7 @@ never written anywhere.
 """
 
 import dataclasses
+import email.message
 import email.utils
 import hashlib
 import http.client
@@ -189,7 +190,7 @@ class Endpoint:
     return Reply(None, what, permanent=not transient), retry_after(error.headers)
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str] | email.message.Message) -> float | None:
   """Seconds to wait, from a Retry-After of seconds or of a date."""
   text = headers.get("Retry-After")
   if not text:

@@ -97,16 +97,16 @@ def cells(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]:
 
 def score_reviewer(path: Path, accept_rate: float | None) -> Confusion:
   """The table of a file's records with `reviewer` and `manual`, true or false each."""
-  pairs = []
+  pairs: list[tuple[bool, bool]] = []
   for i, record in enumerate(read_records(path)):
-    pair = record.get("reviewer"), record.get("manual")
-    if not all(isinstance(v, bool) for v in pair):
+    reviewer, manual = record.get("reviewer"), record.get("manual")
+    if not isinstance(reviewer, bool) or not isinstance(manual, bool):
       raise InputError(f"{path}: record {i}: accepted: 'reviewer' and 'manual', true or false")
-    pairs.append(pair)
+    pairs.append((reviewer, manual))
   return confusion(*cells(pairs), accept_rate=accept_rate)
 
 
-def confusion_lines(table: Confusion) -> Iterator[str]:
+def reviewer_table(table: Confusion) -> Iterator[str]:
   """One table, at one rate, for people."""
   yield "reviewer against manual check"
   for name in ("precision", "npv", "recall", "specificity", "accuracy"):
