@@ -5,7 +5,7 @@ ranges; nothing here ever holds a whole file.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,55 @@ def parse_record(item: Any, where: str) -> Record:
   return Record(item.get("id", where), where, media, path, turns, objects, size)
 
 
+@dataclass(frozen=True)
+class BenchItem:
+  """An item of VideoRefer-Bench: D asks for a description of one object, Q has options.
+
+  Attributes:
+    kind: "D" or "Q".
+    video: the path of the file or folder, relative to the media root.
+    objects: as in Record.
+    frame: `frame_idx`, the frame of single-frame mode, counted in the source video.
+    question, options: of Q; "" and () for D.
+    truth: the right option of Q, the caption of D.
+  """
+
+  kind: str
+  video: str
+  objects: tuple[Mapping[int, Any], ...]
+  frame: int
+  question: str
+  options: tuple[str, ...]
+  truth: str
+
+
 def parse_item(item: Any, where: str) -> Record:
   """An item of a training file, or of VideoRefer-Bench D or Q (a record without turns).
 
   Raises Defect.
   """
-  if not isinstance(item, dict):
-    return parse_record(item, where)
-  kind = bench_kind(item)
+  kind = bench_kind(item) if isinstance(item, dict) else None
   if kind is None:
     return parse_record(item, where)
   where = f"{where} (id {item['id']!r})" if "id" in item else where
+  bench = parse_bench(item, where, kind)
+  _check_bench(bench, where)
+  check_text((item.get("id"), bench.video, bench.truth, bench.question), where)
+  return Record(item.get("id", where), where, "video", bench.video, (), bench.objects, None)
+
+
+def bench_kind(item: Mapping[str, Any]) -> str | None:
+  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
+  if "conversations" in item:
+    return None
+  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
+
+
+def parse_bench(item: Mapping[str, Any], where: str, kind: str) -> BenchItem:
+  """Reads an item of VideoRefer-Bench-`kind`; whether its parts fit together is not looked at.
+
+  Raises Defect: a key is absent, or its value is of another type.
+  """
   missing = [key for key in BENCH_KEYS[kind] if key not in item]
   if missing:
     raise Defect(
@@ -103,19 +141,6 @@ def parse_item(item: Any, where: str) -> Record:
   if not isinstance(path, str) or not path:
     raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
   objects = parse_objects(item, where)
-  _check_bench(item, kind, objects, where)
-  check_text((item.get("id"), path, item.get("caption"), item.get("Question")), where)
-  return Record(item.get("id", where), where, "video", path, (), objects, None)
-
-
-def bench_kind(item: Mapping[str, Any]) -> str | None:
-  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
-  if "conversations" in item:
-    return None
-  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
-
-
-def _check_bench(item: Mapping[str, Any], kind: str, objects: Sequence, where: str) -> None:
   try:
     frame = int(item["frame_idx"])
   except (TypeError, ValueError):
@@ -123,30 +148,38 @@ def _check_bench(item: Mapping[str, Any], kind: str, objects: Sequence, where: s
       "bench",
       f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
     ) from None
-  for i, by_frame in enumerate(objects):
-    if frame not in by_frame:
+  if kind == "D":
+    return BenchItem(kind, path, objects, frame, "", (), item["caption"])
+  options, answer = item["options"], item["Answer"]
+  if not isinstance(options, list):
+    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
+  return BenchItem(kind, path, objects, frame, str(item["Question"]), tuple(options), answer)
+
+
+def _check_bench(bench: BenchItem, where: str) -> None:
+  """Raises Defect where the parts of an item contradict each other."""
+  for i, by_frame in enumerate(bench.objects):
+    if bench.frame not in by_frame:
       raise Defect(
         "bench",
-        f"{where}: object {i} has no annotation on frame_idx {frame}; accepted: one of "
+        f"{where}: object {i} has no annotation on frame_idx {bench.frame}; accepted: one of "
         f"{', '.join(map(str, by_frame))}",
       )
-  if kind == "D":
-    if not isinstance(item["caption"], str) or len(objects) != 1:
-      raise Defect(
-        "bench",
-        f"{where}: found {len(objects)} objects; accepted: a caption of one object",
-      )
+  count = len(bench.objects)
+  if bench.kind == "D":
+    if not isinstance(bench.truth, str) or count != 1:
+      raise Defect("bench", f"{where}: found {count} objects; accepted: a caption of one object")
     return
-  regions = str(item["Question"]).count("<region>")
-  if regions != len(objects):
+  regions = bench.question.count(REGION)
+  if regions != count:
     raise Defect(
       "region-count",
-      f"{where}: found {regions} <region> in the question but {len(objects)} annotated objects; "
+      f"{where}: found {regions} {REGION} in the question but {count} annotated objects; "
       "accepted: equal numbers, the i-th tag takes the i-th object",
     )
-  options, answer = item["options"], item["Answer"]
-  if not isinstance(options, list) or answer not in options:
-    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
+  if bench.truth not in bench.options:
+    options = list(bench.options)
+    raise Defect("bench", f"{where}: Answer {bench.truth!r} is none of the options {options!r}")
 
 
 def check_text(values: Iterable[Any], where: str) -> None:
