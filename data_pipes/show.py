@@ -8,13 +8,12 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from data_pipes import page
-from data_pipes.check import parse_item
 from data_pipes.clips import media_path
 from data_pipes.drawing import colour_of, data_uri, draw_objects
 from data_pipes.errors import InputError
 from data_pipes.files import write_text
 from data_pipes.masks import segmentation_to_mask
-from data_pipes.records import Record, RecordFile
+from data_pipes.records import Record, RecordFile, parse_item
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import REGION
 from data_pipes.video import Video, open_video

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from data_pipes import page
-from data_pipes.check import bench_kind, parse_item
 from data_pipes.errors import Defect
 from data_pipes.files import write_text
 from data_pipes.masks import check_segmentation, segmentation_to_mask
 from data_pipes.prompts import from_human
-from data_pipes.records import Record, scan_items
+from data_pipes.records import Record, bench_kind, parse_item, scan_items
 from data_pipes.shards import ShardSet
 
 # Upper ends of the classes of each distribution; the last class is open.
