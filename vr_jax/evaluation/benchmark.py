@@ -1,4 +1,4 @@
-"""What a benchmark is: its files, questions and published shapes, how it is scored and shown.
+"""A benchmark: its files, questions and published shapes, how it is scored and shown.
 
 A benchmark is one `Benchmark` in a file of `benchmarks/` and one line of `registry.BENCHMARKS`; a
 kind of scoring is one `Kind` in a file of `scoring/`.
@@ -32,7 +32,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where items are read: the annotation files, the media folder, the folder of subtitles."""
+  """The places of a benchmark's items: annotation files, media folder, folder of subtitles."""
 
   files: Sequence[Path]
   media: Path

@@ -1,4 +1,4 @@
-"""What a user chooses for `vr score`."""
+"""The choices of a user for `vr score`."""
 
 import dataclasses
 from pathlib import Path

@@ -68,7 +68,7 @@ def _item(question: Any, video: str, where: str) -> Item:
 
 
 def perception_index(prediction: str, options: Sequence[str]) -> int:
-  """Of three options the first of A, B, C anywhere, else an option's exact text."""
+  """The first of A, B, C anywhere, else an option's exact text; there are three options."""
   text = without_answer(prediction)
   match = re.search(r"[A-C]", text)
   if match:

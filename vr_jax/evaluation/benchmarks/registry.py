@@ -24,7 +24,7 @@ BENCHMARKS = {
 
 
 def names() -> tuple[str, ...]:
-  """Of the benchmarks; imports none of them."""
+  """The names of the benchmarks; none is imported."""
   return tuple(BENCHMARKS)
 
 
@@ -48,7 +48,7 @@ def read(
   Args:
     data: the folder with its files, or its annotation file (docs/evaluation.md has the layouts).
     media: the folder that video paths start from; by default where the published layout has it.
-    split: of a benchmark with several; it cannot be told from the file.
+    split: its name, where a benchmark has several; the file does not say.
     subtitles: with those of `<data>/subtitles`, where the benchmark has them.
   """
   from vr_jax.evaluation.benchmark import Dataset, Source

@@ -123,7 +123,7 @@ def _preface(subtitles: Path, video: Path, scene_frames: int) -> str:
 
 
 def subtitle_text(entries: Sequence[tuple[int, int, str]], times: Sequence[float]) -> str:
-  """For each time (ms) the first entry strictly around it, a line each, not de-duplicated."""
+  """The first entry strictly around each time (ms), a line each, not de-duplicated."""
   shown = (next((text for a, b, text in entries if a < t < b), "") for t in times)
   return "\n".join(text for text in shown if text.strip())
 

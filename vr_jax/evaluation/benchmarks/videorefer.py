@@ -7,11 +7,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipes.check import BENCH_KEYS
 from data_pipes.errors import InputError
 from data_pipes.files import json_line
 from data_pipes.prompts import DESCRIBE, bench_q_prompt
-from data_pipes.records import parse_objects, read_items
+from data_pipes.records import parse_bench, read_items
 from vr_jax.evaluation.benchmark import (
   Benchmark,
   Row,
@@ -44,29 +43,17 @@ def _item(item: Any, index: int, where: str) -> Item:
   if not isinstance(item, dict):
     raise InputError(f"{where}: found {type(item).__name__}; accepted: an object")
   kind = "Q" if "Question" in item else "D"
-  missing = [key for key in BENCH_KEYS[kind] if key not in item]
-  if missing:
-    raise InputError(
-      f"{where}: no key {missing[0]!r}; accepted: VideoRefer-Bench-{kind}, whose items have "
-      f"{', '.join(BENCH_KEYS[kind])}"
-    )
-  try:
-    frame = int(item["frame_idx"])
-  except (TypeError, ValueError):
-    raise InputError(
-      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number"
-    ) from None
-  choice = kind == "Q"
+  bench = parse_bench(item, where, kind)
   return Item(
     id=item.get("id", index),
     where=where,
-    video=item["video"],
-    bare_question=item["Question"] if choice else "",
+    video=bench.video,
+    bare_question=bench.question,
     type=str(item.get("type") or ""),
-    truth=item["Answer"] if choice else item["caption"],
-    options=tuple(item["options"]) if choice else (),
-    objects=parse_objects(item, where),
-    frame=frame,
+    truth=bench.truth,
+    options=bench.options,
+    objects=bench.objects,
+    frame=bench.frame,
   )
 
 

@@ -83,7 +83,7 @@ def mode_of(result: Result) -> str:
 
 
 def shown_frames(item: Item | None, media: Path, mode: str) -> list[Frame]:
-  """Frames of the item with its objects as the model was told of them.
+  """Frames of the item with its objects as the model saw them.
 
   The frame of single-frame mode, or some of multi-frame mode; none where the media is not at hand.
   """

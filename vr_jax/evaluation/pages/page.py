@@ -233,7 +233,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _linear_ticks(high: float) -> list[float]:
-  """From 0 to at least `high` in three to six round steps."""
+  """Ticks from 0 to at least `high` in three to six round steps."""
   rough = max(high, 1e-9) / 4
   unit = 10.0 ** math.floor(math.log10(rough))
   step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)

@@ -1,4 +1,4 @@
-"""What every kind of scoring is given besides the predictions."""
+"""The settings that every kind of scoring is given."""
 
 import dataclasses
 from collections.abc import Callable
