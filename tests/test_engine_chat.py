@@ -18,11 +18,12 @@ from types import SimpleNamespace
 import pytest
 from chat_server import ChatServer, Reply, sensible
 
+from data_pipes import chat as endpoints
 from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
-from data_pipes.engine.backends import chat, chat_agents, probe, timed_http
+from data_pipes.engine.backends import chat, chat_agents, probe
 from data_pipes.engine.backends.chat import ChatClient, Endpoint, Unanswered, retry_after
 from data_pipes.engine.backends.chat_agents import ChatAnalyzer
 from data_pipes.engine.backends.probe import Probed, licence
@@ -160,7 +161,7 @@ def test_a_call_ends_in_time_whatever_the_server_sends(calls, bad):
 
 
 def test_a_reply_without_end_is_not_kept_in_memory(calls, monkeypatch):
-  monkeypatch.setattr(timed_http, "LARGEST", 1 << 20)
+  monkeypatch.setattr(endpoints, "LARGEST", 1 << 20)
   huge = Reply(raw="x" * (2 << 20))
   with (
     ChatServer(sequence(huge)) as server,

@@ -179,7 +179,7 @@ class ChatClient:
 
   def _caller(self) -> Any:
     """The connection of this thread."""
-    from data_pipes.engine.backends.timed_http import Caller
+    from data_pipes.chat import Caller
 
     if not hasattr(self._of_thread, "caller"):
       self._of_thread.caller = Caller(self._url, self._headers, self.endpoint.timeout, self._tls)
@@ -187,7 +187,7 @@ class ChatClient:
 
   def _post(self, body: bytes) -> dict[str, Any]:
     """One call with its retries."""
-    from data_pipes.engine.backends import timed_http
+    from data_pipes import chat as timed_http
 
     reason = ""
     for attempt in range(self.endpoint.retries + 1):
