@@ -66,7 +66,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Of the judge: greedy; the published settings are V1_SAMPLING."""
+  """How the judge samples: greedily; the published settings are V1_SAMPLING."""
 
   temperature: float = 0.0
   top_p: float = 1.0
@@ -78,7 +78,7 @@ V1_SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said once. `text` is None where it said nothing, and `error` says why.
+  """One reply of a judge. `text` is None where there is none, and `error` says why.
 
   `permanent`: asking again would not help.
   """
@@ -222,11 +222,11 @@ class Rule:
       r"##Correct answer: (.*)\n##Predicted answer: (.*)\n\Z", messages[1]["content"], re.DOTALL
     )
     assert match, messages
-    truth, said = (re.findall(r"\w+", text.lower()) for text in match.groups())
-    common = len(set(truth) & set(said))
+    truth, answer = (re.findall(r"\w+", text.lower()) for text in match.groups())
+    common = len(set(truth) & set(answer))
     recall = common / max(len(set(truth)), 1)
-    precision = common / max(len(set(said)), 1)
-    pairs = set(itertools.pairwise(truth)), set(itertools.pairwise(said))
+    precision = common / max(len(set(answer)), 1)
+    pairs = set(itertools.pairwise(truth)), set(itertools.pairwise(answer))
     order = len(pairs[0] & pairs[1]) / max(len(pairs[0]), 1)
     shares = (recall, recall, order, precision)
     lines = [
@@ -278,15 +278,15 @@ def open_judge(
   return Endpoint(model, spec, os.environ.get(key_variable, ""), **options)
 
 
-def user_message(truth: str, said: str, neutralise: bool) -> str:
+def user_message(truth: str, answer: str, neutralise: bool) -> str:
   """The published request. Strictly, the judge's own markers within the answer are taken apart."""
   if neutralise:
-    said = _MARKERS.sub(r"(\1)", said)
-  return f"##Correct answer: {truth}\n##Predicted answer: {said}\n"
+    answer = _MARKERS.sub(r"(\1)", answer)
+  return f"##Correct answer: {truth}\n##Predicted answer: {answer}\n"
 
 
-def holds_markers(said: str) -> bool:
-  return bool(_MARKERS.search(said))
+def holds_markers(answer: str) -> bool:
+  return bool(_MARKERS.search(answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +370,11 @@ class Judge:
     return [Verdict(tuple(s for s, _ in c), tuple(r for _, r in c)) for c in chunks]
 
   def _one(self, item: tuple[Any, str, str], repeat: int) -> tuple[Scores, str | None]:
-    item_id, truth, said = item
+    item_id, truth, answer = item
     strict = self.parser == "strict"
     messages = [
       {"role": "system", "content": self.system},
-      {"role": "user", "content": user_message(truth, said, strict)},
+      {"role": "user", "content": user_message(truth, answer, strict)},
     ]
     reply = self._ask(messages, item_id, repeat)
     if reply.text is None:
