@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark,
 from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
-from vr_jax.inference.model import Answer, Model
+from vr_jax.inference.model import (
+  BATCH_SIZE_HELP,
+  MASK_RULE_HELP,
+  NEW_TOKENS_HELP,
+  SCENE_FRAMES_HELP,
+  Answer,
+  Model,
+)
 
 PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
 PUBLISHED_TOKENS = 2048
@@ -43,13 +51,16 @@ class Settings:
       new tokens, their mask rule.
   """
 
-  mode: str = "multi"
-  scene_frames: int | None = None
-  max_new_tokens: int | None = None
-  batch_size: int = 8
-  mask_rule: str | None = None
-  published: bool = False
-  subtitles: bool = False
+  mode: str = field(default="multi", metadata={"help": "mask frames"})
+  scene_frames: int | None = field(default=None, metadata={"help": SCENE_FRAMES_HELP})
+  max_new_tokens: int | None = field(default=None, metadata={"help": NEW_TOKENS_HELP})
+  batch_size: int = field(default=8, metadata={"help": BATCH_SIZE_HELP})
+  mask_rule: str | None = field(default=None, metadata={"help": MASK_RULE_HELP})
+  published: bool = field(
+    default=False,
+    metadata={"help": "as the published scripts: 8 scene frames, 2048 tokens, their mask rule"},
+  )
+  subtitles: bool = field(default=False, metadata={"help": "videomme: with subtitles"})
 
   def resolve(self, of: Benchmark, model: Model) -> "Settings":
     if self.mode not in MODES:

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -38,6 +39,13 @@ from vr_jax.params import path_names
 WEIGHTS = ("float32", "bfloat16", "int8")
 TOGETHER = 32  # questions about one video that are read and encoded together
 READERS = min(8, os.cpu_count() or 1)  # threads that decode videos ahead
+# Options that `vr ask` and `vr eval` have in common, as their --help prints them.
+NEW_TOKENS_HELP = "the most tokens of an answer"
+SCENE_FRAMES_HELP = "default: as many as in training"
+BATCH_SIZE_HELP = "answers at once"
+MASK_RULE_HELP = (
+  "masks on the tower's grid: keep (default) leaves every object a cell, published may not"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +106,21 @@ class Options:
       (default) leaves every object at least one cell, "published" may lose small ones, "area".
   """
 
-  max_new_tokens: int = 256
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-  scene_frames: int | None = None
-  batch_size: int = 8
-  share: bool = True
-  mask_rule: str = "keep"
+  max_new_tokens: int = field(default=256, metadata={"help": NEW_TOKENS_HELP})
+  temperature: float = field(default=0.0, metadata={"help": "0 (default) is greedy"})
+  top_k: int = field(
+    default=0, metadata={"help": "sample from the K likeliest tokens; 0 (default): from all"}
+  )
+  top_p: float = field(
+    default=1.0, metadata={"help": "sample from the likeliest tokens that hold this share"}
+  )
+  seed: int = field(default=0, metadata={"help": "of the sampling"})
+  scene_frames: int | None = field(default=None, metadata={"help": SCENE_FRAMES_HELP})
+  batch_size: int = field(default=8, metadata={"help": BATCH_SIZE_HELP})
+  share: bool = field(
+    default=True, metadata={"help": "questions about one video share what is computed of it"}
+  )
+  mask_rule: str = field(default="keep", metadata={"help": MASK_RULE_HELP})
 
   def __post_init__(self):
     if self.mask_rule not in GRID_RULES:
