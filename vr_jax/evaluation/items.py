@@ -10,7 +10,7 @@ from data_pipes.errors import InputError
 from data_pipes.video import open_video, sample_scene
 
 if TYPE_CHECKING:  # scoring needs no model code
-  from vr_jax.inference.model import Request
+  from vr_jax.inference.requests import Request
 
 MODES = ("single", "multi")
 
@@ -75,7 +75,7 @@ class Item:
     Raises:
       InputError: the video's path leads out of the folder, or see `masks`.
     """
-    from vr_jax.inference.model import Request
+    from vr_jax.inference.requests import Request
 
     path = media_path(media, self.video)
     video: Any = path

@@ -26,13 +26,13 @@ from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark,
 from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
-from vr_jax.inference.model import (
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import (
   BATCH_SIZE_HELP,
   MASK_RULE_HELP,
   NEW_TOKENS_HELP,
   SCENE_FRAMES_HELP,
   Answer,
-  Model,
 )
 
 PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
@@ -46,7 +46,7 @@ class Settings:
   Attributes:
     mode: "single" or "multi" mask frames; no difference where no objects are named.
     scene_frames: frames of the scene; None for as many as in training.
-    mask_rule: of `inference.model.Options`.
+    mask_rule: of `inference.requests.Options`.
     published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
       new tokens, their mask rule.
   """
