@@ -1,7 +1,7 @@
 """What a model is asked, how it answers, and what comes back."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -23,24 +23,43 @@ MASK_RULE_HELP = (
 class Request:
   """One question about one video; the first three fields are those of `Model.ask`.
 
-  `annotation` takes the place of `regions` where the objects are annotated as in the published
-  files: {frame number: COCO segmentation or None} of each object, in merge order. There an object
-  may be empty.
+  Attributes:
+    annotation: takes the place of `regions` where the objects are annotated as in the published
+      files: {frame number: COCO segmentation or None} of each object, in merge order. There an
+      object may be empty.
+    seconds: start and end of the part of the video that the scene frames are taken from; None is
+      the whole video. Frame numbers count in the whole video all the same.
+    preface: gives the text in front of the question that depends on the media, such as subtitles;
+      called when the video is read.
+
+  Raises:
+    InputError: `seconds` are not two numbers.
   """
 
   video: Any
   question: str
   regions: Sequence[Region] = ()
   annotation: Sequence[Mapping[int, Any]] = ()
+  seconds: tuple[float, float] | None = None
+  preface: Callable[[], str] | None = None
+
+  def __post_init__(self):
+    if self.seconds is None:
+      return
+    try:
+      start, end = map(float, self.seconds)
+    except (TypeError, ValueError):
+      raise InputError(f"seconds={self.seconds!r}; accepted: two numbers, start and end") from None
+    object.__setattr__(self, "seconds", (start, end))
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What the model said, and what it rests on.
+  """The text that the model gave, and what it rests on.
 
   Attributes:
     text: the answer, which `str(answer)` gives too.
-    token_ids: what was generated, the end token included.
+    token_ids: the generated tokens, the end token included.
     scene_frames: frame numbers of the scene in the source video (negative: black filling).
     objects: per object its name and, for each of its tokens, the frames that the token stands for.
     warnings: one line each, such as an object too small for the model's grid.
@@ -66,13 +85,13 @@ class Options:
 
   Attributes:
     max_new_tokens: the most tokens of an answer.
-    temperature, top_k, top_p: of `Sampling`; temperature 0 is greedy.
+    temperature, top_k, top_p: as in `Sampling`; temperature 0 is greedy.
     seed: sampled answers are a function of it and of the request's place in the list.
     scene_frames: frames of the scene; None is as many as in training.
-    batch_size: answers under way at once. Greedy answers do not depend on what else is asked, nor
-      on how many requests there are; with 1 a single answer comes soonest.
-    share: questions about one video share what is computed of it. Off, each is computed by itself;
-      the answers are the same.
+    batch_size: answers under way at once. A greedy answer does not depend on the other requests;
+      with 1 a single answer comes soonest.
+    share: questions about one video share its features and its prefix. Off, each is computed by
+      itself; the answers are the same.
     mask_rule: how masks come onto the tower's grid, as `input.mask_rule` in training: "keep"
       (default) leaves every object at least one cell, "published" may lose small ones, "area".
   """
