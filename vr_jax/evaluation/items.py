@@ -1,16 +1,16 @@
 """One question of any benchmark, how it is asked, and what came back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipes.clips import choose_mask_frames, media_path
 from data_pipes.errors import InputError
-from data_pipes.video import open_video, sample_scene
 
 if TYPE_CHECKING:  # scoring needs no model code
-  from vr_jax.inference.model import Request
+  from vr_jax.inference.requests import Request
 
 MODES = ("single", "multi")
 
@@ -70,20 +70,22 @@ class Item:
   def request(self, media: Path | str, mode: str, scene_frames: int) -> "Request":
     """The item as a question to a model that takes `scene_frames` frames of the scene.
 
-    `media` is the folder its video path starts from. Where only a part of the video is asked about,
-    its frames are read here, by the uniform rule.
+    `media` is the folder its video path starts from. Nothing is read here.
 
     Raises:
       InputError: the video's path leads out of the folder, or see `masks`.
     """
-    from vr_jax.inference.model import Request
+    from vr_jax.inference.requests import Request
 
     path = media_path(media, self.video)
-    video: Any = path
-    if self.seconds is not None:
-      video = sample_scene(open_video(path), scene_frames, *self.seconds)
-    before = self.preface(path, scene_frames) if self.preface else ""
-    return Request(video, before + self.question, annotation=self.masks(mode))
+    preface = functools.partial(self.preface, path, scene_frames) if self.preface else None
+    return Request(
+      path,
+      self.question,
+      annotation=self.masks(mode),
+      seconds=self.seconds,
+      preface=preface,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

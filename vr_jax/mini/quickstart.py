@@ -39,7 +39,8 @@ from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import score
 from vr_jax.evaluation.scoring.choice import summary_of
 from vr_jax.evaluation.scoring.statistics import Summary
-from vr_jax.inference.model import Model, Request
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Request
 from vr_jax.loading import load
 from vr_jax.training.loop import make_workdir, train
 from vr_jax.training.metrics import read_metrics

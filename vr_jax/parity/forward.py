@@ -18,7 +18,8 @@ from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.benchmarks.videorefer import published_record
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.inference import generate
-from vr_jax.inference.model import Answer, Model
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Answer
 from vr_jax.inference.sampling import Sampling, penalize
 from vr_jax.interop import videorefer
 from vr_jax.loading import load
