@@ -12,7 +12,7 @@ import vr_jax
 from data_pipes.embedded.make_set import make_set
 from data_pipes.errors import InputError
 from vr_jax import cli
-from vr_jax.evaluation.benchmarks.videorefer import read_bench
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.results import read_predictions
 from vr_jax.evaluation.run import Settings, evaluate, shard_of, share
@@ -176,7 +176,7 @@ def test_each_frame_is_encoded_once_whatever_the_order_of_the_file(order, embedd
   assert model.visual.counts["frames"] == len(frames)
   alone = {
     item.id: model.ask_many([item.request(folder, "multi", 4)], max_new_tokens=2, scene_frames=4)
-    for item in read_bench(folder / "bench_q.json")[:3]
+    for item in read(benchmark("bench-q"), folder / "bench_q.json").items[:3]
   }
   assert {p.id: p.pred for p in predictions[:3]} == {i: a.text for i, (a,) in alone.items()}
 
