@@ -191,3 +191,12 @@ def test_perception_and_videomme_index():
   four = ["A. 3.", "B. A red hat.", "C. Blue", "D. none"]
   said = ["B.", "there are three", "a red hat", "blue", "unsure", "Definitely"]
   assert [videomme_index(t, four) for t in said] == [1, 0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["B", "the answer is B", "a dark red hat"])
+def test_options_may_be_a_list_or_named_by_their_letters(text):
+  options = ["A helmet", "A dark red hat", "Two"]
+  by_letter = dict(zip("ABC", options, strict=True))
+  assert strict_letter(text, options) == strict_letter(text, by_letter) == "B"
+  assert strict_letter("D", by_letter) is None
+  assert strict_letter("Two", {"C": "One", "A": "Two"}) == "A"
