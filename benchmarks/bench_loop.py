@@ -21,8 +21,7 @@ from published_model import SCENE, make_published, pixels
 from rows import NAN, alternate, ratio, row, typical
 
 import vr_jax
-from data_pipes.bench_prompts import DESCRIBE, bench_q_prompt
-from data_pipes.prompts import question_prompt
+from data_pipes.prompts import DESCRIBE, bench_q_prompt, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from vr_jax.assets import VR_MINI
 from vr_jax.inference.model import Model

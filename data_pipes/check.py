@@ -22,14 +22,7 @@ from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import open_image, read_image
 from data_pipes.masks import check_segmentation, mask_to_grid, segmentation_to_mask, vanished
-from data_pipes.records import (
-  Record,
-  Span,
-  check_text,
-  parse_objects,
-  parse_record,
-  scan_items,
-)
+from data_pipes.records import Record, Span, parse_item, scan_items
 from data_pipes.video import open_video, scene_ids
 
 DEFECTS = {
@@ -70,10 +63,6 @@ NOTICES = {
   "size-differs": "height and width are not those of the media, whose own are used",
 }
 KINDS = {**DEFECTS, **NOTICES}
-BENCH_KEYS = {
-  "D": ("video", "caption", "frame_idx", "annotation"),
-  "Q": ("video", "Question", "options", "Answer", "frame_idx", "annotation"),
-}
 SHOWN_IDS = 100  # in the summary; the full list is in the file of findings
 _MEDIA_HELD = 4096  # results of media files kept, as neighbouring items share them
 
@@ -128,74 +117,6 @@ class Checks:
 
 
 # One item
-
-
-def parse_item(item: Any, where: str) -> Record:
-  """An item of a training file, or of VideoRefer-Bench D or Q (a record without turns).
-
-  Raises Defect.
-  """
-  if not isinstance(item, dict):
-    return parse_record(item, where)
-  kind = bench_kind(item)
-  if kind is None:
-    return parse_record(item, where)
-  where = f"{where} (id {item['id']!r})" if "id" in item else where
-  missing = [key for key in BENCH_KEYS[kind] if key not in item]
-  if missing:
-    raise Defect(
-      "item",
-      f"{where}: no key {missing[0]!r}; accepted: VideoRefer-Bench-{kind}, whose items have "
-      f"{', '.join(BENCH_KEYS[kind])}",
-    )
-  path = item["video"]
-  if not isinstance(path, str) or not path:
-    raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
-  objects = parse_objects(item, where)
-  _check_bench(item, kind, objects, where)
-  check_text((item.get("id"), path, item.get("caption"), item.get("Question")), where)
-  return Record(item.get("id", where), where, "video", path, (), objects, None)
-
-
-def bench_kind(item: Mapping[str, Any]) -> str | None:
-  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
-  if "conversations" in item:
-    return None
-  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
-
-
-def _check_bench(item: Mapping[str, Any], kind: str, objects: Sequence, where: str) -> None:
-  try:
-    frame = int(item["frame_idx"])
-  except (TypeError, ValueError):
-    raise Defect(
-      "bench",
-      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
-    ) from None
-  for i, by_frame in enumerate(objects):
-    if frame not in by_frame:
-      raise Defect(
-        "bench",
-        f"{where}: object {i} has no annotation on frame_idx {frame}; accepted: one of "
-        f"{', '.join(map(str, by_frame))}",
-      )
-  if kind == "D":
-    if not isinstance(item["caption"], str) or len(objects) != 1:
-      raise Defect(
-        "bench",
-        f"{where}: found {len(objects)} objects; accepted: a caption of one object",
-      )
-    return
-  regions = str(item["Question"]).count("<region>")
-  if regions != len(objects):
-    raise Defect(
-      "region-count",
-      f"{where}: found {regions} <region> in the question but {len(objects)} annotated objects; "
-      "accepted: equal numbers, the i-th tag takes the i-th object",
-    )
-  options, answer = item["options"], item["Answer"]
-  if not isinstance(options, list) or answer not in options:
-    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
 
 
 def check_masks(record: Record, size: tuple[int, int] | None, grid: int = 0) -> Iterator[Finding]:

@@ -24,13 +24,12 @@ from data_pipes.check import (
   check_frames,
   check_masks,
   inspect_media,
-  parse_item,
 )
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
 from data_pipes.jobs import Journal, committed
-from data_pipes.records import Record
+from data_pipes.records import Record, parse_item
 from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
 from data_pipes.video import open_video, scene_ids
 

@@ -11,12 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipes.errors import InputError
-from data_pipes.tokenizer import Tokenizer
+from data_pipes.tokenizer import REGION, Tokenizer
 
 MEDIA_IDS = {"<image>": -200, "<video>": -201, "<audio>": -202}
 MEDIA_TAGS = {"video": "<video>", "image": "<image>"}
 IGNORE = -100  # label of a position that is no target
 ROLES = {"human": "user", "gpt": "assistant"}
+
+# What VideoRefer-Bench asks, byte for byte as inference_videorefer_{d,q}_bench.py in
+# videorefer/eval of the published code put it together: the text after the media tag.
+DESCRIBE = f"Please give a detailed description of the highlighted object [{REGION}] in the video."
+LETTER_ONLY = "Answer with the option's letter from the given choices directly"
+
+
+def bench_q_prompt(question: str, options: Sequence[str]) -> str:
+  """VideoRefer-Bench-Q; `options` carry their letters, as in "(A) Two".
+
+  A last option that ends in a dot makes two dots, as published.
+  """
+  return f"{question.replace(REGION, f'[{REGION}]')} {' '.join(options)}. {LETTER_ONLY}."
 
 
 @dataclass(frozen=True)

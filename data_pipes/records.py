@@ -22,6 +22,11 @@ _BLOCK = 4 << 20  # bytes
 _SPACE = " \t\n\r"
 _FRAME_DIGITS = 9  # of a frame number
 
+BENCH_KEYS = {
+  "D": ("video", "caption", "frame_idx", "annotation"),
+  "Q": ("video", "Question", "options", "Answer", "frame_idx", "annotation"),
+}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -74,6 +79,107 @@ def parse_record(item: Any, where: str) -> Record:
   size = _parse_size(item, where)
   check_text((item.get("id"), path, *(turn.text for turn in turns)), where)
   return Record(item.get("id", where), where, media, path, turns, objects, size)
+
+
+@dataclass(frozen=True)
+class BenchItem:
+  """An item of VideoRefer-Bench: D asks for a description of one object, Q has options.
+
+  Attributes:
+    kind: "D" or "Q".
+    video: the path of the file or folder, relative to the media root.
+    objects: as in Record.
+    frame: `frame_idx`, the frame of single-frame mode, counted in the source video.
+    question, options: of Q; "" and () for D.
+    truth: the right option of Q, the caption of D.
+  """
+
+  kind: str
+  video: str
+  objects: tuple[Mapping[int, Any], ...]
+  frame: int
+  question: str
+  options: tuple[str, ...]
+  truth: str
+
+
+def parse_item(item: Any, where: str) -> Record:
+  """An item of a training file, or of VideoRefer-Bench D or Q (a record without turns).
+
+  Raises Defect.
+  """
+  kind = bench_kind(item) if isinstance(item, dict) else None
+  if kind is None:
+    return parse_record(item, where)
+  where = f"{where} (id {item['id']!r})" if "id" in item else where
+  bench = parse_bench(item, where, kind)
+  _check_bench(bench, where)
+  check_text((item.get("id"), bench.video, bench.truth, bench.question), where)
+  return Record(item.get("id", where), where, "video", bench.video, (), bench.objects, None)
+
+
+def bench_kind(item: Mapping[str, Any]) -> str | None:
+  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
+  if "conversations" in item:
+    return None
+  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
+
+
+def parse_bench(item: Mapping[str, Any], where: str, kind: str) -> BenchItem:
+  """Reads an item of VideoRefer-Bench-`kind`; whether its parts fit together is not looked at.
+
+  Raises Defect: a key is absent, or its value is of another type.
+  """
+  missing = [key for key in BENCH_KEYS[kind] if key not in item]
+  if missing:
+    raise Defect(
+      "item",
+      f"{where}: no key {missing[0]!r}; accepted: VideoRefer-Bench-{kind}, whose items have "
+      f"{', '.join(BENCH_KEYS[kind])}",
+    )
+  path = item["video"]
+  if not isinstance(path, str) or not path:
+    raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
+  objects = parse_objects(item, where)
+  try:
+    frame = int(item["frame_idx"])
+  except (TypeError, ValueError):
+    raise Defect(
+      "bench",
+      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
+    ) from None
+  if kind == "D":
+    return BenchItem(kind, path, objects, frame, "", (), item["caption"])
+  options, answer = item["options"], item["Answer"]
+  if not isinstance(options, list):
+    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
+  return BenchItem(kind, path, objects, frame, str(item["Question"]), tuple(options), answer)
+
+
+def _check_bench(bench: BenchItem, where: str) -> None:
+  """Raises Defect where the parts of an item contradict each other."""
+  for i, by_frame in enumerate(bench.objects):
+    if bench.frame not in by_frame:
+      raise Defect(
+        "bench",
+        f"{where}: object {i} has no annotation on frame_idx {bench.frame}; accepted: one of "
+        f"{', '.join(map(str, by_frame))}",
+      )
+  count = len(bench.objects)
+  if bench.kind == "D":
+    if not isinstance(bench.truth, str) or count != 1:
+      raise Defect("bench", f"{where}: found {count} objects; accepted: a caption of one object")
+    return
+  regions = bench.question.count(REGION)
+  if regions != count:
+    raise Defect(
+      "region-count",
+      f"{where}: found {regions} {REGION} in the question but {count} annotated objects; "
+      "accepted: equal numbers, the i-th tag takes the i-th object",
+    )
+  if bench.truth not in bench.options:
+    options = list(bench.options)
+    raise Defect("bench", f"{where}: Answer {bench.truth!r} is none of the options {options!r}")
 
 
 def check_text(values: Iterable[Any], where: str) -> None:

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipes.check import parse_item
 from data_pipes.errors import InputError
-from data_pipes.records import Record
+from data_pipes.records import Record, parse_item
 from data_pipes.video import Video
 
 MANIFEST = "manifest.json"

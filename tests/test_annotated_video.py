@@ -11,8 +11,8 @@ from data_pipes.drawing import colour_of, shortened
 from data_pipes.video import open_video
 from vr_jax import cli
 from vr_jax.inference import annotated_video
-from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import Region
+from vr_jax.inference.requests import Answer, Request
 
 QUESTION = "What is <region> doing?"
 FONT = ImageFont.load_default(16)

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace):
     retry_quarantined=args.retry_quarantined,
     runner=args.runner,
     address=args.address,
-    only=command.parse_only(args.only) if args.only else None,
+    only=args.only,
     command=_array_command(args),
     report=report,
   )

@@ -210,7 +210,9 @@ def _answering(parser: argparse.ArgumentParser) -> None:
 
 def _evaluation(command) -> None:
   """vr eval, vr score, vr report."""
-  names = ("bench-d", "bench-q", "hc-stvg", "mvbench", "videomme", "perception-test")
+  from vr_jax.evaluation.benchmarks import registry
+
+  names = registry.names()
   run = command("eval", _eval, "a model's answers to a benchmark; goes on where it was stopped")
   run.add_argument("benchmark", choices=names)
   run.add_argument("--checkpoint", help="a checkpoint folder (default: the packaged vr-mini)")

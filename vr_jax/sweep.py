@@ -308,7 +308,7 @@ class Section:
   columns: Sequence[str]
   lines: Sequence[Line]
   bars: Sequence[tuple[str, Sequence[Any]]]
-  top: str
+  axis: Sequence[str]
 
 
 def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
@@ -356,14 +356,13 @@ def _section(metric: str, members: Sequence[Member], workdir: Path) -> Section |
   labels, results = [name for name, _ in found], [result for _, result in found]
   of = benchmark(results[0].benchmark)
   columns, lines = headline_table(of, results, labels)
-  top = "5 points" if of.kind == "judged" else "100 %"
   ours = [line for line in lines if not line.paper]
   # The paper's values are of other questions, or stand in the paper's own table.
   bars = [
     (name, [dataclasses.replace(bar, reference=None) for bar in row])
     for name, row in bar_rows(of, results, labels)
   ]
-  return Section(metric, of.title, columns, ours, bars, top)
+  return Section(metric, of.title, columns, ours, bars, of.kind.axis)
 
 
 def _markdown(

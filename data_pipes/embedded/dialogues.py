@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipes.bench_prompts import DESCRIBE, bench_q_prompt
 from data_pipes.embedded.captions import detailed_caption, scene_caption, short_caption
 from data_pipes.embedded.questions import TYPES, Balance, Choice, candidates
 from data_pipes.embedded.scenes import Scene
-from data_pipes.prompts import Turn
+from data_pipes.prompts import DESCRIBE, Turn, bench_q_prompt
 from data_pipes.tokenizer import REGION
 
 DESCRIBE_SCENE = "Describe the video."

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,45 @@ VIDEOS_A_SHARD = 200
 RUNNERS = ("local", "array", "ray")
 
 
+@dataclass(frozen=True)
+class RunOptions:
+  """How a run goes; the keywords of `run`.
+
+  Attributes:
+    budget_usd: stop before more is spent.
+    retry_quarantined: try failed items again.
+    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
+    only: "PHASE:SHARD" of a job array, instead of everything; writes no published files.
+  """
+
+  budget_usd: float | None = field(
+    default=None, metadata={"help": "stop before more is spent", "metavar": "USD"}
+  )
+  retry_quarantined: bool = field(default=False, metadata={"help": "try failed items again"})
+  runner: str = field(
+    default="local", metadata={"help": "local (default), ray, or array (printed)"}
+  )
+  address: str | None = field(default=None, metadata={"help": "of the Ray cluster"})
+  only: str | None = field(
+    default=None, metadata={"help": "one task of a job array", "metavar": "PHASE:SHARD"}
+  )
+
+
 def run(
   config: Mapping[str, Any],
   workdir: str | Path,
   *,
-  budget_usd: float | None = None,
-  retry_quarantined: bool = False,
-  runner: str = "local",
-  address: str | None = None,
-  only: tuple[str, int] | None = None,
   command: str = "vr engine run",
   report: Callable[[str], None] = lambda line: None,
+  **options: Any,
 ) -> dict[str, Any]:
   """Runs the engine, or goes on with a run that was stopped, and writes the published files.
 
   Args:
     config: `stages.engine_config()` with changes.
-    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
-    only: (phase, shard) of a job array, instead of everything; writes no published files.
     command: how this was called, for the job array.
     report: takes a line about the progress now and then.
+    **options: those of `RunOptions`.
 
   Returns the summary that `status` gives.
 
@@ -46,30 +66,32 @@ def run(
     InputError: something in the config or the work directory is not usable.
     StopRun: budget spent, endpoint down, disk full; the same command goes on from there.
   """
+  chosen = RunOptions(**options)
+  only = parse_only(chosen.only) if chosen.only else None
   settings = stages.check_settings(config, workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)
   if only and only[1] >= store.shards:
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
-  if runner not in RUNNERS:
-    raise InputError(f"--runner {runner}: accepted: {', '.join(RUNNERS)}")
-  if runner == "array":
+  if chosen.runner not in RUNNERS:
+    raise InputError(f"--runner {chosen.runner}: accepted: {', '.join(RUNNERS)}")
+  if chosen.runner == "array":
     return {"commands": array.job_array(graph, store, command)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
-  stages.set_calls(settings["workdir"], name, budget_usd)
-  options: dict[str, Any] = {"retry_quarantined": retry_quarantined}
+  stages.set_calls(settings["workdir"], name, chosen.budget_usd)
+  steps: dict[str, Any] = {"retry_quarantined": chosen.retry_quarantined}
   try:
-    if runner == "ray":
+    if chosen.runner == "ray":
       from data_pipes.engine.runners.ray import run_on_ray
 
-      options |= {"address": address, "budget_usd": budget_usd, "num_gpus": settings["ray_gpus"]}
-      run_on_ray(ref, store, graph=graph, **options)
+      steps |= {"address": chosen.address, "budget_usd": chosen.budget_usd}
+      run_on_ray(ref, store, graph=graph, num_gpus=settings["ray_gpus"], **steps)
     else:
       if only:
-        options |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
+        steps |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
       local.run_tasks(
-        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
+        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **steps
       )
     if only is None:
       for part in (store.folder / "media").rglob(".*.tmp"):

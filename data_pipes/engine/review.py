@@ -6,7 +6,6 @@ W/review/label_studio.json  tasks to import; export as JSON
 W/review/cvat.xml           CVAT-for-images 1.1 with the drawn frames in W/review/frames
 """
 
-import html
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes import page
 from data_pipes.drawing import data_url, outline
 from data_pipes.engine.agents.objects import masks_of
 from data_pipes.engine.graph import KEPT, REJECTED, digest
@@ -97,17 +97,16 @@ def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, 
 
 def _page(items: list[dict[str, Any]]) -> str:
   """One file without outside parts; verdicts stay in the browser until they are saved as a file."""
-  cards = []
-  for i, item in enumerate(items):
-    pictures = "".join(f'<img src="{data_url(image)}" alt="">' for image in item["images"])
-    cards.append(
-      f'<article data-key="{html.escape(item["key"], quote=True)}"><header>{i + 1} / {len(items)} '
-      f"<b>{html.escape(item['noun'])}</b></header><div>{pictures}</div>"
-      f"<p>{html.escape(item['annotator_text'])}</p>"
-      '<button value="good">y: the text is about the outlined object</button> '
-      '<button value="bad">n: it is not</button></article>'
-    )
-  return Path(__file__).with_suffix(".html").read_text("utf-8").replace("CARDS", "\n".join(cards))
+  cards = [
+    {
+      "key": item["key"],
+      "noun": item["noun"],
+      "text": item["annotator_text"],
+      "pictures": [data_url(image) for image in item["images"]],
+    }
+    for item in items
+  ]
+  return page.render("engine_review.html.j2", items=cards)
 
 
 def _label_studio(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from loguru import logger
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import REGION
-from vr_jax.inference.model import Request
+from vr_jax.inference.requests import Request
 from vr_jax.loading import load
 
 

@@ -22,8 +22,8 @@ from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.tokenizer import REGION
 from data_pipes.video import open_video
-from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import objects_of
+from vr_jax.inference.requests import Answer, Request
 
 WIDTHS = (480, 960)  # pixels that the picture is at least and at most wide
 HELD = 0.5  # seconds that a mask stays on show after its frame

@@ -33,6 +33,7 @@ from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
 CHUNK, CPU_CHUNK = 64, 16  # K on accelerators and on CPUs
+WAITING = 8  # the most prefixes that wait for rows of another size, see `Model._run`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """New token ids of one prompt, and whether its answer is complete."""
+  """New token ids of the prompt `index`, and whether its answer is complete."""
 
-  prompt: Prompt
+  index: int
   tokens: tuple[int, ...]
   done: bool
 
@@ -150,26 +151,27 @@ class Engine:
     """
     waiting = _Waiting(prompts)
     state = self._empty()
-    rows: list[Prompt | None] = [None] * self.sizes.rows
-    told = [0] * len(rows)
+    # By index, so that no row keeps its prompt's prefix on the device.
+    rows: list[int | None] = [None] * self.sizes.rows
+    reported = [0] * len(rows)  # tokens
     while True:
       while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
-        free = [i for i, prompt in enumerate(rows) if prompt is None][: len(batch)]
+        free = [i for i, index in enumerate(rows) if index is None][: len(batch)]
         state = self._fill(state, batch, free, limit, seed)
         for i, prompt in zip(free, batch, strict=True):
-          rows[i], told[i] = prompt, 0
-      if not any(rows):
+          rows[i], reported[i] = prompt.index, 0
+      if all(index is None for index in rows):
         return
       steps = np.int32(limit if every is None else every)
       state = self._decode(self._params, state, steps, np.bool_(not waiting.empty))
       tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
-      for i, prompt in enumerate(rows):
-        if prompt is None or (every is None and not done[i]):
+      for i, index in enumerate(rows):
+        if index is None or (every is None and not done[i]):
           continue
-        new = tuple(int(t) for t in tokens[i, told[i] : lengths[i]])
-        told[i] = int(lengths[i])
-        rows[i] = None if done[i] else prompt
-        yield Progress(prompt, new, bool(done[i]))
+        new = tuple(int(t) for t in tokens[i, reported[i] : lengths[i]])
+        reported[i] = int(lengths[i])
+        rows[i] = None if done[i] else index
+        yield Progress(index, new, bool(done[i]))
 
   def _fill(
     self, state: Decoding, batch: list[Prompt], free: list[int], limit: int, seed: int
@@ -258,7 +260,7 @@ class Engine:
     return Plan(
       weights=bytes_of(self._params),
       rows=bytes_of(state) + bytes_of(rows),
-      prefixes=(KEPT + 1) * bytes_of(prefix),
+      prefixes=(KEPT + WAITING + 1) * bytes_of(prefix),
       scratch=programs.scratch() if scratch else 0,
       limit=limit,
     )

@@ -26,8 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import checkpoint_sha256
-from vr_jax.inference.model import Model, Options, Request
+from vr_jax.inference.model import Model
 from vr_jax.inference.regions import Region, parse_regions
+from vr_jax.inference.requests import Options, Request
 
 KEYS = {"id": (str, int), "video": (str,), "question": (str,), "regions": (list,)}
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal for a bar

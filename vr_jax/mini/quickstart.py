@@ -23,7 +23,7 @@ from data_pipes.embedded.dialogues import DESCRIBE_DETAIL
 from data_pipes.embedded.make_set import make_set
 from data_pipes.tokenizer import REGION
 from vr_jax.configs import load_config, to_json
-from vr_jax.evaluation.benchmarks.videorefer import read_bench
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.pages.gallery import choice_examples, frames_of, spread
 from vr_jax.evaluation.pages.page import (
@@ -39,7 +39,8 @@ from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import score
 from vr_jax.evaluation.scoring.choice import summary_of
 from vr_jax.evaluation.scoring.statistics import Summary
-from vr_jax.inference.model import Model, Request
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Request
 from vr_jax.loading import load
 from vr_jax.training.loop import make_workdir, train
 from vr_jax.training.metrics import read_metrics
@@ -95,7 +96,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
     init = folder
 
   model = load(init)
-  items = read_bench(data / "bench_q.json")
+  items = list(read(benchmark("bench-q"), data).items)
   results: dict[str, Result] = {}
   for mode in MODES:
     with clock.part(f"{mode}-frame questions"):

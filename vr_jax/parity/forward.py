@@ -15,10 +15,12 @@ from data_pipes.errors import InputError
 from data_pipes.masks import mask_to_grid, segmentation_to_mask
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.evaluation.benchmarks.videorefer import published_record, read_bench
+from vr_jax.evaluation.benchmarks import registry
+from vr_jax.evaluation.benchmarks.videorefer import published_record
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.inference import generate
-from vr_jax.inference.model import Answer, Model
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Answer
 from vr_jax.inference.sampling import Sampling, penalize
 from vr_jax.interop import videorefer
 from vr_jax.loading import load
@@ -288,7 +290,8 @@ def bench_inference(golden: Golden) -> Iterator[CaseResult]:
   recorded = golden.other_json("bench_inference")
   model = load(golden.checkpoint)
   for kind in ("D", "Q"):
-    items = read_bench(golden.path(golden.index["other_json"][f"bench_{kind.lower()}"]))
+    path = golden.path(golden.index["other_json"][f"bench_{kind.lower()}"])
+    items = list(registry.read(registry.benchmark(f"bench-{kind.lower()}"), path).items)
     for mode, published in recorded[kind].items():
       new_tokens = max(len(record["generated_ids"]) for record in published)
       scene = published[0]["video_shape"][0]
@@ -318,7 +321,7 @@ def _bench_pairs(
       "masks_area": areas,
       "region_token_nums": tokens,
       "generated_ids": list(answer.token_ids),
-      "output_record": published_record(Prediction.of(item, answer.text)),
+      "output_record": published_record(Prediction.for_item(item, answer.text)),
     }
     for key, ours in pairs.items():
       yield (item.id, key), ours, record[key]

@@ -116,7 +116,7 @@ def _compare_gradients(
   for array in case.expected():
     kind, _, name = array.partition("/")
     if kind not in ("grad", "grad_rows16") or name not in grads:
-      found.unknown.append(array)
+      differences.unknown.append(array)
       continue
     ours = grads[name][::16] if kind == "grad_rows16" else grads[name]
     theirs = case.reference(array)
@@ -227,7 +227,7 @@ def compare_run(case: Case, config: ConfigDict, published: Published, ours: Run)
   for array in case.expected():
     name = array.removeprefix("after/")
     if name == array or name not in ours.after:
-      found.unknown.append(array)
+      differences.unknown.append(array)
       continue
     theirs = case.reference(array).astype(np.float64)
     limit = rel * _norm(theirs - ours.before[name])
