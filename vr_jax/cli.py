@@ -438,11 +438,11 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-  from data_pipes import check
+  from data_pipes import check, check_report
 
   media = Path(args.media) if args.media else None
   checks = check.Checks(media, args.decode, args.scene_frames, args.grid, tuple(args.reject))
-  summary = check.check(
+  summary = check_report.check(
     args.files,
     checks,
     jobs=args.jobs,
@@ -450,8 +450,8 @@ def _data_check(args: argparse.Namespace) -> int:
     fix=args.fix,
     progress=lambda text: sys.stderr.isatty() and print(text, file=sys.stderr),
   )
-  print(json.dumps(summary, indent=2) if args.json else "\n".join(check.table(summary)))
-  return 2 if check.found_defects(summary) else 0
+  print(json.dumps(summary, indent=2) if args.json else "\n".join(check_report.table(summary)))
+  return 2 if check_report.found_defects(summary) else 0
 
 
 def _quickstart(args: argparse.Namespace) -> int | None:
