@@ -1,15 +1,17 @@
 """Annotation files checked as a whole: counts by class, the report, the table, cleaned copies."""
 
+import contextlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TextIO
 
 from data_pipes.check import DEFECTS, KINDS, Checked, Checks, Finding, check_file
 from data_pipes.errors import InputError
+from data_pipes.files import replaced, write_text
 
 SHOWN_IDS = 100  # in the summary; the full list is in the file of findings
 
@@ -31,17 +33,17 @@ class Tally:
   def add(self, checked: Checked) -> None:
     """Counts the findings of one item."""
     for kind in dict.fromkeys(f.kind for f in checked.findings):
-      own = self._classes.setdefault(kind, _Class())
-      of_kind = [f for f in checked.findings if f.kind == kind]
-      own.count += len(of_kind)
-      own.items += 1
-      own.reason = own.reason or of_kind[0].reason
-      if len(own.ids) < SHOWN_IDS:
-        own.ids.append(checked.id)
+      reasons = [f.reason for f in checked.findings if f.kind == kind]
+      counts = self._classes.setdefault(kind, _Class())
+      counts.count += len(reasons)
+      counts.items += 1
+      counts.reason = counts.reason or reasons[0]
+      if len(counts.ids) < SHOWN_IDS:
+        counts.ids.append(checked.id)
 
   def classes(self, defects: bool) -> dict[str, dict[str, Any]]:
     """{class: count, items, what it means, the first reason, the first ids}, most items first."""
-    mine = {k: c for k, c in self._classes.items() if (k in DEFECTS) == defects}
+    kept = {k: c for k, c in self._classes.items() if (k in DEFECTS) == defects}
     return {
       kind: {
         "count": c.count,
@@ -50,67 +52,49 @@ class Tally:
         "reason": c.reason,
         "ids": c.ids,
       }
-      for kind, c in sorted(mine.items(), key=lambda pair: (-pair[1].items, pair[0]))
+      for kind, c in sorted(kept.items(), key=lambda pair: (-pair[1].items, pair[0]))
     }
+
+
+@dataclass(frozen=True)
+class Outputs:
+  """What `check` writes, and how many threads it takes.
+
+  Attributes:
+    report: a JSON file for the summary; beside it, `<report>.items.jsonl` lists every finding.
+    fix: a folder for cleaned copies, `<name>` and `<name>.changes.jsonl` for each file: items with
+      defects are mended where that loses no object (see `mend`) and left out otherwise.
+  """
+
+  report: Path | None = field(
+    default=None, metadata={"help": "and every finding in R.json.items.jsonl", "metavar": "R.json"}
+  )
+  fix: Path | None = field(
+    default=None,
+    metadata={"help": "write cleaned copies and lists of changes there", "metavar": "DIR"},
+  )
+  jobs: int = field(default=2, metadata={"help": "threads (default: %(default)s)", "metavar": "N"})
 
 
 def check(
   files: Sequence[Path | str],
   checks: Checks,
-  *,
-  jobs: int = 1,
-  report: Path | str | None = None,
-  fix: Path | str | None = None,
+  outputs: Outputs | None = None,
   progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
   """Checks annotation files; returns the summary that `vr data check --json` prints.
 
-  Args:
-    jobs: threads.
-    report: a JSON file for the summary; beside it, `<report>.items.jsonl` lists every finding.
-    fix: a folder for cleaned copies, `<name>` and `<name>.changes.jsonl` for each file: items with
-      defects are mended where that loses no object (see `mend`) and left out otherwise.
-
   Raises:
     InputError: a file that is not there, or a copy that would overwrite a source.
   """
-  files = [Path(f) for f in files]
-  for file in files:
-    if not file.is_file():
-      raise InputError(f"{file}: found no such file; accepted: a JSON array of items")
-  if checks.media is not None and not checks.media.is_dir():
-    raise InputError(f"{checks.media}: no such folder of media")
-  fix = None if fix is None else Path(fix)
-  if fix is not None and any((fix / f.name).resolve() == f.resolve() for f in files):
-    raise InputError(f"--fix {fix}: would write over a source; give another folder")
-  if fix is not None and len({f.name for f in files}) < len(files):
-    raise InputError(f"--fix {fix}: two of the files have one name; check them one by one")
+  files, outputs = [Path(f) for f in files], outputs or Outputs()
+  _check_paths(files, checks.media, outputs.fix)
   tally, done = Tally(), []
-  findings_path = None if report is None else Path(f"{report}.items.jsonl")
+  findings_path = None if outputs.report is None else Path(f"{outputs.report}.items.jsonl")
   with open(findings_path or os.devnull, "w", encoding="utf-8") as findings:
     for file in files:
-      items = good = kept = changed = 0
-      with Cleaned(file, fix) as cleaned:
-        for checked in check_file(file, checks, jobs):
-          tally.add(checked)
-          for found in checked.findings:
-            line = {"file": str(file), "item": checked.index, "id": checked.id}
-            line |= {"class": found.kind, "defect": checks.rejects(found), "reason": found.reason}
-            findings.write(json.dumps(line) + "\n")
-          if checked.span is None:
-            continue
-          items += 1
-          good += not any(checks.rejects(f) for f in checked.findings)
-          if fix is not None:
-            outcome = cleaned.add(checked, checks)
-            kept, changed = kept + (outcome != "dropped"), changed + (outcome == "mended")
-          if items % 10_000 == 0:
-            progress(f"{file}: {items} items, {items - good} with defects")
-      line = {"file": str(file), "items": items, "good": good, "defective": items - good}
-      if fix is not None:
-        line |= {"fixed": str(fix / file.name), "kept": kept, "mended": changed}
+      line = _check_one(file, checks, outputs, tally, findings, progress)
       done.append(line)
-      progress(f"{file}: {items} items, {items - good} with defects")
   summary = {
     "files": done,
     "items": sum(f["items"] for f in done),
@@ -120,13 +104,59 @@ def check(
     "rejected_notices": list(checks.reject),
     "media_checked": checks.media is not None,
   }
-  if report is not None:
+  if outputs.report is not None:
     summary["findings"] = str(findings_path)
-    Path(report).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(outputs.report, json.dumps(summary, indent=2) + "\n")
   return summary
 
 
-def found_defects(summary: Mapping[str, Any]) -> bool:
+def _check_paths(files: Sequence[Path], media: Path | None, fix: Path | None) -> None:
+  """Raises InputError for paths that cannot be read, or not be written without a loss."""
+  for file in files:
+    if not file.is_file():
+      raise InputError(f"{file}: found no such file; accepted: a JSON array of items")
+  if media is not None and not media.is_dir():
+    raise InputError(f"{media}: no such folder of media")
+  if fix is not None and any((fix / f.name).resolve() == f.resolve() for f in files):
+    raise InputError(f"--fix {fix}: would write over a source; give another folder")
+  if fix is not None and len({f.name for f in files}) < len(files):
+    raise InputError(f"--fix {fix}: two of the files have one name; check them one by one")
+
+
+def _check_one(
+  file: Path,
+  checks: Checks,
+  outputs: Outputs,
+  tally: Tally,
+  findings: TextIO,
+  progress: Callable[[str], None],
+) -> dict[str, Any]:
+  """Checks one file, tallies and writes what comes of it; returns its line of the summary."""
+  items = good = kept = mended = 0
+  with Cleaned(file, outputs.fix) as cleaned:
+    for checked in check_file(file, checks, outputs.jobs):
+      tally.add(checked)
+      for finding in checked.findings:
+        line = {"file": str(file), "item": checked.index, "id": checked.id}
+        line |= {"class": finding.kind, "defect": checks.rejects(finding), "reason": finding.reason}
+        findings.write(json.dumps(line) + "\n")
+      if checked.span is None:
+        continue
+      items += 1
+      good += not any(checks.rejects(f) for f in checked.findings)
+      if outputs.fix is not None:
+        outcome = cleaned.add(checked, checks)
+        kept, mended = kept + (outcome != "dropped"), mended + (outcome == "mended")
+      if items % 10_000 == 0:
+        progress(f"{file}: {items} items, {items - good} with defects")
+  progress(f"{file}: {items} items, {items - good} with defects")
+  result = {"file": str(file), "items": items, "good": good, "defective": items - good}
+  if outputs.fix is not None:
+    result |= {"fixed": str(outputs.fix / file.name), "kept": kept, "mended": mended}
+  return result
+
+
+def has_defects(summary: Mapping[str, Any]) -> bool:
   """Whether `vr data check` exits with 2."""
   return bool(summary["defects"]) or any(
     k in summary["notices"] for k in summary["rejected_notices"]
@@ -144,15 +174,15 @@ class Cleaned:
 
   def __init__(self, source: Path, folder: Path | None):
     self._source, self._folder = source, folder
-    self._between = "[\n"
+    self._between = b"[\n"
+    self._files = contextlib.ExitStack()
 
-  def __enter__(self) -> "Cleaned":
+  def __enter__(self) -> Self:
     if self._folder is not None:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._part = self._folder / f"{self._source.name}.part"
-      self._file = open(self._part, "wb")
+      part = self._files.enter_context(replaced(self._folder / self._source.name))
+      self._file = self._files.enter_context(open(part, "wb"))
       changes = self._folder / f"{self._source.name}.changes.jsonl"
-      self._changes = open(changes, "w", encoding="utf-8")
+      self._changes = self._files.enter_context(open(changes, "w", encoding="utf-8"))
     return self
 
   def add(self, checked: Checked, checks: Checks) -> str:
@@ -166,18 +196,14 @@ class Cleaned:
       self._changes.write(json.dumps(line) + "\n")
     if raw is None:
       return "dropped"
-    self._file.write(self._between.encode() + raw)
-    self._between = ",\n"
+    self._file.write(self._between + raw)
+    self._between = b",\n"
     return "mended" if bad else "kept"
 
-  def __exit__(self, kind, error, traceback) -> None:
-    if self._folder is None:
-      return
-    self._file.write(b"\n]\n" if self._between != "[\n" else b"[]\n")
-    self._file.close()
-    self._changes.close()
-    if kind is None:
-      self._part.replace(self._folder / self._source.name)
+  def __exit__(self, *error: Any) -> None:
+    if self._folder is not None:
+      self._file.write(b"\n]\n" if self._between != b"[\n" else b"[]\n")
+    self._files.__exit__(*error)  # the copy takes its place unless there is an error
 
 
 def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[dict[str, str]]]:
@@ -231,10 +257,10 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     if "fixed" in file:
       yield f"  -> {file['fixed']}: {file['kept']} items, {file['mended']} of them mended"
   for name in ("defects", "notices"):
-    for kind, own in summary[name].items():
-      ids = ", ".join(_printable(i) for i in itertools.islice(own["ids"], 5))
-      more = ", ..." if own["items"] > 5 else ""
-      yield f"{name[:-1]:<7} {kind:<17} {own['items']:>7} items  {own['what']}"
-      yield f"{'':<7} ids {ids}{more}; first: {own['reason']}"
+    for kind, counts in summary[name].items():
+      ids = ", ".join(_printable(i) for i in itertools.islice(counts["ids"], 5))
+      more = ", ..." if counts["items"] > 5 else ""
+      yield f"{name[:-1]:<7} {kind:<17} {counts['items']:>7} items  {counts['what']}"
+      yield f"{'':<7} ids {ids}{more}; first: {counts['reason']}"
   if not summary["media_checked"]:
     yield "media were not opened; give --media DIR to check them"

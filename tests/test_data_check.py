@@ -420,7 +420,7 @@ def test_wrong_use_is_said(tmp_path, media):
   with pytest.raises(InputError, match="no such folder of media"):
     check_report.check([file], Checks(tmp_path / "none"))
   with pytest.raises(InputError, match="would write over a source"):
-    check_report.check([file], Checks(media), fix=tmp_path)
+    check_report.check([file], Checks(media), check_report.Outputs(fix=tmp_path))
   with pytest.raises(InputError, match="reject 'blue'; accepted: null-mask, "):
     Checks(reject=("blue",))
 
