@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from data_pipes.clips import media_path
+from data_pipes.containers import open_records
 from data_pipes.drawing import colour_of, data_uri, draw_objects
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
-from data_pipes.records import Record, RecordFile, parse_item
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record
 from data_pipes.video import Video, open_video
 
 SHOWN = 12  # frames
@@ -23,23 +23,15 @@ def find_item(file: str | Path, item: str) -> tuple[Record, dict[str, Any]]:
 
   Raises InputError if there is none.
   """
-  shards = ShardSet(file) if Path(file).is_dir() else None
-  items = shards or RecordFile(file)
-
-  def raw(i: int) -> Any:
-    return shards.sample(i)["record"] if shards is not None else items.item(i)
-
+  items = open_records(file)
   if item.startswith("id="):
-    wanted = item.removeprefix("id=")
-    found = (i for i in range(len(items)) if _id(raw(i)) == wanted)
-    index = next(found, None)
+    matches = (i for i in range(len(items)) if _id(items.item(i)) == item.removeprefix("id="))
+    index = next(matches, None)
   else:
     index = int(item) if item.isdecimal() and int(item) < len(items) else None
   if index is None:
     raise InputError(f"{file}: no item {item!r}; accepted: 0 to {len(items) - 1}, or id=ID")
-  if shards is not None:
-    return shards[index], raw(index)
-  return parse_item(raw(index), f"{file}: item {index}"), raw(index)
+  return items[index], items.item(index)
 
 
 def _id(item: Any) -> str | None:
@@ -115,8 +107,8 @@ def _dialogue(record: Record, item: dict[str, Any]) -> list[tuple[str, str]]:
   if record.turns:
     return [(t.role, t.text) for t in record.turns]
   options = " ".join(item.get("options", ()))
-  asked = [("question", f"{item['Question']} {options}")] if "Question" in item else []
-  return [*asked, ("answer", str(item.get("Answer", item.get("caption"))))]
+  question = [("question", f"{item['Question']} {options}")] if "Question" in item else []
+  return [*question, ("answer", str(item.get("Answer", item.get("caption"))))]
 
 
 def _marked(text: str) -> str:

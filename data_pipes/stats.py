@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes.containers import scan_records
 from data_pipes.errors import Defect
 from data_pipes.masks import check_segmentation, segmentation_to_mask
 from data_pipes.prompts import from_human
-from data_pipes.records import Record, bench_kind, parse_item, scan_items
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record, bench_kind, parse_item
 
 # Upper ends of the classes of each distribution; the last class is open.
 CLASSES: dict[str, tuple[float, ...]] = {
@@ -151,20 +151,11 @@ def read_stats(
   """Counts what JSON files and folders of shards hold."""
   stats = Stats()
   for file in files:
-    for item, where in _items(Path(file)):
+    for item, where in scan_records(file):
       stats.add(item, where)
       if stats.items % 20_000 == 0:
         progress(f"{file}: {stats.items} items")
   return {"files": [str(f) for f in files], **stats.result()}
-
-
-def _items(path: Path) -> Iterator[tuple[Any, str]]:
-  if path.is_dir():
-    shards = ShardSet(path)
-    yield from ((shards.sample(i)["record"], f"{path}: sample {i}") for i in range(len(shards)))
-    return
-  for i, span in enumerate(scan_items(path)):
-    yield span.item, f"{path}: item {i}"
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
