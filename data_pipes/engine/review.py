@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.drawing import data_url, outline
+from data_pipes.drawing import FOR_MODELS, data_uri, outline
 from data_pipes.engine.agents.objects import masks_of
 from data_pipes.engine.graph import KEPT, REJECTED, digest
 from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE
@@ -99,7 +99,9 @@ def _page(items: list[dict[str, Any]]) -> str:
   """One file without outside parts; verdicts stay in the browser until they are saved as a file."""
   cards = []
   for i, item in enumerate(items):
-    pictures = "".join(f'<img src="{data_url(image)}" alt="">' for image in item["images"])
+    pictures = "".join(
+      f'<img src="{data_uri(image, FOR_MODELS)}" alt="">' for image in item["images"]
+    )
     cards.append(
       f'<article data-key="{html.escape(item["key"], quote=True)}"><header>{i + 1} / {len(items)} '
       f"<b>{html.escape(item['noun'])}</b></header><div>{pictures}</div>"
@@ -114,7 +116,7 @@ def _label_studio(item: Mapping[str, Any]) -> dict[str, Any]:
   """A task for a labelling config with <Choices name="verdict" toName="image">: good, bad."""
   data = {"key": item["key"], "noun": item["noun"], "text": item["annotator_text"]}
   for number, image in enumerate(item["images"]):
-    data[f"image{number}"] = data_url(image)
+    data[f"image{number}"] = data_uri(image, FOR_MODELS)
   return {"data": data}
 
 
