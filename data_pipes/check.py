@@ -172,8 +172,8 @@ def check_frames(record: Record, media: Media) -> Iterator[Finding]:
         (i, number),
       )
   if record.size and record.size != media.size:
-    found, real = (f"{h}x{w}" for h, w in (record.size, media.size))
-    yield Finding("size-differs", f"found height x width {found}; the media has {real}")
+    given, real = (f"{h}x{w}" for h, w in (record.size, media.size))
+    yield Finding("size-differs", f"found height x width {given}; the media has {real}")
 
 
 # Media
@@ -202,11 +202,11 @@ def inspect_media(path: Path, kind: str) -> Media:
 def _image(path: Path) -> Media:
   height, width = read_image(path).shape[:2]  # decodes all, as a broken end shows only then
   with open_image(path) as image:
-    found = tuple(_of_mode(image))
-  return Media(1, (height, width), found)
+    findings = tuple(_mode_findings(image))
+  return Media(1, (height, width), findings)
 
 
-def _of_mode(image: Image.Image) -> Iterator[Finding]:
+def _mode_findings(image: Image.Image) -> Iterator[Finding]:
   if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
     yield Finding("alpha", f"mode {image.mode}")
   if image.mode in ("1", "L", "LA", "La"):
@@ -217,30 +217,30 @@ def _of_mode(image: Image.Image) -> Iterator[Finding]:
 
 def _video(path: Path) -> Media:
   video = open_video(path)
-  found = []
+  findings = []
   if video.claimed is not None and video.claimed != len(video):
     reason = f"the container claims {video.claimed} frames, a player shows {len(video)}"
-    found.append(Finding("presented-count", reason))
+    findings.append(Finding("presented-count", reason))
   if video.variable_rate():
-    found.append(Finding("variable-rate", f"{video.fps:.6g} frames per second on average"))
+    findings.append(Finding("variable-rate", f"{video.fps:.6g} frames per second on average"))
   if video.rotation:
-    found.append(Finding("rotated", f"by {video.rotation} degrees"))
+    findings.append(Finding("rotated", f"by {video.rotation} degrees"))
   height, width = video.size
   if video.kind == "video" and (height % 2 or width % 2):
-    found.append(Finding("odd-size", f"{height}x{width} (height x width)"))
+    findings.append(Finding("odd-size", f"{height}x{width} (height x width)"))
   if video.alpha:
-    found.append(Finding("alpha", "a video with transparency"))
+    findings.append(Finding("alpha", "a video with transparency"))
   if video.grey:
-    found.append(Finding("greyscale", "a video without colour"))
-  return Media(len(video), (int(height), int(width)), tuple(found))
+    findings.append(Finding("greyscale", "a video without colour"))
+  return Media(len(video), (int(height), int(width)), tuple(findings))
 
 
 def decode_needed(path: Path, record: Record, scene: int) -> None:
   """Decodes the frames that training takes of a video. Raises Defect."""
   try:
     video = open_video(path)
-    of_masks = {n for by_frame in record.objects for n in by_frame}
-    video.frames({n for n in scene_ids(video, scene) if n >= 0} | of_masks, lambda frame: frame[:1])
+    masked = {n for by_frame in record.objects for n in by_frame}
+    video.frames({n for n in scene_ids(video, scene) if n >= 0} | masked, lambda frame: frame[:1])
   except Defect:
     raise
   except (InputError, OSError) as error:
@@ -276,7 +276,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Checked:
-  """An item with what was found; `record` is None where it could not be parsed."""
+  """An item with its findings; `record` is None where it could not be parsed."""
 
   index: int
   span: Span | None
@@ -382,7 +382,7 @@ def check_item(
     record = parse_item(item, where)
   except Defect as error:
     return Checked(index, span, identity, None, (finding(error),))
-  found: list[Finding] = []
+  findings: list[Finding] = []
   media = None
   if record.media is not None:
     try:
@@ -392,15 +392,15 @@ def check_item(
         if isinstance(result, Defect):
           raise result
         media = result
-        found += media.findings
+        findings += media.findings
     except Defect as error:
-      found.append(finding(error))
-  found += check_masks(record, media.size if media else None, checks.grid)
+      findings.append(finding(error))
+  findings += check_masks(record, media.size if media else None, checks.grid)
   if media is not None:
-    found += check_frames(record, media)
-    if checks.decode and record.media == "video" and not any(f.is_defect for f in found):
+    findings += check_frames(record, media)
+    if checks.decode and record.media == "video" and not any(f.is_defect for f in findings):
       try:
         decode_needed(media_path(checks.media, record.path), record, checks.scene)
       except Defect as error:
-        found.append(finding(error))
-  return Checked(index, span, identity, record, tuple(found))
+        findings.append(finding(error))
+  return Checked(index, span, identity, record, tuple(findings))

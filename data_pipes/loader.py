@@ -69,8 +69,8 @@ def make_dataset(
     )
   (shape,) = shapes
   ends = [0]
-  for one in samples:
-    ends.append(ends[-1] + len(one))
+  for source in samples:
+    ends.append(ends[-1] + len(source))
   failures = Failures() if failures is None else failures
 
   def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
@@ -89,19 +89,19 @@ def make_dataset(
     order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
 
   def located(number: int) -> tuple[int, int]:
-    of = next(i for i in range(len(samples)) if number < ends[i + 1])
-    return of, number - ends[of]
+    source = next(i for i in range(len(samples)) if number < ends[i + 1])
+    return source, number - ends[source]
 
   def name(numbers: Sequence[int]) -> list[str]:
-    found = (located(number) for number in numbers if number >= 0)
-    return [name for of, index in found for name in samples[of].names(index)]
+    places = (located(number) for number in numbers if number >= 0)
+    return [name for source, index in places for name in samples[source].names(index)]
 
   def load(numbers: Sequence[int]) -> Row:
     batch = empty_rows(shape, len(numbers))
     for number, row in zip(numbers, rows_of(batch), strict=True):
       if number >= 0:
-        of, index = located(number)
-        _fill(samples[of], row, index, failures, number, ends[-1])
+        source, index = located(number)
+        _fill(samples[source], row, index, failures, number, ends[-1])
     return batch
 
   order = order[: len(order) // batch_size * batch_size]  # or processes would differ in length
@@ -110,9 +110,9 @@ def make_dataset(
       f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
       "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
     )
-  own = order[process_index::process_count]
+  order = order[process_index::process_count]
   # One element a batch: Grain's part of a row is to look up its number.
-  numbers = own.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
+  numbers = order.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
   return numbers.map(name if names else load)
 
 
@@ -167,11 +167,11 @@ def make_bucketed_dataset(
   def load(position: int) -> Row | list[str]:
     epoch, at = divmod(position, per_epoch)
     b, numbers = order(epoch)[at]
-    mine, bucket = numbers[process_index::process_count], buckets[b]
+    local, bucket = numbers[process_index::process_count], buckets[b]
     if names:
-      return [name for index in mine for name in bucket.names(index)]
+      return [name for index in local for name in bucket.names(index)]
     batch = empty_rows(bucket.shape, batch_size // process_count)
-    for index, row in zip(mine, rows_of(batch), strict=False):  # the last ones may stay empty
+    for index, row in zip(local, rows_of(batch), strict=False):  # the last ones may stay empty
       _fill(bucket, row, index, failures, int(bucket.numbers[index]), total)
     return batch
 

@@ -201,12 +201,12 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   `masks` (`{frame: S}`, the later trainers). A list nested one deeper is flattened, and
   `{frame_idx: {frame: ...}}`, as in the Ref-YouTube-VOS items, unwrapped.
   """
-  found = [key for key in ("annotation", "masks") if item.get(key) is not None]
-  if len(found) == 2:
+  keys = [key for key in ("annotation", "masks") if item.get(key) is not None]
+  if len(keys) == 2:
     raise Defect("object", f"{where}: found keys 'annotation' and 'masks'; accepted: one of them")
-  if not found:
+  if not keys:
     return ()
-  key = found[0]
+  key = keys[0]
   entries = item[key]
   if isinstance(entries, list) and entries and all(isinstance(e, list) for e in entries):
     entries = [e for inner in entries for e in inner]
@@ -498,9 +498,9 @@ def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 
 def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
   if not isinstance(value, list) or not value:
-    found = "nothing" if value is None else _kind(value)
+    kind = "nothing" if value is None else _kind(value)
     raise Defect(
-      "conversations", f"{where}: key 'conversations': found {found}; accepted: a list of messages"
+      "conversations", f"{where}: key 'conversations': found {kind}; accepted: a list of messages"
     )
   for i, turn in enumerate(value):
     spot = f"{where}: key 'conversations', message {i}"
@@ -526,8 +526,8 @@ def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any
     if isinstance(inner, dict) and inner and all(key.isdecimal() for key in inner):
       entry = inner
   if not isinstance(entry, dict) or not entry:
-    found = "an object without frames" if entry == {} else _kind(entry)
-    raise Defect("object", f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
+    kind = "an object without frames" if entry == {} else _kind(entry)
+    raise Defect("object", f"{where}: found {kind}; accepted: {{frame number: segmentation, ...}}")
   frames = {}
   for key, value in entry.items():
     if not key.isdecimal() or len(key) > _FRAME_DIGITS:
@@ -568,9 +568,9 @@ def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: 
   if tag is None:
     stray = next((t for t in MEDIA_TAGS.values() for text in texts if t in text), None)
     if stray or objects:
-      found = f"{stray} in the text" if stray else f"{objects} annotated objects"
+      content = f"{stray} in the text" if stray else f"{objects} annotated objects"
       raise Defect(
-        "media-tag", f"{where}: found {found} but no media; accepted: a key 'video' or 'image'"
+        "media-tag", f"{where}: found {content} but no media; accepted: a key 'video' or 'image'"
       )
     return
   tags = sum(text.count(tag) for text in texts)

@@ -118,14 +118,14 @@ class ShardSet(Container):
   def check_model(self, image_size: int, aspect_ratio: str, scene: int) -> None:
     """Raises InputError if these frames are not those a model needs."""
     if self.size and self.size < image_size:
-      found, accepted = f"frames of {self.size} pixels", f"--size {image_size}, more, or 0"
+      fault, accepted = f"frames of {self.size} pixels", f"--size {image_size}, more, or 0"
     elif self.size and self.aspect_ratio != aspect_ratio:
-      found, accepted = f"aspect ratio {self.aspect_ratio!r}", f"--aspect-ratio {aspect_ratio}"
+      fault, accepted = f"aspect ratio {self.aspect_ratio!r}", f"--aspect-ratio {aspect_ratio}"
     elif scene not in self.scene:
-      found, accepted = f"scenes of {self.scene} frames", f"--scene-frames {scene}"
+      fault, accepted = f"scenes of {self.scene} frames", f"--scene-frames {scene}"
     else:
       return
-    raise InputError(f"{self.path}: found {found}; accepted: shards prepared with {accepted}")
+    raise InputError(f"{self.path}: found {fault}; accepted: shards prepared with {accepted}")
 
 
 def _reason(error: RuntimeError) -> str:

@@ -80,8 +80,8 @@ def example(shards: ShardSet, index: int, bench: str | None, media: bool) -> dic
   out["frame_idx"] = int(item["frame_idx"])
   if bench == "d":
     return out | {"caption": item["caption"]}
-  asked = {"question": item["Question"], "answer": item["Answer"], "options": item["options"]}
-  return out | asked | {"type": str(item.get("type", ""))}
+  question = {"question": item["Question"], "answer": item["Answer"], "options": item["options"]}
+  return out | question | {"type": str(item.get("type", ""))}
 
 
 def _rle(segmentation: Any, height: int, width: int) -> str:
