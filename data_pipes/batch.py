@@ -6,6 +6,7 @@ size in pixels, L sequence slots, U tokens kept per object, V scene tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -167,8 +168,8 @@ def place(
   scene[:] = [slot[number] for number in clip.scene]
   if shape.feature_width:
     assert clip.features is not None, where
-    objects = slice(at.objects, after.objects)
-    row["object_tokens"][objects], row["object_kept"][objects] = clip.features
+    places = slice(at.objects, after.objects)
+    row["object_tokens"][places], row["object_kept"][places] = clip.features
     return after
   for r, masks in enumerate(clip.objects, at.objects):
     row["region_frames"][r, : len(masks)] = [slot[number] for number in masks]
@@ -186,7 +187,7 @@ def empty_rows(shape: RowShape, count: int) -> Row:
   """A batch of `count` empty rows, axis B first; `rows_of` gives each to be filled in place."""
   B = count
   packed = {"segments": np.full((B, shape.length), -1, np.int32)} if shape.clips else {}
-  pixels = ((shape.image_size, shape.image_size, 3), np.uint8)
+  pixels: tuple[tuple[int, ...], Any] = ((shape.image_size, shape.image_size, 3), np.uint8)
   if shape.feature_width:
     import ml_dtypes  # here, as environments with PyTorch alone lack it
 

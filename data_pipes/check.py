@@ -400,7 +400,7 @@ def check_item(
     findings += check_frames(record, media)
     if checks.decode and record.media == "video" and not any(f.is_defect for f in findings):
       try:
-        decode_needed(media_path(checks.media, record.path), record, checks.scene)
+        decode_needed(file, record, checks.scene)
       except Defect as error:
         findings.append(finding(error))
   return Checked(index, span, identity, record, tuple(findings))

@@ -87,14 +87,13 @@ def check(
   Raises:
     InputError: a file that is not there, or a copy that would overwrite a source.
   """
-  files, outputs = [Path(f) for f in files], outputs or Outputs()
-  _check_paths(files, checks.media, outputs.fix)
+  paths, outputs = [Path(f) for f in files], outputs or Outputs()
+  _check_paths(paths, checks.media, outputs.fix)
   tally, done = Tally(), []
   findings_path = None if outputs.report is None else Path(f"{outputs.report}.items.jsonl")
   with open(findings_path or os.devnull, "w", encoding="utf-8") as findings:
-    for file in files:
-      line = _check_one(file, checks, outputs, tally, findings, progress)
-      done.append(line)
+    for path in paths:
+      done.append(_check_one(path, checks, outputs, tally, findings, progress))
   summary = {
     "files": done,
     "items": sum(f["items"] for f in done),
@@ -188,7 +187,9 @@ class Cleaned:
   def add(self, checked: Checked, checks: Checks) -> str:
     """Writes an item or leaves it out: "kept", "mended" or "dropped"."""
     bad = [f for f in checked.findings if checks.rejects(f)]
-    raw, changes = checked.span.raw, []
+    assert checked.span is not None  # the file's own defects belong to no item
+    raw: bytes | None = checked.span.raw
+    changes: list[dict[str, str]] = []
     if bad:
       raw, changes = mend(checked, bad)
     for change in changes:
@@ -213,13 +214,13 @@ def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[d
   is still seen in another frame. A repeated id gets the item's number behind it. Anything else
   would be guessing.
   """
-  record, changes = checked.record, []
+  record, span, changes = checked.record, checked.span, []
   curable = all(f.kind == "duplicate-id" or f.at is not None for f in bad)
   curable &= not any(f.kind == "vanishing" for f in bad)
-  if record is None or not curable:
+  if record is None or span is None or not curable:
     return None, [{"class": f.kind, "change": "item left out", "reason": f.reason} for f in bad]
   objects = [dict(by_frame) for by_frame in record.objects]
-  item = dict(checked.span.item)
+  item = dict(span.item)
   for f in bad:
     if f.at is None:
       item["id"] = f"{checked.id}#{checked.index}"

@@ -119,7 +119,7 @@ def _grown(mask: Image.Image, pixels: int) -> Image.Image:
   return mask
 
 
-def shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
   """The text, or its beginning and "…", at most `width` pixels wide."""
   if font.getlength(text) <= width:
     return text

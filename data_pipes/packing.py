@@ -92,7 +92,7 @@ def plan_rows(
     object_frames=budgets.get("object_frames", max([1, *(n.object_frames for n in needs)])),
     length=length,
     clips=room[3],
-    **sizes,
+    **sizes,  # type: ignore[arg-type]
   )
   return Plan(rows, shape, dict(zip(names, map(float, used), strict=True)))
 
@@ -230,7 +230,7 @@ def make_buckets(
   for k, length in enumerate(lengths):
     numbers = np.flatnonzero(bucket_of == k)
     if len(numbers):
-      shape = fit_shape((needs[i] for i in numbers), scene=scene, **sizes)
+      shape = fit_shape((needs[int(i)] for i in numbers), scene=scene, **sizes)
       buckets.append(Bucket(numbers, dataclasses.replace(shape, length=length)))
   return buckets
 

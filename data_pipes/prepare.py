@@ -182,6 +182,7 @@ class Prepare:
           line = {"item": i, "id": checked.id, "media": record.path if record else None}
           out.write(json.dumps(line | rejected) + "\n")
           continue
+        assert record is not None  # or there were a defect
         text = record.path or f"{number}:{i}"
         code = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         shard = int.from_bytes(code, "big") % self.settings.shards
@@ -219,7 +220,8 @@ class Prepare:
     rejects: list[dict[str, Any]] = []
     notices: list[dict[str, Any]] = []
     items = [(*entry[:2], *self._read(*entry)) for entry in entries]
-    clip, frames = None, []
+    clip: dict[str, Any] | None = None
+    frames: list[bytes] = []
     checks = Checks(reject=self.settings.reject)
     try:
       clip, frames, findings = self._decode([record for *_, record in items], checks)
@@ -268,7 +270,7 @@ class Prepare:
         needed = {n for count in self.settings.scene for n in scene_ids(video, count) if n >= 0}
         needed |= {n for r in good for by_frame in r.objects for n in by_frame}
         numbers = sorted(int(n) for n in needed)
-        frames = video.frames(numbers, self._encode)
+        frames = video.frames(numbers, self._encode)  # type: ignore[arg-type, assignment]
         clip |= {"kind": video.kind, "frames": numbers, "count": len(video), "fps": video.fps}
         clip |= {"claimed": video.claimed, "rotation": video.rotation}
         if times := video.pts(numbers):

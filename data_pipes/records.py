@@ -483,7 +483,8 @@ def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
 
 
 def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-  height, width = item.get("height"), item.get("width")
+  height: Any = item.get("height")
+  width: Any = item.get("width")
   if height is None and width is None:
     return None
   whole = type(height) is int and type(width) is int and min(height, width) > 0

@@ -16,6 +16,7 @@ from data_pipes.feature_shards import FeatureShards, sample_key
 from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import Text, dialogue_text, plain_text
 from data_pipes.records import Record
+from data_pipes.shards import StoredClip
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import scene_ids
 
@@ -199,6 +200,9 @@ class Samples(RowSource):
           objects = [{} for _ in objects]
         image = record.media == "image"
         if self.shape.frame_features:
+          assert self.features is not None
+          assert self.features.frames is not None
+          assert isinstance(record.stored, StoredClip)
           clip = self.features.frames.clip(record.stored, image, self.shape.scene)
           clip = replace(clip, objects=objects)
         else:

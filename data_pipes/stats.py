@@ -6,7 +6,7 @@ Frames and areas come from the annotation alone; no media are opened.
 
 import html
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Stats:
     self.types: Counter[str] = Counter()
     self.defects: Counter[str] = Counter()
     self.distributions = {name: np.zeros(len(c) + 1, np.int64) for name, c in CLASSES.items()}
-    self.sums: Counter[str] = Counter()
+    self.sums: defaultdict[str, float] = defaultdict(float)
 
   def add(self, item: Any, where: str) -> None:
     """Counts one item, or its defect."""

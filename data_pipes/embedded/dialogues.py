@@ -67,7 +67,8 @@ def question_dialogue(
   decoder as small as vr-mini's takes longer to learn which letter stands before given words than
   to see the objects.)
   """
-  choices, pairs, things = candidates(scene), [], []
+  choices, pairs = candidates(scene), []
+  things: list[int] = []
   for k in rng.permutation(len(TYPES))[:questions]:
     question = balance.pick(choices, TYPES[k])
     if question is None:

@@ -99,7 +99,9 @@ def video_name(seed: int) -> str:
 
 
 def _training_items(seeds, annotations, dialogues) -> dict[str, list[dict]]:
-  files = {name: [] for name in ("scene_captions", "short_captions", "detailed_captions", "qa")}
+  files: dict[str, list[dict]] = {
+    name: [] for name in ("scene_captions", "short_captions", "detailed_captions", "qa")
+  }
   balance = Balance(0)
   for seed in seeds:
     scene, rng = make_scene(seed), np.random.default_rng((seed, 2))
@@ -144,7 +146,7 @@ def _area(segmentation: dict | None) -> int:
 
 def bench_d_items(scenes: list[Scene], annotations: dict[int, list[Annotation]]) -> list[dict]:
   """One thing of each scene with its detailed caption."""
-  items = []
+  items: list[dict] = []
   for scene in scenes:
     rng = np.random.default_rng((scene.seed, 4))
     i = int(rng.integers(len(scene.things)))
@@ -167,7 +169,8 @@ def bench_q_items(
   scenes: list[Scene], annotations: dict[int, list[Annotation]], count: int
 ) -> list[dict]:
   """`count` questions spread over the scenes, in the published shares of the five types."""
-  balance, items = Balance(1), []
+  balance = Balance(1)
+  items: list[dict] = []
   questions = [candidates(scene) for scene in scenes]
   used: set[tuple] = set()
   counts = np.diff(np.round(np.cumsum((0, *BENCH_SHARES)) * count / sum(BENCH_SHARES))).astype(int)
