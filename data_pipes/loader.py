@@ -6,13 +6,14 @@ global batches are the same for any number of processes.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
-from data_pipes.batch import Row, empty_row, empty_rows, rows_of
+from data_pipes.batch import Row, RowShape, empty_row, empty_rows, rows_of
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures, TooManyFailures
 from data_pipes.samples import RowSource
@@ -60,30 +61,11 @@ def make_dataset(
     raise InputError(
       f"batch_size={batch_size} is not divisible by the number of processes ({process_count})"
     )
-  shapes = {s.shape for s in samples}
-  if len(shapes) != 1 or not all(len(s) for s in samples):
-    lengths = ", ".join(str(len(s)) for s in samples)
-    raise InputError(
-      f"found {len(samples)} sets of {lengths or 'no'} samples and {len(shapes)} row shapes; "
-      "accepted: sets that are not empty, of one row shape"
-    )
-  (shape,) = shapes
-  ends = [0]
-  for source in samples:
-    ends.append(ends[-1] + len(source))
+  shape = _shape_of(samples)
+  ends = [0, *itertools.accumulate(map(len, samples))]
   failures = Failures() if failures is None else failures
 
-  def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
-    numbers = grain.MapDataset.range(first, last)
-    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
-    return numbers.repeat(epochs)
-
-  if weights is None:
-    order = ordered(0, ends[-1], 0)
-  else:
-    # Salts far apart: a later epoch of one set must not repeat the order of another.
-    parts = [ordered(ends[i], ends[i + 1], i << 16) for i in range(len(samples))]
-    order = grain.MapDataset.mix(parts, weights)
+  order = _order(ends, seed, shuffle, epochs, weights)
   if not drop_remainder and epochs is not None and len(order) % batch_size:
     missing = batch_size - len(order) % batch_size
     order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
@@ -114,6 +96,39 @@ def make_dataset(
   # One element a batch: Grain's part of a row is to look up its number.
   numbers = order.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
   return numbers.map(name if names else load)
+
+
+def _shape_of(samples: Sequence[RowSource]) -> RowShape:
+  """The one shape of all sets. Raises InputError: several, or an empty set."""
+  shapes = {s.shape for s in samples}
+  if len(shapes) != 1 or not all(len(s) for s in samples):
+    lengths = ", ".join(str(len(s)) for s in samples)
+    raise InputError(
+      f"found {len(samples)} sets of {lengths or 'no'} samples and {len(shapes)} row shapes; "
+      "accepted: sets that are not empty, of one row shape"
+    )
+  return shapes.pop()
+
+
+def _order(
+  ends: Sequence[int],
+  seed: int,
+  shuffle: bool,
+  epochs: int | None,
+  weights: Sequence[float] | None,
+) -> grain.MapDataset:
+  """Numbers of samples in the order in which they come; set i has `ends[i]` to `ends[i + 1]`."""
+
+  def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
+    numbers = grain.MapDataset.range(first, last)
+    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
+    return numbers.repeat(epochs)
+
+  if weights is None:
+    return ordered(0, ends[-1], 0)
+  # Salts far apart: a later epoch of one set must not repeat the order of another.
+  pairs = enumerate(itertools.pairwise(ends))
+  return grain.MapDataset.mix([ordered(*pair, i << 16) for i, pair in pairs], weights)
 
 
 def _fill(
