@@ -120,8 +120,8 @@ class Engine:
       InputError: the sizes do not fit the memory; the message holds the numbers.
     """
     self.sizes, self._params = sizes, params
-    # Every weight is read for each extend, so several questions share one. To a CPU the padding of
-    # slots is work, and that of rows where there are few.
+    # Each extend reads every weight, so several questions share one. A CPU pays for the padding of
+    # slots, and for that of rows where there are few.
     cpu = jax.default_backend() == "cpu"
     self._chunk = CPU_CHUNK if cpu else CHUNK
     self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
@@ -246,13 +246,13 @@ class Engine:
       return dataclasses.replace(cache, fresh=False)
 
     Q, B = self._together, self.sizes.rows
-    of_prefix = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
-    of_rows = jax.eval_shape(self._opened, (of_prefix,) * Q)
+    prefix_shapes = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
+    row_shapes = jax.eval_shape(self._opened, (prefix_shapes,) * Q)
     state = jax.eval_shape(lambda: self._state(sampling, 0))
     return (
       placed(state, placement.state(self._llm, B, sampling)),
-      placed(of_rows, placement.cache(self._llm, Q)),
-      of_prefix,
+      placed(row_shapes, placement.cache(self._llm, Q)),
+      prefix_shapes,
     )
 
   def _planned(self, programs, placement, sampling, limit: int, scratch: bool) -> Plan:
@@ -271,10 +271,10 @@ class Engine:
     state_placed = placement.state(llm, self.sizes.rows, sampling)
     rows_placed = placement.cache(llm, self._together)
     Q, K, W = self._together, self._chunk, llm.vocab_size
-    of_rows = placement.rows(Q)
+    axis = placement.rows(Q)
 
     def per_row(dtype, *shape):
-      return array((Q, *shape), dtype, of_rows)
+      return array((Q, *shape), dtype, axis)
 
     def extend(params, rows, logits, *slots):
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")
