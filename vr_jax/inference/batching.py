@@ -1,4 +1,4 @@
-"""Many answers at once: rows of fixed shape, refilled as answers end.
+"""The engine: many answers at once in rows of fixed shape, refilled as answers end.
 
 Letters: B row (an answer under way), S cache slot, M new token, Q row of one extend, K slot of one
 extend, E decoder width, W vocabulary.
@@ -8,8 +8,7 @@ extend, E decoder width, W vocabulary.
     state ─ decode until a row ends or some steps are done ─► new tokens ─► free rows
 
 All programs are compiled before the first request and none later. Their shapes do not depend on
-the requests, and each row is computed by itself, so an answer is the same whatever else is asked
-with it.
+the requests, and each row is computed by itself, so an answer does not depend on the others.
 """
 
 import dataclasses
@@ -55,7 +54,7 @@ class Prompt:
   """One question, ready for the decoder.
 
   Attributes:
-    index: what the caller calls it; with the seed it decides what is sampled.
+    index: the caller's number; sampled tokens are a function of it and the seed.
     prefix: of its video.
     tokens: i32 [n], what follows the scene; 0 where an object token stands.
     visual: [n,E], the object tokens; anything elsewhere.
