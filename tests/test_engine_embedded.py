@@ -19,11 +19,11 @@ from data_pipes.engine import command, stages
 from data_pipes.engine.agents.ingest import write_clip
 from data_pipes.engine.backends.builtin import AttributeJudge, NounPhrases, measure_object
 from data_pipes.engine.export import file_paths
+from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.quality import duplicates, masks, text
 from data_pipes.engine.quality.colours import NAMES, name_pixels
 from data_pipes.engine.quality.shots import find_shots, perceptual_hash
 from data_pipes.engine.roles import Claim, Clip, Context
-from data_pipes.engine.runners.local import run_tasks
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
@@ -437,7 +437,7 @@ def test_benchmark_videos_never_get_in(videos, tmp_path):
   c.duplicates.benchmark = (str(bench),)
   ref = stages.graph_ref(stages.check_settings(c, tmp_path / "w"))
   store = Store(tmp_path / "w", 2)
-  run_tasks(ref, store, stages=["00_ingest", "05_shots", "06_unique"])
+  run_stages(ref, store, stages=["00_ingest", "05_shots", "06_unique"])
   assert manifest(store, ref.build())[2]["reasons"] == {"benchmark video": 1, "near-duplicate": 1}
   assert "7.mp4" not in {row["source"] for row in store.rows("06_unique")}
 

@@ -277,7 +277,8 @@ def test_ray_writes_the_same_bytes(tmp_path):
   import engine_toy
   from test_engine_runner import files, run
 
-  from data_pipes.engine.runners.ray import run_on_ray
+  from data_pipes.engine.job import EngineJob
+  from data_pipes.jobs import run_ray
 
   (tmp_path / "ray").mkdir()
   (tmp_path / "local").mkdir()
@@ -285,7 +286,7 @@ def test_ray_writes_the_same_bytes(tmp_path):
   store.write_settings({})
   ref = engine_toy.ref(tmp_path / "ray")
   os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-  run_on_ray(ref, store, graph=ref.build())
+  run_ray(EngineJob(ref, store.folder))
   assert files(store) == files(run(tmp_path / "local"))
 
 

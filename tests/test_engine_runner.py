@@ -15,7 +15,7 @@ import engine_toy
 import pytest
 
 from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, StopRun, digest
-from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 
@@ -27,7 +27,7 @@ def run(folder: Path, shards: int = 2, store: Path | None = None, only=None, **s
   if not store_.settings():
     store_.write_settings({})
   options = {k: settings.pop(k) for k in ("retry_quarantined", "stages") if k in settings}
-  run_tasks(engine_toy.ref(folder, **settings), store_, shards=only, **options)
+  run_stages(engine_toy.ref(folder, **settings), store_, shards=only, **options)
   return store_
 
 

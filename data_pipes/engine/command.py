@@ -12,12 +12,13 @@ from data_pipes.engine.backends.probe import Probed
 from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
 from data_pipes.engine.graph import Graph, GraphRef
-from data_pipes.engine.runners import array, local
+from data_pipes.engine.job import EngineJob, phases
+from data_pipes.engine.pipeline import Progress, run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
+from data_pipes.jobs import RUNNERS, array_commands, run_ray
 
 VIDEOS_A_SHARD = 200
-RUNNERS = ("local", "array", "ray")
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,30 @@ def run(
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
   if chosen.runner not in RUNNERS:
     raise InputError(f"--runner {chosen.runner}: accepted: {', '.join(RUNNERS)}")
+  job = EngineJob(
+    ref,
+    workdir,
+    line=command,
+    retry_quarantined=chosen.retry_quarantined,
+    budget_usd=chosen.budget_usd,
+  )
   if chosen.runner == "array":
-    return {"commands": array.job_array(graph, store, command)}
+    return {"commands": _array(job)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
   stages.set_calls(settings["workdir"], name, chosen.budget_usd)
-  steps: dict[str, Any] = {"retry_quarantined": chosen.retry_quarantined}
   try:
     if chosen.runner == "ray":
-      from data_pipes.engine.runners.ray import run_on_ray
-
-      steps |= {"address": chosen.address, "budget_usd": chosen.budget_usd}
-      run_on_ray(ref, store, graph=graph, num_gpus=settings["ray_gpus"], **steps)
+      run_ray(job, chosen.address, gpus=settings["ray_gpus"])
     else:
-      if only:
-        steps |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
-      local.run_tasks(
-        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **steps
+      run_stages(
+        ref,
+        store,
+        stages=phase(graph, only[0]) if only else None,
+        shards=[only[1]] if only else None,
+        graph=graph,
+        retry_quarantined=chosen.retry_quarantined,
+        name=name,
+        report=lambda progress: report(progress_line(progress)),
       )
     if only is None:
       for part in (store.folder / "media").rglob(".*.tmp"):
@@ -122,9 +131,19 @@ def open_store(settings: Mapping[str, Any], workdir: str | Path, graph: Graph) -
   return store
 
 
+def _array(job: EngineJob) -> list[str]:
+  """Lines of a shell script: phases with their commands, then the one that writes the files."""
+  return [
+    "# All commands of a phase may run at once; a phase begins when the one before is done.",
+    *array_commands(job, job.heading),
+    "# at the end: writes the published files",
+    job.line,
+  ]
+
+
 def phase(graph: Graph, name: str) -> list[str]:
   """The stages of a job array's phase."""
-  every = array.phases(graph)
+  every = phases(graph)
   if not 1 <= int(name) <= len(every):
     raise InputError(f"--only {name}: no such phase; accepted: 1 to {len(every)}")
   return every[int(name) - 1]
@@ -222,7 +241,7 @@ def _live_lines(of_stage: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return out
 
 
-def progress_line(progress: local.Progress) -> str:
+def progress_line(progress: Progress) -> str:
   """One line about all stages: items done and kept."""
   parts = [
     f"{name[3:]} {c['done']}/{c['total']}" for name, c in progress.stages.items() if c["total"]

@@ -386,10 +386,10 @@ def calls_of(workdir: str) -> Calls:
 _calls_options: dict[str, tuple[str, float | None, bool]] = {}
 
 
-def set_calls(workdir: str, name: str, budget_usd: float | None, own: bool = False) -> None:
+def set_calls(workdir: str, name: str, budget_usd: float | None, alone: bool = False) -> None:
   """Names this process's file of calls and sets its budget (calls.Calls), before the first call."""
   close_calls(workdir)
-  _calls_options[workdir] = (name, budget_usd, own)
+  _calls_options[workdir] = (name, budget_usd, alone)
 
 
 def close_calls(workdir: str) -> None:
