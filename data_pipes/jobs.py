@@ -276,15 +276,18 @@ def run_ray(
   ours = not ray.is_initialized()
   if ours:
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
+  actors: list[Any] = []
   try:
     count = min(_room(ray, cpus, gpus), max(map(job.shards, job.stages)))
     kind = ray.remote(_RayWorker).options(
       num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
     )
-    actors = [kind.remote(part, Path.cwd()) for part in job.split(count)]
+    actors += [kind.remote(part, Path.cwd()) for part in job.split(count)]
     for stage in job.stages:
       _run_stage(ray, actors, job, stage, progress)
   finally:
+    for actor in actors:
+      ray.kill(actor)
     if ours:
       ray.shutdown()
 

@@ -23,7 +23,7 @@ from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.quality import duplicates, masks, text
 from data_pipes.engine.quality.colours import NAMES, name_pixels
 from data_pipes.engine.quality.shots import find_shots, perceptual_hash
-from data_pipes.engine.roles import Claim, Clip, Context
+from data_pipes.engine.roles import Claim, Clip, Context, backend_class
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
@@ -267,6 +267,19 @@ def test_the_whole_graph_runs_on_real_clips(media_dir, tmp_path):
     for path in files:
       assert cli.main(["data", "check", str(path), "--media", str(workdir / "media")]) == 0
   assert len(json.loads(made.read_text())) >= 5
+
+
+def test_both_names_of_our_own_model_are_one_agent(videos, tmp_path):
+  """Configs and runs made before name it vr_jax.engine:VideoReferAgent."""
+  prints = []
+  for target in ("vr_jax.agent:VideoReferAgent", "vr_jax.engine:VideoReferAgent"):
+    agent = {"kind": "python", "target": target}
+    assert backend_class("annotator", agent) is VideoReferAgent
+    c = config(videos).unlock()
+    c.roles = {**c.roles, "annotator": agent, "describer": agent, "judge": agent}
+    settings = stages.check_settings(c, tmp_path)
+    prints.append([stage.fingerprint for stage in stages.make_graph(settings).stages])
+  assert prints[0] == prints[1]  # a run goes on under either name
 
 
 @pytest.mark.slow

@@ -88,11 +88,11 @@ class Calls:
     """The stored answer to a request (its `request_key`), None if there is none."""
     with self._lock, _stop_if_full(self.folder):
       for db in (self._db, *self._others):
-        found = db.execute(
+        row = db.execute(
           "select answer from calls where request = ? and status = ?", (request, ANSWERED)
         ).fetchone()
-        if found:
-          return json.loads(found[0])
+        if row:
+          return json.loads(row[0])
     return None
 
   def begin(self, request: str, stage: str, model: str, guess_usd: float) -> int:

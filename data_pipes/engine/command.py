@@ -171,10 +171,10 @@ def status(workdir: str | Path) -> dict[str, Any]:
   live = []
   for path in sorted((store.folder / "progress").glob("*.json")):
     try:
-      found = json.loads(path.read_text(encoding="utf-8"))
+      progress = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
       continue  # being replaced
-    live.append({"name": path.stem, "running": _is_running(found), **found})
+    live.append({"name": path.stem, "running": _is_running(progress), **progress})
   calls = ledger(store.folder / "calls")
   return {
     "workdir": str(store.folder),
@@ -187,9 +187,9 @@ def status(workdir: str | Path) -> dict[str, Any]:
   }
 
 
-def _is_running(found: Mapping[str, Any]) -> bool:
-  ended = found["finished"] or found["stopped"]
-  return not ended and time.time() - found["updated"] < 15
+def _is_running(progress: Mapping[str, Any]) -> bool:
+  ended = progress["finished"] or progress["stopped"]
+  return not ended and time.time() - progress["updated"] < 15
 
 
 def projected(entries, calls, config) -> dict[str, Any]:
@@ -202,11 +202,11 @@ def projected(entries, calls, config) -> dict[str, Any]:
   return {"videos": total, "usd": round(spent * total / done, 2)}
 
 
-def status_lines(found: Mapping[str, Any]) -> list[str]:
+def status_lines(summary: Mapping[str, Any]) -> list[str]:
   """The status as a table for people."""
-  out = [f"{found['workdir']}: {found['shards']} shards"]
+  out = [f"{summary['workdir']}: {summary['shards']} shards"]
   out.append(f"{'stage':14}{'shards':>12}{'inputs':>9}{'kept':>9}{'dropped':>9}{'failed':>8}  why")
-  for e in found["stages"]:
+  for e in summary["stages"]:
     why = "; ".join(f"{reason} {count}" for reason, count in list(e["reasons"].items())[:3])
     outdated = f" ({e['outdated']} outdated)" if e["outdated"] else ""
     shards = f"{e['shards']}/{e['of']}"
@@ -214,25 +214,25 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
       f"{e['stage']:14}{shards:>12}{e['inputs']:>9}{e['kept']:>9}"
       f"{e['rejected']:>9}{e['quarantined']:>8}  {why}{outdated}"
     )
-  for p in found["progress"]:
+  for p in summary["progress"]:
     state = "running" if p["running"] else p["stopped"] or ("done" if p["finished"] else "killed")
     out.append(f"{p['name']}: {state}, {p['seconds']:g} s")
     if p["running"]:
       out += [f"  {line}" for line in _live_lines(p["stages"])]
-  for c in found["calls"]:
+  for c in summary["calls"]:
     out.append(
       f"calls {c['stage']} {c['model']} {c['status']}: {c['calls']}, {c['input_tokens']} + "
       f"{c['output_tokens']} tokens, {c['usd']:.4f} USD, {c['mean_seconds']:g} s each"
     )
-  if found["projected"]:
-    p = found["projected"]
+  if summary["projected"]:
+    p = summary["projected"]
     out.append(f"all {p['videos']} videos would cost about {p['usd']:.2f} USD")
   return out
 
 
-def _live_lines(of_stage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _live_lines(progress: Mapping[str, Mapping[str, Any]]) -> list[str]:
   out = []
-  for name, c in of_stage.items():
+  for name, c in progress.items():
     new = c["done"] - c["reused"]
     if c["seconds"] and new:
       rate = new / c["seconds"]

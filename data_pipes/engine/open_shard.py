@@ -90,33 +90,36 @@ class OpenShard:
     return ((item, fp) for item, fp in items if item.key not in done)
 
   def _items(self) -> list[tuple[Item, str]]:
+    """All inputs with their fingerprints: of what they hold, who made it, and the stage itself."""
     stage, store = self.stage, self.store
-    if stage.after is None:
-      items = [(row["key"], (row,), [digest(row)], {}) for row in self._sources]
-    else:
-      groups: dict[str, tuple[list[Row], list[str], dict[str, Any]]] = {}
-      for record in store.records(stage.after, self.shard):
-        if record.status == KEPT and record.row is not None:
-          key = str(record.row[stage.group]) if stage.group else record.key
-          made = {stage.after: record.agent}
-          rows, hashes, _ = groups.setdefault(key, ([], [], made))
-          rows.append(record.row)
-          hashes.append(record.content())
-      items = [(key, tuple(rows), hashes, made) for key, (rows, hashes, made) in groups.items()]
     joined: dict[str, dict[str, Record]] = {
       name: {r.key: r for r in store.records(name, self.shard) if r.status == KEPT}
       for name in stage.joins
     }
     out = []
-    for key, rows, hashes, agents in items:
+    for key, (rows, hashes, agents) in self._groups().items():
       partners = {name: joined[name][rows[0][by]] for name, by in stage.joins.items()}
       hashes = hashes + [record.content() for record in partners.values()]
       note = self._notes.get(key)
       fp = digest([stage.fingerprint, key, hashes, note])
       agents = agents | {name: record.agent for name, record in partners.items()}
       joined_rows = {name: record.row or {} for name, record in partners.items()}
-      out.append((Item(key, rows, joined_rows, note, agents), fp))
+      out.append((Item(key, tuple(rows), joined_rows, note, agents), fp))
     return out
+
+  def _groups(self) -> dict[str, tuple[list[Row], list[str], dict[str, Any]]]:
+    """The rows of each input, their hashes, and who made them, by stage."""
+    stage = self.stage
+    if stage.after is None:
+      return {row["key"]: ([row], [digest(row)], {}) for row in self._sources}
+    groups: dict[str, tuple[list[Row], list[str], dict[str, Any]]] = {}
+    for record in self.store.records(stage.after, self.shard):
+      if record.status == KEPT and record.row is not None:
+        key = str(record.row[stage.group]) if stage.group else record.key
+        rows, hashes, _ = groups.setdefault(key, ([], [], {stage.after: record.agent}))
+        rows.append(record.row)
+        hashes.append(record.content())
+    return groups
 
   def _reusable(self) -> dict[str, bytes]:
     """Journal lines for the inputs of an outdated commit that are still right."""

@@ -185,12 +185,12 @@ def benchmark_videos(names: Iterable[str]) -> list[Path]:
     if root.is_file():
       out.append(root)
       continue
-    found = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
+    videos = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
     folders = [root, *(p for p in sorted(root.rglob("*")) if p.is_dir())] if root.is_dir() else []
-    found += [f for f in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.iterdir())]
-    if not found:
+    videos += [f for f in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.iterdir())]
+    if not videos:
       raise InputError(f"duplicates.benchmark: {root}: found no videos; accepted: files or folders")
-    out += found
+    out += videos
   return out
 
 
