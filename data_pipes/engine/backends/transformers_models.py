@@ -25,7 +25,7 @@ from data_pipes.engine.roles import (
   Track,
   model_version,
 )
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from data_pipes.frame_rules import uniform_frames
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisation
@@ -338,5 +338,5 @@ class _named:
 
   def __exit__(self, kind, error, traceback) -> None:
     if isinstance(error, OSError | ValueError):
-      line = " ".join(str(error).split())[:200]
+      line = one_line(error)
       raise InputError(f"{self.role} {self.name!r} cannot be loaded: {line}") from error
