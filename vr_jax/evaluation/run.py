@@ -8,7 +8,6 @@
 The first three are written by whichever shard finds all items done.
 """
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -22,52 +21,11 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import sha256_of
 from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark, read
-from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
+from vr_jax.evaluation.items import MISSING, Item, Prediction
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
+from vr_jax.evaluation.settings import Settings
 from vr_jax.inference.model import Answer, Model
-
-PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
-PUBLISHED_TOKENS = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How the questions are asked; with what is None left to `resolve`.
-
-  Attributes:
-    mode: "single" or "multi" mask frames; no difference where no objects are named.
-    scene_frames: frames of the scene; None for as many as in training.
-    mask_rule: of `inference.model.Options`.
-    published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
-      new tokens, their mask rule.
-  """
-
-  mode: str = "multi"
-  scene_frames: int | None = None
-  max_new_tokens: int | None = None
-  batch_size: int = 8
-  mask_rule: str | None = None
-  published: bool = False
-  subtitles: bool = False
-
-  def resolve(self, of: Benchmark, model: Model) -> "Settings":
-    if self.mode not in MODES:
-      raise InputError(f"mode {self.mode!r}; accepted: {', '.join(MODES)}")
-    frames, tokens = self.scene_frames, self.max_new_tokens
-    rule = self.mask_rule or ("published" if self.published else "keep")
-    if frames is None:
-      frames = PUBLISHED_FRAMES if self.published and of.regions else model.cfg.num_frames
-    if tokens is None:
-      tokens = PUBLISHED_TOKENS if self.published else of.new_tokens
-    for name, value, least in (
-      ("scene_frames", frames, 2),
-      ("max_new_tokens", tokens, 1),
-      ("batch_size", self.batch_size, 1),
-    ):
-      if value < least:
-        raise InputError(f"{name}={value}; accepted: {least} or more")
-    return dataclasses.replace(self, scene_frames=frames, max_new_tokens=tokens, mask_rule=rule)
 
 
 def evaluate(

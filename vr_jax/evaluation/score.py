@@ -46,28 +46,7 @@ from vr_jax.evaluation.scoring.statistics import (
   needed_items,
   paired_difference,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeSettings:
-  """How Bench-D is judged; see `judge.open_judge` and `judge.Judge`.
-
-  `max_failed`: the share of descriptions without scores above which the result is no result.
-  """
-
-  spec: str = ""
-  model: str = ""
-  key_variable: str = "OPENAI_API_KEY"
-  allow_alias: bool = False
-  prompt: Path | None = None
-  temperature: float | None = None
-  repeats: int = 1
-  budget: int | None = None
-  concurrency: int = 8
-  tries: int = 5
-  timeout: float = 120.0
-  first_pause: float = 1.0
-  max_failed: float = 0.05
+from vr_jax.evaluation.settings import CaptionSettings, JudgeSettings
 
 
 def score(
@@ -77,7 +56,7 @@ def score(
   *,
   out: Path | str | None = None,
   judge: JudgeSettings | None = None,
-  captions_by: captions.Settings | None = None,
+  captions_by: CaptionSettings | None = None,
   progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Result, Path]:
   """Scores a run folder or a file in the published shape; returns the result and its folder.
@@ -94,7 +73,7 @@ def score(
   if of.kind == "choice":
     result, folder = choice.score(of, predictions, run, parser), home / parser
   elif of.kind == "caption":
-    result = captions.score(of, predictions, run, parser, captions_by or captions.Settings())
+    result = captions.score(of, predictions, run, parser, captions_by or CaptionSettings())
     folder = home / parser
   else:
     settings = judge or JudgeSettings()
@@ -356,7 +335,7 @@ def command(args: argparse.Namespace) -> None:
     args.parser,
     out=args.out,
     judge=settings,
-    captions_by=captions.Settings(
+    captions_by=CaptionSettings(
       args.tokenizer,
       not args.no_meteor,
       args.length_filter,

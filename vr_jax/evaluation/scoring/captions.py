@@ -5,7 +5,6 @@ numbers were made with are Java programs of the extra [java]; SPICE needs a Core
 is in no package. A metric that cannot be computed says why and is never 0.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -35,31 +34,12 @@ from vr_jax.evaluation.scoring.caption_metrics import (
 )
 from vr_jax.evaluation.scoring.ptb import one_line, tokenize, without_punctuation
 from vr_jax.evaluation.scoring.statistics import Interval, cluster_bootstrap
+from vr_jax.evaluation.settings import FILTERS, TOKENIZERS, CaptionSettings
 
-TOKENIZERS = ("ptb-py", "ptb-jar")
-FILTERS = ("none", "artemis")
 BLEU_DRAWS = 1000
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 # SPICE's serialisation looks into these packages, which Java 16 and later close.
 _OPENED = ("lang", "math", "util", "util.concurrent", "net", "text")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How captions are scored.
-
-  Attributes:
-    tokenizer: "ptb-py" (ours) or "ptb-jar" (Stanford's, extra [java]).
-    meteor: computed where Java and the extra are there.
-    length_filter: "artemis" leaves out predictions of at most 5 or at least 300 characters before
-      scoring, as the source of the paper's baseline rows does.
-    spice_home: a folder with the two CoreNLP files of SPICE; None leaves SPICE out.
-  """
-
-  tokenizer: str = "ptb-py"
-  meteor: bool = True
-  length_filter: str = "none"
-  spice_home: Path | None = None
 
 
 def score(
@@ -67,7 +47,7 @@ def score(
   predictions: Sequence[Prediction],
   run: Mapping[str, Any],
   parser: str,
-  settings: Settings,
+  settings: CaptionSettings,
 ) -> Result:
   """Scores the answered items; those without an answer are counted, an empty answer scores 0."""
   for name, value, accepted in (
