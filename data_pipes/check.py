@@ -111,11 +111,17 @@ class Checks:
     reject: notices that count as defects.
   """
 
-  media: Path | None = None
-  decode: bool = False
-  scene: int = 16
-  grid: int = 0
-  reject: tuple[str, ...] = ()
+  media: Path | None = field(
+    default=None, metadata={"help": "also open the media, relative to DIR", "metavar": "DIR"}
+  )
+  decode: bool = field(default=False, metadata={"help": "also decode the frames that are needed"})
+  scene: int = field(
+    default=16, metadata={"flag": "--scene-frames", "help": "of --decode", "metavar": "N"}
+  )
+  grid: int = field(default=0, metadata={"help": "count masks that vanish on it", "metavar": "G"})
+  reject: tuple[str, ...] = field(
+    default=(), metadata={"help": "count as defects", "metavar": "NOTICE"}
+  )
 
   def __post_init__(self):
     for kind in self.reject:

@@ -53,15 +53,26 @@ class Settings:
     reject: classes of notices (data_pipes.check.NOTICES) whose items are left out too.
   """
 
-  files: tuple[str, ...]
-  media: str
-  shards: int = 16
-  scene: tuple[int, ...] = (16,)
-  size: int = 384
-  aspect_ratio: str = "square"
-  format: str = "jpeg"
-  quality: int = 95
-  reject: tuple[str, ...] = ()
+  files: tuple[str, ...] = field(
+    default=(),
+    metadata={"positional": True, "help": "a JSON array of items", "metavar": "FILE"},
+  )
+  media: str = field(
+    default=".", metadata={"help": "the media are relative to DIR", "metavar": "DIR"}
+  )
+  shards: int = field(default=16, metadata={"help": "default: %(default)s", "metavar": "N"})
+  scene: tuple[int, ...] = field(
+    default=(16,), metadata={"flag": "--scene-frames", "help": "default: 16", "metavar": "N"}
+  )
+  size: int = field(
+    default=384, metadata={"help": "of stored frames, 0: the source's (default: %(default)s)"}
+  )
+  aspect_ratio: str = field(default="square", metadata={"help": "square (default) or pad"})
+  format: str = field(default="jpeg", metadata={"help": "jpeg (default), or png, which is exact"})
+  quality: int = field(default=95, metadata={"help": "of jpeg (default: %(default)s)"})
+  reject: tuple[str, ...] = field(
+    default=(), metadata={"help": "see vr data check", "metavar": "NOTICE"}
+  )
 
   def __post_init__(self):
     for name, accepted in (("aspect_ratio", ASPECT_RATIOS), ("format", ("jpeg", "png"))):

@@ -1,11 +1,13 @@
 """What a user chooses for `vr eval` and `vr score`; without jax, for their --help."""
 
 import dataclasses
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipes.errors import InputError
 from vr_jax.evaluation.items import MODES
+from vr_jax.inference.options import BATCH_SIZE, MASK_RULE, NEW_TOKENS, SCENE_FRAMES
 
 if TYPE_CHECKING:
   from vr_jax.evaluation.benchmarks.registry import Benchmark
@@ -29,13 +31,16 @@ class Settings:
       new tokens, their mask rule.
   """
 
-  mode: str = "multi"
-  scene_frames: int | None = None
-  max_new_tokens: int | None = None
-  batch_size: int = 8
-  mask_rule: str | None = None
-  published: bool = False
-  subtitles: bool = False
+  mode: str = field(default="multi", metadata={"help": "mask frames", "choices": MODES})
+  scene_frames: int | None = field(default=None, metadata=SCENE_FRAMES)
+  max_new_tokens: int | None = field(default=None, metadata=NEW_TOKENS)
+  batch_size: int = field(default=8, metadata=BATCH_SIZE)
+  mask_rule: str | None = field(default=None, metadata=MASK_RULE)
+  published: bool = field(
+    default=False,
+    metadata={"help": "as the published scripts: 8 scene frames, 2048 tokens, their mask rule"},
+  )
+  subtitles: bool = field(default=False, metadata={"help": "videomme: with subtitles"})
 
   def resolve(self, of: "Benchmark", model: "Model") -> "Settings":
     if self.mode not in MODES:
@@ -63,19 +68,57 @@ class JudgeSettings:
   `max_failed`: the share of descriptions without scores above which the result is no result.
   """
 
-  spec: str = ""
-  model: str = ""
-  key_variable: str = "OPENAI_API_KEY"
-  allow_alias: bool = False
-  prompt: Path | None = None
-  temperature: float | None = None
-  repeats: int = 1
-  budget: int | None = None
-  concurrency: int = 8
+  spec: str = field(
+    default="",
+    metadata={"flag": "--judge", "help": "bench-d", "metavar": "URL|replay:FILE|rule"},
+  )
+  model: str = field(
+    default="",
+    metadata={"flag": "--judge-model", "help": "as the endpoint names it", "metavar": "NAME"},
+  )
+  key_variable: str = field(
+    default="OPENAI_API_KEY",
+    metadata={
+      "flag": "--judge-key-env",
+      "help": "of the environment, with the key (default: %(default)s)",
+      "metavar": "VARIABLE",
+    },
+  )
+  prompt: Path | None = field(
+    default=None,
+    metadata={
+      "flag": "--judge-prompt",
+      "help": "a system prompt of your own",
+      "metavar": "FILE",
+    },
+  )
+  temperature: float | None = field(
+    default=None,
+    metadata={
+      "flag": "--judge-temperature",
+      "help": "default: 0, or 0.7 with --parser published",
+      "metavar": "T",
+    },
+  )
+  allow_alias: bool = field(default=False, metadata={"help": "a judge's name without a date"})
+  repeats: int = field(default=1, metadata={"help": "judge each K times", "metavar": "K"})
+  budget: int | None = field(
+    default=None, metadata={"help": "of the judge; stop after them", "metavar": "TOKENS"}
+  )
+  concurrency: int = field(
+    default=8, metadata={"help": "requests at a time (default: %(default)s)", "metavar": "N"}
+  )
   tries: int = 5
   timeout: float = 120.0
   first_pause: float = 1.0
-  max_failed: float = 0.05
+  max_failed: float = field(
+    default=0.05,
+    metadata={
+      "help": "of descriptions without scores, above which the command fails "
+      "(default: %(default)s)",
+      "metavar": "SHARE",
+    },
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +133,23 @@ class CaptionSettings:
     spice_home: a folder with the two CoreNLP files of SPICE; None leaves SPICE out.
   """
 
-  tokenizer: str = "ptb-py"
-  meteor: bool = True
-  length_filter: str = "none"
-  spice_home: Path | None = None
+  tokenizer: str = field(
+    default="ptb-py",
+    metadata={
+      "help": "captions: ours (default), or Stanford's, which needs Java",
+      "choices": TOKENIZERS,
+    },
+  )
+  meteor: bool = field(
+    default=True, metadata={"flag": "--no-meteor", "help": "captions without Java"}
+  )
+  spice_home: Path | None = field(
+    default=None, metadata={"help": "CoreNLP 3.6.0, which SPICE needs", "metavar": "DIR"}
+  )
+  length_filter: str = field(
+    default="none",
+    metadata={
+      "help": "artemis: captions of at most 5 or at least 300 characters are left out",
+      "choices": FILTERS,
+    },
+  )

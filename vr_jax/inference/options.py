@@ -1,6 +1,7 @@
 """What a user chooses for an answer; without jax, for the --help of `vr ask`."""
 
 import dataclasses
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from data_pipes.errors import InputError
@@ -10,6 +11,14 @@ if TYPE_CHECKING:
   from vr_jax.inference.sampling import Sampling
 
 WEIGHTS = ("float32", "bfloat16", "int8")
+# What `vr ask` and `vr eval` have in common, as their --help prints it.
+NEW_TOKENS = {"help": "the most tokens of an answer", "metavar": "N"}
+SCENE_FRAMES = {"help": "default: as many as in training", "metavar": "N"}
+BATCH_SIZE = {"help": "answers at once", "metavar": "N"}
+MASK_RULE = {
+  "help": "masks on the tower's grid: keep (default) leaves every object a cell, published may not",
+  "choices": GRID_RULES,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +38,21 @@ class Options:
       (default) leaves every object at least one cell, "published" may lose small ones, "area".
   """
 
-  max_new_tokens: int = 256
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-  scene_frames: int | None = None
-  batch_size: int = 8
+  max_new_tokens: int = field(default=256, metadata=NEW_TOKENS)
+  temperature: float = field(default=0.0, metadata={"help": "0 (default) is greedy"})
+  top_k: int = field(
+    default=0,
+    metadata={"help": "sample from the K likeliest tokens; 0 (default): from all", "metavar": "K"},
+  )
+  top_p: float = field(
+    default=1.0,
+    metadata={"help": "sample from the likeliest tokens that hold this share", "metavar": "P"},
+  )
+  seed: int = field(default=0, metadata={"help": "of the sampling"})
+  scene_frames: int | None = field(default=None, metadata=SCENE_FRAMES)
+  batch_size: int = field(default=8, metadata=BATCH_SIZE)
   share: bool = True
-  mask_rule: str = "keep"
+  mask_rule: str = field(default="keep", metadata=MASK_RULE)
 
   def __post_init__(self):
     if self.mask_rule not in GRID_RULES:
