@@ -11,6 +11,7 @@ from data_pipes.engine.backends.probe import Probed
 from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
 from data_pipes.engine.graph import Graph, GraphRef
+from data_pipes.engine.options import RunOptions
 from data_pipes.engine.runners import array, local
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
@@ -23,22 +24,17 @@ def run(
   config: Mapping[str, Any],
   workdir: str | Path,
   *,
-  budget_usd: float | None = None,
-  retry_quarantined: bool = False,
-  runner: str = "local",
-  address: str | None = None,
-  only: tuple[str, int] | None = None,
   command: str = "vr engine run",
   report: Callable[[str], None] = lambda line: None,
+  **options: Any,
 ) -> dict[str, Any]:
   """Runs the engine, or goes on with a run that was stopped, and writes the published files.
 
   Args:
     config: `stages.engine_config()` with changes.
-    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
-    only: (phase, shard) of a job array, instead of everything; writes no published files.
     command: how this was called, for the job array.
     report: takes a line about the progress now and then.
+    **options: those of `RunOptions`.
 
   Returns the summary that `status` gives.
 
@@ -46,30 +42,32 @@ def run(
     InputError: something in the config or the work directory is not usable.
     StopRun: budget spent, endpoint down, disk full; the same command goes on from there.
   """
+  chosen = RunOptions(**options)
+  only = parse_only(chosen.only) if chosen.only else None
   settings = stages.check_settings(config, workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)
   if only and only[1] >= store.shards:
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
-  if runner not in RUNNERS:
-    raise InputError(f"--runner {runner}: accepted: {', '.join(RUNNERS)}")
-  if runner == "array":
+  if chosen.runner not in RUNNERS:
+    raise InputError(f"--runner {chosen.runner}: accepted: {', '.join(RUNNERS)}")
+  if chosen.runner == "array":
     return {"commands": array.job_array(graph, store, command)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
-  stages.set_calls(settings["workdir"], name, budget_usd)
-  options: dict[str, Any] = {"retry_quarantined": retry_quarantined}
+  stages.set_calls(settings["workdir"], name, chosen.budget_usd)
+  steps: dict[str, Any] = {"retry_quarantined": chosen.retry_quarantined}
   try:
-    if runner == "ray":
+    if chosen.runner == "ray":
       from data_pipes.engine.runners.ray import run_on_ray
 
-      options |= {"address": address, "budget_usd": budget_usd, "num_gpus": settings["ray_gpus"]}
-      run_on_ray(ref, store, graph=graph, **options)
+      steps |= {"address": chosen.address, "budget_usd": chosen.budget_usd}
+      run_on_ray(ref, store, graph=graph, num_gpus=settings["ray_gpus"], **steps)
     else:
       if only:
-        options |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
+        steps |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
       local.run_tasks(
-        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
+        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **steps
       )
     if only is None:
       for part in (store.folder / "media").rglob(".*.tmp"):

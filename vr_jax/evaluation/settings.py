@@ -62,6 +62,25 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportOptions:
+  """What a report shows besides the results.
+
+  Attributes:
+    data, media: where the benchmark lies now; by default where `vr eval` read it. Without it the
+      gallery has no pictures.
+    examples: items in the gallery.
+    common: compare items that both results have, where they differ.
+  """
+
+  data: str | None = field(
+    default=None, metadata={"help": "the benchmark's folder, for the frames of the gallery"}
+  )
+  media: str | None = field(default=None, metadata={"help": "folder that video paths start from"})
+  examples: int = field(default=24, metadata={"help": "in the gallery", "metavar": "N"})
+  common: bool = field(default=False, metadata={"help": "compare the items that both have"})
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgeSettings:
   """How Bench-D is judged; see `judge.open_judge` and `judge.Judge`.
 

@@ -20,11 +20,11 @@ import numpy as np
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import package_versions
 from vr_jax.interop import peft, proof
+from vr_jax.interop.options import ConvertOptions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
 from vr_jax.interop.targets import FORMATS, Item, Target, lay_out
-from vr_jax.interop.writers import SHARD_BYTES
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
@@ -35,12 +35,8 @@ def convert(
   dst: str | Path,
   to: str,
   *,
-  dtype: str | None = None,
-  adapter: str | Path | None = None,
-  allow_nonfinite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
-  logits: str = "auto",
   report: Callable[[str], None] = print,
+  **options: Any,
 ) -> dict[str, Any]:
   """Converts weights and returns what parity.json holds; `passed` says whether all is equal enough.
 
@@ -48,11 +44,8 @@ def convert(
     src: weights of any format that `open_source` knows.
     dst: what is written; must not exist.
     to: a key of FORMATS.
-    dtype: float32, float16 or bfloat16 for all tensors; by default each keeps its own.
-    adapter: a PEFT folder that is merged into the decoder.
-    allow_nonfinite: go on where weights hold NaN or Inf.
-    logits: "auto" (where PyTorch is there and both models fit into memory), "always" or "never".
     report: takes each line about what came from where.
+    **options: those of `ConvertOptions`.
 
   Raises:
     InputError: one line about a source that is damaged or unknown, a format that cannot say it, a
@@ -61,6 +54,9 @@ def convert(
   """
   if to not in FORMATS:
     raise InputError(f"--to {to!r}: accepted: {', '.join(FORMATS)}")
+  chosen = ConvertOptions(**options)
+  dtype, adapter, logits = chosen.dtype, chosen.adapter, chosen.logits
+  shard_bytes = int(chosen.shard_gb * 1e9)
   if dtype is not None and dtype not in CASTS:
     raise InputError(f"--dtype {dtype!r}: accepted: {', '.join(CASTS)}")
   dst = Path(dst)
@@ -93,7 +89,7 @@ def convert(
     stage = partial / "result"
     target = lay_out(to, source, stage, cast, shard_bytes)
     _check_disk(target, stage)
-    tensors = _stream(target, partial / JOURNAL, done, allow_nonfinite)
+    tensors = _stream(target, partial / JOURNAL, done, chosen.allow_nonfinite)
     target.finish(stage)
   except InputError:
     shutil.rmtree(partial, ignore_errors=True)

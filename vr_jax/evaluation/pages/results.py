@@ -27,6 +27,7 @@ from vr_jax.evaluation.score import (
   shown,
 )
 from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
+from vr_jax.evaluation.settings import ReportOptions
 
 MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}
@@ -83,20 +84,15 @@ class Bar:
 def write_reports(
   folders: Sequence[Path | str],
   out: Path | str,
-  data: Path | str | None = None,
-  media: Path | str | None = None,
-  examples: int = 24,
-  common: bool = False,
+  options: ReportOptions | None = None,
 ) -> list[Path]:
   """Writes both files; returns their paths.
 
   Args:
     folders: result folders, or run folders with results in them, all of one benchmark; the gallery
       is of the first.
-    data, media: where the benchmark lies now; by default where `vr eval` read it. Without it the
-      gallery has no pictures.
-    common: compare items that both results have, where they differ.
   """
+  options = options or ReportOptions()
   results = [load(f) for f in _result_folders(folders)]
   names = {r.benchmark for r in results}
   if len(names) > 1:
@@ -107,11 +103,13 @@ def write_reports(
   compared = [(i, j) for i, j in pairs if _comparable(results[i], results[j])]
   differences = []
   for i, j in compared:
-    rows = [_difference(c, headline(first).unit) for c in compare(results[i], results[j], common)]
+    rows = [
+      _difference(c, headline(first).unit) for c in compare(results[i], results[j], options.common)
+    ]
     title = f"{labels[i]} minus {labels[j]}"
     differences.append({"title": title, "columns": filled(DIFFERENCES, rows), "rows": rows})
-  dataset, problem = _dataset(of, first, data, media)
-  gallery, texts = _gallery(of, first, dataset, examples)
+  dataset, problem = _dataset(of, first, options.data, options.media)
+  gallery, texts = _gallery(of, first, dataset, options.examples)
   table = headline_table(of, results, labels)
   content = {
     "title": of.title,
