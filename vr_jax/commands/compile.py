@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vr_jax.commands.options import CONFIG
+
 DOES_NOT_FIT = 3  # exit code
 
 
 @dataclass(frozen=True)
 class Compile:
-  config: str = field(
-    metadata={"help": "a config file or a packaged name", "metavar": "F.py[:ARGS]"}
-  )
+  config: str = field(metadata=CONFIG)
   target: str = field(
     metadata={
       "help": "tpu:v5e:8x8, v5p, v6e (or a slice's name, tpu:v5e-64), gpu:h100:HOSTSxGPUS, "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_pipes.errors import InputError
+from vr_jax.commands.options import CONFIG
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,7 @@ class Config:
       "choices": ("show", "diff", "shapes", "shardings"),
     }
   )
-  configs: tuple[str, ...] = field(
-    metadata={
-      "positional": True,
-      "help": "a config file or a packaged name",
-      "metavar": "F.py[:ARGS]",
-    }
-  )
+  configs: tuple[str, ...] = field(metadata={**CONFIG, "positional": True})
   devices: int | None = field(
     default=None, metadata={"help": "shardings: of the mesh (default: those here)"}
   )

@@ -3,19 +3,13 @@
 import json
 from dataclasses import dataclass, field
 
+from vr_jax.commands.options import MEDIA, RECORDS
+
 
 @dataclass(frozen=True)
 class Bench:
-  files: tuple[str, ...] = field(
-    metadata={
-      "positional": True,
-      "help": "a JSON array, or a folder of shards",
-      "metavar": "FILE",
-    }
-  )
-  media: str = field(
-    default=".", metadata={"help": "the media are relative to DIR", "metavar": "DIR"}
-  )
+  files: tuple[str, ...] = field(metadata=RECORDS)
+  media: str = field(default=".", metadata=MEDIA)
   model: str = field(
     default="videorefer-7b", metadata={"help": "whose sizes (default: %(default)s)"}
   )

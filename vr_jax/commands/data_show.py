@@ -2,22 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from vr_jax.commands.options import MEDIA, RECORDS
+
 
 @dataclass(frozen=True)
 class Show:
-  file: str = field(
-    metadata={
-      "positional": True,
-      "help": "a JSON array, or a folder of shards",
-      "metavar": "FILE",
-    }
-  )
+  file: str = field(metadata=RECORDS)
   item: str = field(
     metadata={"positional": True, "help": "its number, or id=ID", "metavar": "ITEM"}
   )
-  media: str = field(
-    default=".", metadata={"help": "the media are relative to DIR", "metavar": "DIR"}
-  )
+  media: str = field(default=".", metadata=MEDIA)
   out: str = field(
     default="item.html", metadata={"help": "a .html page (default), or .png or .jpg"}
   )

@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from vr_jax.commands.options import RECORDS
+
 
 @dataclass(frozen=True)
 class Stats:
-  files: tuple[str, ...] = field(
-    metadata={
-      "positional": True,
-      "help": "a JSON array, or a folder of shards",
-      "metavar": "FILE",
-    }
-  )
+  files: tuple[str, ...] = field(metadata=RECORDS)
   html: str | None = field(
     default=None, metadata={"help": "write a page with plots", "metavar": "PAGE"}
   )

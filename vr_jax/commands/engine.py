@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_pipes.engine.options import RunOptions
+from vr_jax.commands.options import CONFIG
 
 STOPPED = 3  # exit code: out of budget, endpoint down, disk full
 
 
 @dataclass(frozen=True)
 class Source:
-  config: str = field(
-    metadata={"help": "a config file or a packaged name", "metavar": "F.py[:ARGS]"}
-  )
+  config: str = field(metadata=CONFIG)
 
 
 @dataclass(frozen=True)

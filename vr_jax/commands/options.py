@@ -25,6 +25,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# What several commands have in common.
+CONFIG = {"help": "a config file or a packaged name", "metavar": "F.py[:ARGS]"}
+RECORDS = {
+  "positional": True,
+  "help": "a JSON array, or a folder of shards",
+  "metavar": "FILE",
+}
+MEDIA = {"help": "the media are relative to DIR", "metavar": "DIR"}
+
 OVERRIDES = "overrides"  # the argument of a function that takes `--config.key=value`
 
 

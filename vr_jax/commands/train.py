@@ -4,14 +4,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vr_jax.commands.options import CONFIG
+
 STOPPED = 143  # the exit code of a training that was stopped and has saved
 
 
 @dataclass(frozen=True)
 class Train:
-  config: str = field(
-    metadata={"help": "a config file or a packaged name", "metavar": "F.py[:ARGS]"}
-  )
+  config: str = field(metadata=CONFIG)
   workdir: str = field(metadata={"help": "folder of checkpoints and metrics"})
 
 
