@@ -186,7 +186,7 @@ def test_the_mask_rule_is_a_choice_that_results_state(model, golden, data, tmp_p
 
 
 def test_the_command(model, golden, data, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr("vr_jax.inference.model.load", lambda path, **_: model)  # compiled already
+  monkeypatch.setattr("vr_jax.loading.load", lambda path, **_: model)  # compiled already
   command = ["eval", "bench-q", "--checkpoint", str(golden / "tiny_videorefer_qwen2")]
   command += ["--data", str(data), "--out", str(tmp_path / "out"), "--mode", "single"]
   command += ["--max-new-tokens", str(TOKENS), "--limit", "2", "--published", "--batch-size", "1"]
