@@ -317,7 +317,8 @@ def _run_stage(ray: Any, actors: Sequence[Any], job: Job, stage: str, progress: 
   left = [shard for shard in range(total) if not job.done(stage, shard)][::-1]
   done = total - len(left)
   progress(stage, done, total)
-  free, at_work = list(actors), {}
+  free = list(actors)
+  at_work: dict[Any, Any] = {}
   failure: Any = None
   while at_work or (left and not failure):
     while free and left and not failure:

@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 # other. What is not named here is a base: it imports no room above the last line.
 LAYERS = (
   ("__main__",),
-  ("cli", "commands"),
-  ("mini", "serving", "parity", "agent", "engine", "sweep"),
+  ("cli",),
+  ("commands",),
+  ("engine",),  # an older name of agent
+  ("mini", "serving", "parity", "agent", "sweep"),
   ("training",),
   ("evaluation",),
   ("retrieval", "grounding"),

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,13 @@ from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
 from data_pipes.engine.graph import Graph, GraphRef
 from data_pipes.engine.job import EngineJob, phases
+from data_pipes.engine.options import RunOptions
 from data_pipes.engine.pipeline import Progress, run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 from data_pipes.jobs import RUNNERS, array_commands, run_ray
 
 VIDEOS_A_SHARD = 200
-
-
-@dataclass(frozen=True)
-class RunOptions:
-  """How a run goes; the keywords of `run`.
-
-  Attributes:
-    budget_usd: stop before more is spent.
-    retry_quarantined: try failed items again.
-    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
-    only: "PHASE:SHARD" of a job array, instead of everything; writes no published files.
-  """
-
-  budget_usd: float | None = field(
-    default=None, metadata={"help": "stop before more is spent", "metavar": "USD"}
-  )
-  retry_quarantined: bool = field(default=False, metadata={"help": "try failed items again"})
-  runner: str = field(
-    default="local", metadata={"help": "local (default), ray, or array (printed)"}
-  )
-  address: str | None = field(default=None, metadata={"help": "of the Ray cluster"})
-  only: str | None = field(
-    default=None, metadata={"help": "one task of a job array", "metavar": "PHASE:SHARD"}
-  )
 
 
 def run(

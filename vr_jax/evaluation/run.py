@@ -10,7 +10,6 @@ answers them in any order, so that each is read and encoded once.
 """
 
 import collections
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -18,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +25,11 @@ from data_pipes.files import JsonLines, json_line, read_json_lines
 from vr_jax.checkpoint import sha256_of
 from vr_jax.evaluation.benchmark import Benchmark, Dataset
 from vr_jax.evaluation.benchmarks import registry
-from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction, counts
+from vr_jax.evaluation.items import MISSING, Item, Prediction, counts
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
+from vr_jax.evaluation.settings import Settings
 from vr_jax.inference.model import Model
-from vr_jax.inference.requests import (
-  BATCH_SIZE_HELP,
-  MASK_RULE_HELP,
-  NEW_TOKENS_HELP,
-  SCENE_FRAMES_HELP,
-)
-
-PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
-PUBLISHED_TOKENS = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How the questions are asked; with what is None left to `resolve`.
-
-  Attributes:
-    mode: "single" or "multi" mask frames; no difference where no objects are named.
-    scene_frames: frames of the scene; None for as many as in training.
-    mask_rule: of `inference.requests.Options`.
-    published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
-      new tokens, their mask rule.
-  """
-
-  mode: str = field(default="multi", metadata={"help": "mask frames"})
-  scene_frames: int | None = field(default=None, metadata={"help": SCENE_FRAMES_HELP})
-  max_new_tokens: int | None = field(default=None, metadata={"help": NEW_TOKENS_HELP})
-  batch_size: int = field(default=8, metadata={"help": BATCH_SIZE_HELP})
-  mask_rule: str | None = field(default=None, metadata={"help": MASK_RULE_HELP})
-  published: bool = field(
-    default=False,
-    metadata={"help": "as the published scripts: 8 scene frames, 2048 tokens, their mask rule"},
-  )
-  subtitles: bool = field(default=False, metadata={"help": "videomme: with subtitles"})
-
-  def resolve(self, benchmark: Benchmark, model: Model) -> "Settings":
-    if self.mode not in MODES:
-      raise InputError(f"mode {self.mode!r}; accepted: {', '.join(MODES)}")
-    frames, tokens = self.scene_frames, self.max_new_tokens
-    rule = self.mask_rule or ("published" if self.published else "keep")
-    if frames is None:
-      frames = PUBLISHED_FRAMES if self.published and benchmark.regions else model.cfg.num_frames
-    if tokens is None:
-      tokens = PUBLISHED_TOKENS if self.published else benchmark.new_tokens
-    for name, value, least in (
-      ("scene_frames", frames, 2),
-      ("max_new_tokens", tokens, 1),
-      ("batch_size", self.batch_size, 1),
-    ):
-      if value < least:
-        raise InputError(f"{name}={value}; accepted: {least} or more")
-    return dataclasses.replace(self, scene_frames=frames, max_new_tokens=tokens, mask_rule=rule)
 
 
 def evaluate(

@@ -4,11 +4,8 @@ Results of a run folder O go to O/<parser>, with a judge to O/<parser>-<judge>; 
 predictions in the published shape to a folder beside it.
 """
 
-import argparse
 import dataclasses
-import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,8 @@ from vr_jax.evaluation.answers import PARSERS
 from vr_jax.evaluation.benchmark import Benchmark
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.items import Prediction, check_ids
-from vr_jax.evaluation.pages.terminal import comparison_table, headline, table
-from vr_jax.evaluation.results import Result, load, read_predictions, save, to_dict, write
-from vr_jax.evaluation.scoring.comparison import compare
+from vr_jax.evaluation.results import Result, read_predictions, save, write
 from vr_jax.evaluation.scoring.judge import read_records
-from vr_jax.evaluation.scoring.reviewer import reviewer_table, score_reviewer
 from vr_jax.evaluation.scoring.settings import ScoreSettings
 from vr_jax.evaluation.settings import CaptionSettings, JudgeSettings
 
@@ -109,51 +103,3 @@ def _check_failures(result: Result, most: float, folder: Path) -> None:
 
 def _slug(name: str) -> str:
   return re.sub(r"[^\w.-]+", "_", name)
-
-
-def command(args: argparse.Namespace) -> None:
-  """`vr score`."""
-  if args.benchmark == "reviewer":
-    verdicts = score_reviewer(Path(args.predictions), args.accept_rate)
-    text = json.dumps(dataclasses.asdict(verdicts), indent=2)
-    print(text if args.json else "\n".join(reviewer_table(verdicts)))
-    return
-  settings = JudgeSettings(
-    spec=args.judge,
-    model=args.judge_model,
-    key_variable=args.judge_key_env,
-    allow_alias=args.allow_alias,
-    prompt=Path(args.judge_prompt) if args.judge_prompt else None,
-    temperature=args.judge_temperature,
-    repeats=args.repeats,
-    budget=args.budget,
-    concurrency=args.concurrency,
-    max_failed=args.max_failed,
-  )
-  result, folder = score(
-    args.benchmark,
-    args.predictions,
-    args.parser,
-    out=args.out,
-    judge=settings,
-    captions_by=CaptionSettings(
-      args.tokenizer,
-      not args.no_meteor,
-      args.length_filter,
-      Path(args.spice_home) if args.spice_home else None,
-    ),
-    progress=lambda text: print(text, file=sys.stderr, flush=True),
-  )
-  compared = compare(result, load(args.against), args.common) if args.against else []
-  if args.json:
-    content = to_dict(result) | (
-      {"against": [dataclasses.asdict(c) for c in compared]} if compared else {}
-    )
-    print(json.dumps(content, indent=2, ensure_ascii=False))
-    return
-  if result.printed:
-    print(result.printed)
-  print("\n".join(table(result)))
-  if compared:
-    print("\n".join(comparison_table(compared, headline(result).unit)))
-  print(f"{folder / 'result.json'}")

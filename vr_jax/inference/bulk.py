@@ -29,8 +29,9 @@ from data_pipes.errors import InputError
 from data_pipes.files import JsonLines, read_json_lines
 from vr_jax.checkpoint import checkpoint_sha256
 from vr_jax.inference.model import Model
+from vr_jax.inference.options import Options
 from vr_jax.inference.regions import Region, parse_regions
-from vr_jax.inference.requests import Options, Request
+from vr_jax.inference.requests import Request
 
 KEYS = {
   "id": (str, int),

@@ -16,19 +16,18 @@ from data_pipes.errors import InputError
 from data_pipes.prompts import DESCRIBE, question_prompt
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.inference.batching import CHUNK, WAITING, Engine, Prompt, Sizes
+from vr_jax.inference.options import WEIGHTS, Options
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
 from vr_jax.inference.programs import Programs
 from vr_jax.inference.reading import Group, Question, Reader, Refused, around_media
 from vr_jax.inference.regions import Region
-from vr_jax.inference.requests import Answer, Options, Request
+from vr_jax.inference.requests import Answer, Request
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.decoder import fuse, quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import path_names
-
-WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass

@@ -21,8 +21,9 @@ from data_pipes.errors import InputError
 from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import Video, open_video
+from vr_jax.inference.options import Options
 from vr_jax.inference.regions import objects_of, warnings_of
-from vr_jax.inference.requests import Options, Request
+from vr_jax.inference.requests import Request
 
 TOGETHER = 32  # the most questions of a group: the frames of all their masks are held at once
 READERS = min(8, os.cpu_count() or 1)  # threads

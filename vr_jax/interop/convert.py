@@ -21,11 +21,11 @@ from data_pipes.errors import InputError
 from data_pipes.files import JsonLines, write_text
 from vr_jax.checkpoint import package_versions
 from vr_jax.interop import peft, proof
+from vr_jax.interop.options import ConvertOptions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
 from vr_jax.interop.targets import FORMATS, Cast, Item, Target, lay_out
-from vr_jax.interop.writers import SHARD_BYTES
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
@@ -36,12 +36,8 @@ def convert(
   dst: str | Path,
   to: str,
   *,
-  dtype: str | None = None,
-  adapter: str | Path | None = None,
-  allow_nonfinite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
-  logits: str = "auto",
   report: Callable[[str], None] = print,
+  **options: Any,
 ) -> dict[str, Any]:
   """Converts weights and returns what parity.json holds; `passed` says whether all is equal enough.
 
@@ -49,17 +45,17 @@ def convert(
     src: weights of any format that `open_source` knows.
     dst: what is written; must not exist.
     to: a key of FORMATS.
-    dtype: float32, float16 or bfloat16 for all tensors; by default each keeps its own.
-    adapter: a PEFT folder that is merged into the decoder.
-    allow_nonfinite: go on where weights hold NaN or Inf.
-    logits: "auto" (where PyTorch is there and both models fit into memory), "always" or "never".
     report: takes each line about what came from where.
+    **options: those of `ConvertOptions`.
 
   Raises:
     InputError: one line about a source that is damaged or unknown, a format that cannot say it, a
       `dst` that exists, weights that are not finite or that overflow, too little disk. Nothing is
       then left at `dst`.
   """
+  chosen = ConvertOptions(**options)
+  dtype, adapter, logits = chosen.dtype, chosen.adapter, chosen.logits
+  shard_bytes = int(chosen.shard_gb * 1e9)
   dst = Path(dst)
   _check_arguments(dst, to, dtype)
   source = open_source(src)
@@ -86,7 +82,7 @@ def convert(
       write_text(partial / PLAN, json.dumps(plan))
       target = lay_out(to, source, stage, _cast_to(dtype), shard_bytes)
       _check_disk(target, stage)
-      tensors = _stream(target, journal, allow_nonfinite)
+      tensors = _stream(target, journal, chosen.allow_nonfinite)
     target.finish(stage)
   except InputError:
     shutil.rmtree(partial, ignore_errors=True)

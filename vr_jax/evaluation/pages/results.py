@@ -27,6 +27,7 @@ from vr_jax.evaluation.pages.page import (
 from vr_jax.evaluation.pages.terminal import by_slice, headline, interval_text, shown
 from vr_jax.evaluation.results import Result, load, write
 from vr_jax.evaluation.scoring.comparison import Comparison, compare
+from vr_jax.evaluation.settings import ReportOptions
 
 MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}
@@ -69,28 +70,23 @@ class Line:
 def write_reports(
   folders: Sequence[Path | str],
   out: Path | str,
-  data: Path | str | None = None,
-  media: Path | str | None = None,
-  examples: int = 24,
-  common: bool = False,
+  options: ReportOptions | None = None,
 ) -> list[Path]:
   """Writes both files; returns their paths.
 
   Args:
     folders: result folders, or run folders with results in them, all of one benchmark; the gallery
       is of the first.
-    data, media: where the benchmark lies now; by default where `vr eval` read it. Without it the
-      gallery has no pictures.
-    common: compare items that both results have, where they differ.
   """
+  options = options or ReportOptions()
   results = [load(f) for f in _result_folders(folders)]
   names = {r.benchmark for r in results}
   if len(names) > 1:
     raise InputError(f"results of {', '.join(sorted(names))}; accepted: of one benchmark a report")
   benchmark, first = registry.benchmark(results[0].benchmark), results[0]
   labels = _labels(results)
-  dataset, problem = _dataset(benchmark, first, data, media)
-  questions, texts = _gallery(benchmark.kind, first, dataset, examples)
+  dataset, problem = _dataset(benchmark, first, options.data, options.media)
+  questions, texts = _gallery(benchmark.kind, first, dataset, options.examples)
   columns, lines = headline_table(benchmark, results, labels)
   content = {
     "title": benchmark.title,
@@ -106,7 +102,7 @@ def write_reports(
     "right": sum(e.correct for e in questions),
     "pictures_problem": problem,
     "histograms": histograms(benchmark.kind.dimensions, results, labels),
-    "differences": list(_differences(results, labels, common)),
+    "differences": list(_differences(results, labels, options.common)),
     "provenance": [(label, provenance(r)) for label, r in zip(labels, results, strict=True)],
     "warnings": list(dict.fromkeys(w for r in results for w in r.warnings)),
   }

@@ -35,10 +35,8 @@ from vr_jax.evaluation.scoring.caption_metrics import (
 )
 from vr_jax.evaluation.scoring.ptb import one_line, tokenize, without_punctuation
 from vr_jax.evaluation.scoring.statistics import cluster_bootstrap
-from vr_jax.evaluation.settings import CaptionSettings
+from vr_jax.evaluation.settings import FILTERS, TOKENIZERS, CaptionSettings
 
-TOKENIZERS = ("ptb-py", "ptb-jar")
-FILTERS = ("none", "artemis")
 BLEU_DRAWS = 1000
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 # SPICE's serialisation looks into these packages, which Java 16 and later close.
