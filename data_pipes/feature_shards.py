@@ -95,10 +95,10 @@ class FeatureShards:
     pairs = [(self.tower, tower.objects)]
     if self.frames is not None:
       pairs.append((self.frames.tower, tower.frames))
-    for found, wanted in pairs:
-      if found != wanted:
+    for cached, current in pairs:
+      if cached != current:
         raise InputError(
-          f"{self.path} is stale: made with tower {found}, this run has {wanted}; make it again"
+          f"{self.path} is stale: made with tower {cached}, this run has {current}; make it again"
         )
     if len(self) != samples:
       raise InputError(f"{self.path} is stale: found {len(self)} samples, the set has {samples}")
@@ -200,9 +200,9 @@ class FrameFeaturesWriter:
     self._folder, self._shards = Path(folder), index["shards"]
     path = self._folder / _FRAME_INDEX
     if path.is_file():
-      found = json.loads(path.read_text())
-      if changed := [k for k in index if found.get(k) != index[k]]:
-        listed = "; ".join(f"{k} was {found.get(k)}, is {index[k]}" for k in changed)
+      before = json.loads(path.read_text())
+      if changed := [k for k in index if before.get(k) != index[k]]:
+        listed = "; ".join(f"{k} was {before.get(k)}, is {index[k]}" for k in changed)
         raise InputError(f"{path} was begun with other settings: {listed}; use another folder")
       return
     with committed(path) as part:

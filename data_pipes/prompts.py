@@ -87,8 +87,8 @@ def from_human(turns: Sequence[Turn]) -> list[Turn]:
   """
   kept = list(turns[1:] if turns and turns[0].role != "human" else turns)
   if not kept or len(kept) % 2 or [t.role for t in kept] != ["human", "gpt"] * (len(kept) // 2):
-    found = ", ".join(t.role for t in turns) or "nothing"
-    raise InputError(f"conversations: found {found}; accepted: human, gpt, human, gpt, ...")
+    roles = ", ".join(t.role for t in turns) or "nothing"
+    raise InputError(f"conversations: found {roles}; accepted: human, gpt, human, gpt, ...")
   return kept
 
 
@@ -103,10 +103,10 @@ def dialogue_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) 
   ids = np.array(tokenize(tokenizer.render(messages), tokenizer, tag), np.int32)
   labels = ids.copy()
   end = 0
-  for asked in range(1, len(messages), 2):
-    question = tokenizer.render(messages[:asked], add_generation_prompt=True)
+  for answer in range(1, len(messages), 2):
+    question = tokenizer.render(messages[:answer], add_generation_prompt=True)
     labels[end : len(tokenize(question, tokenizer, tag))] = IGNORE
-    end = len(tokenize(tokenizer.render(messages[: asked + 1]), tokenizer, tag))
+    end = len(tokenize(tokenizer.render(messages[: answer + 1]), tokenizer, tag))
   return Text(ids, labels)
 
 
@@ -117,9 +117,9 @@ def plain_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> 
   """
   turns = tag_to_head(turns, tag)
   if [t.role for t in turns] != ["human", "gpt"] or tag is None or tag not in turns[0].text:
-    found = ", ".join(t.role for t in turns) or "nothing"
+    roles = ", ".join(t.role for t in turns) or "nothing"
     raise InputError(
-      f"conversations: found {found} with tag {tag}; accepted without template: one message of "
+      f"conversations: found {roles} with tag {tag}; accepted without template: one message of "
       "human holding the media tag, one of gpt"
     )
   ids = np.array(tokenize(" ".join(t.text for t in turns), tokenizer, tag), np.int32)

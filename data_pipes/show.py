@@ -9,12 +9,12 @@ from PIL import Image
 
 from data_pipes import page
 from data_pipes.clips import media_path
+from data_pipes.containers import open_records
 from data_pipes.drawing import colour_of, data_uri, draw_objects
 from data_pipes.errors import InputError
 from data_pipes.files import write_text
 from data_pipes.masks import segmentation_to_mask
-from data_pipes.records import Record, RecordFile, parse_item
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record
 from data_pipes.tokenizer import REGION
 from data_pipes.video import Video, open_video
 
@@ -26,22 +26,15 @@ def find_item(file: str | Path, item: str) -> tuple[Record, dict[str, Any]]:
 
   Raises InputError if there is none.
   """
-  shards = ShardSet(file) if Path(file).is_dir() else None
-  items = shards or RecordFile(file)
-
-  def raw(i: int) -> Any:
-    return shards.sample(i)["record"] if shards is not None else items.item(i)
-
+  items = open_records(file)
   if item.startswith("id="):
-    name = item.removeprefix("id=")
-    index = next((i for i in range(len(items)) if _id(raw(i)) == name), None)
+    matches = (i for i in range(len(items)) if _id(items.item(i)) == item.removeprefix("id="))
+    index = next(matches, None)
   else:
     index = int(item) if item.isdecimal() and int(item) < len(items) else None
   if index is None:
     raise InputError(f"{file}: no item {item!r}; accepted: 0 to {len(items) - 1}, or id=ID")
-  if shards is not None:
-    return shards[index], raw(index)
-  return parse_item(raw(index), f"{file}: item {index}"), raw(index)
+  return items[index], items.item(index)
 
 
 def _id(item: Any) -> str | None:

@@ -5,7 +5,7 @@ Frames and areas come from the annotation alone; no media are opened.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from data_pipes import page
+from data_pipes.containers import scan_records
 from data_pipes.errors import Defect
 from data_pipes.files import write_text
 from data_pipes.masks import check_segmentation, segmentation_to_mask
 from data_pipes.prompts import from_human
-from data_pipes.records import Record, bench_kind, parse_item, scan_items
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record, bench_kind, parse_item
 
 # Upper ends of the classes of each distribution; the last class is open.
 CLASSES: dict[str, tuple[float, ...]] = {
@@ -68,7 +68,7 @@ class Stats:
     self.types: Counter[str] = Counter()
     self.defects: Counter[str] = Counter()
     self.distributions = {name: np.zeros(len(c) + 1, np.int64) for name, c in CLASSES.items()}
-    self.sums: Counter[str] = Counter()
+    self.sums: defaultdict[str, float] = defaultdict(float)
 
   def add(self, item: Any, where: str) -> None:
     """Counts one item, or its defect."""
@@ -152,20 +152,11 @@ def read_stats(
   """Counts what JSON files and folders of shards hold."""
   stats = Stats()
   for file in files:
-    for item, where in _items(Path(file)):
+    for item, where in scan_records(file):
       stats.add(item, where)
       if stats.items % 20_000 == 0:
         progress(f"{file}: {stats.items} items")
   return {"files": [str(f) for f in files], **stats.result()}
-
-
-def _items(path: Path) -> Iterator[tuple[Any, str]]:
-  if path.is_dir():
-    shards = ShardSet(path)
-    yield from ((shards.sample(i)["record"], f"{path}: sample {i}") for i in range(len(shards)))
-    return
-  for i, span in enumerate(scan_items(path)):
-    yield span.item, f"{path}: item {i}"
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:

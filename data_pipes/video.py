@@ -88,13 +88,13 @@ class Video:
           f"{self.name}: frame {i} asked for; the video has frames 0 to {len(self) - 1}"
         )
     numbers = sorted(set(ids))
-    found = {}
+    frames = {}
     if numbers:
       for number, frame in zip(numbers, self._read(numbers), strict=False):
-        found[number] = _taken(number, frame, convert, into)
-    if len(found) < len(numbers):
-      raise InputError(f"{self.name}: frame {numbers[len(found)]} is damaged")
-    return [found[i] for i in ids]
+        frames[number] = _taken(number, frame, convert, into)
+    if len(frames) < len(numbers):
+      raise InputError(f"{self.name}: frame {numbers[len(frames)]} is damaged")
+    return [frames[i] for i in ids]
 
   def time_to_frame(self, seconds: float) -> int:
     """Number of the frame on show `seconds` after the first one appeared."""
@@ -193,11 +193,11 @@ class _Gif(Video):
       raise InputError(f"{self.name}: cannot be read as an image ({error})") from error
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    wanted = set(numbers)
+    needed = set(numbers)
     with self._open() as image:
       try:
         for i, frame in enumerate(ImageSequence.Iterator(image)):
-          if i in wanted:
+          if i in needed:
             yield to_rgb(frame)
           if i == numbers[-1]:
             return
@@ -292,26 +292,26 @@ class _Stream(Video):
     if self._pts is None:
       yield from self._count_through(numbers)
       return
-    wanted = [int(self._pts[number]) for number in numbers]
+    times = [int(self._pts[number]) for number in numbers]
     done = 0
     try:
-      for frame in self._decode(wanted, skip=True):
+      for frame in self._decode(times, skip=True):
         yield frame
         done += 1
     except _SkipFailed:  # a keyframe that is no true entry point, or damage
-      yield from self._decode(wanted[done:], skip=False)
+      yield from self._decode(times[done:], skip=False)
 
   def _count_through(self, numbers: list[int]) -> Iterator[np.ndarray]:
-    wanted = set(numbers)
+    needed = set(numbers)
     with self._open() as container:
       to_rgb_frame = _RgbFrames()
       for i, frame in enumerate(container.decode(video=0)):
-        if i in wanted:
+        if i in needed:
           yield to_rgb_frame(frame)
         if i == numbers[-1]:
           return
 
-  def _decode(self, wanted: list[int], skip: bool) -> Iterator[np.ndarray]:
+  def _decode(self, times: list[int], skip: bool) -> Iterator[np.ndarray]:
     """The frames of these ascending times, until one cannot be had.
 
     Decodes onwards from one to the next. With `skip` it leaves out the groups of pictures between
@@ -319,10 +319,10 @@ class _Stream(Video):
     """
     with self._open() as container:
       stream = container.streams.video[0]
-      packets, asked = _Packets(container, stream), set(wanted)
+      packets, targets = _Packets(container, stream), set(times)
       to_rgb_frame = _RgbFrames()
       decoded: Iterator[av.VideoFrame] = iter(())
-      for pts in wanted:
+      for pts in times:
         if skip and (keyframe := self._keyframe(pts)) and keyframe.packet > packets.next:
           # The decoder has not reached this keyframe, and no frame before it is wanted any more.
           stream.codec_context.flush_buffers()
@@ -335,7 +335,7 @@ class _Stream(Video):
             if packet is None:
               break
             if skip:
-              needed = packet.pts is None or packet.pts in asked
+              needed = packet.pts is None or packet.pts in targets
               stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             decoded = iter(packet.decode())
         if frame is None or frame.pts != pts or (skip and frame.is_corrupt):

@@ -399,9 +399,8 @@ def _data_bench(args: argparse.Namespace) -> int:
 
   for file in args.files:
     inputs = bench_inputs(file, args.model, args.tokenizer, args.masks)
-    result = loader_bench.bench(
-      *inputs, media=args.media, samples=args.samples, threads=args.threads
-    )
+    options = loader_bench.Options(args.media, args.samples, args.threads)
+    result = loader_bench.bench(*inputs, options)
     lines = [file, *loader_bench.table(result)]
     print(json.dumps({"file": file, **result}, indent=2) if args.json else "\n".join(lines))
   return 0
@@ -440,20 +439,18 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-  from data_pipes import check
+  from data_pipes import check, check_report
 
   media = Path(args.media) if args.media else None
   checks = check.Checks(media, args.decode, args.scene_frames, args.grid, tuple(args.reject))
-  summary = check.check(
+  summary = check_report.check(
     args.files,
     checks,
-    jobs=args.jobs,
-    report=args.report,
-    fix=args.fix,
+    check_report.Outputs(args.report and Path(args.report), args.fix and Path(args.fix), args.jobs),
     progress=lambda text: sys.stderr.isatty() and print(text, file=sys.stderr),
   )
-  print(json.dumps(summary, indent=2) if args.json else "\n".join(check.table(summary)))
-  return 2 if check.found_defects(summary) else 0
+  print(json.dumps(summary, indent=2) if args.json else "\n".join(check_report.table(summary)))
+  return 2 if check_report.has_defects(summary) else 0
 
 
 def _quickstart(args: argparse.Namespace) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipes import page
-from data_pipes.drawing import data_url, outline
+from data_pipes.drawing import FOR_MODELS, data_uri, outline
 from data_pipes.engine.agents.objects import masks_of
 from data_pipes.engine.graph import KEPT, REJECTED, digest
 from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE
@@ -102,7 +102,7 @@ def _page(items: list[dict[str, Any]]) -> str:
       "key": item["key"],
       "noun": item["noun"],
       "text": item["annotator_text"],
-      "pictures": [data_url(image) for image in item["images"]],
+      "pictures": [data_uri(image, FOR_MODELS) for image in item["images"]],
     }
     for item in items
   ]
@@ -113,7 +113,7 @@ def _label_studio(item: Mapping[str, Any]) -> dict[str, Any]:
   """A task for a labelling config with <Choices name="verdict" toName="image">: good, bad."""
   data = {"key": item["key"], "noun": item["noun"], "text": item["annotator_text"]}
   for number, image in enumerate(item["images"]):
-    data[f"image{number}"] = data_url(image)
+    data[f"image{number}"] = data_uri(image, FOR_MODELS)
   return {"data": data}
 
 

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipes.drawing import colour_of, draw_objects, luminance, shortened
+from data_pipes.drawing import colour_of, draw_objects, ink_on, shortened
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.tokenizer import REGION
@@ -192,7 +192,7 @@ class _Panel:
     top = self._top + index * self._track
     bottom, middle = top + round(0.8 * self._track), top + 0.4 * self._track
     colour = colour_of(index)
-    ink = "black" if luminance(colour) > 0.35 else "white"
+    ink = ink_on(colour)
     draw.text((self._margin, middle), name, INK, self._small, anchor="lm")
     draw.rectangle((self._left, top, self.width - self._margin, bottom), fill="#2a2a2a")
     tokens = self.answer.objects[index]["tokens"]

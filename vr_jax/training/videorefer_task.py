@@ -7,7 +7,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -16,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.batch import Needs, Row, RowShape, fit_shape
+from data_pipes.containers import open_records
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures
 from data_pipes.feature_shards import FeatureShards
@@ -33,7 +33,7 @@ from data_pipes.packing import (
   read_needs,
   write_needs,
 )
-from data_pipes.records import Record, RecordFile
+from data_pipes.records import Container, Record
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     )
   if not config.input.files:
     raise InputError("config.input.files is empty; give at least one annotation file")
-  records = [read_set(path, config, cfg) for path in config.input.files]
+  records = [read_set(path, cfg) for path in config.input.files]
   rules = row_rules(config, cfg)
   failures = Failures(config.input.max_unreadable)
   size, dataset_of = _dataset(config, cfg, records, tokenizer, rules, failures, files)
@@ -196,7 +196,7 @@ def in_order_of_frames(rows: Row) -> Row:
 def _dataset(
   config: ConfigDict,
   cfg: VideoReferConfig,
-  records: Sequence[RecordFile | ShardSet],
+  records: Sequence[Container],
   tokenizer: Tokenizer,
   rules: RowRules,
   failures: Failures,
@@ -262,9 +262,7 @@ def _dataset(
   return sum(map(len, rows)), made
 
 
-def feature_caches(
-  config: ConfigDict, records: Sequence[RecordFile | ShardSet]
-) -> list[FeatureShards]:
+def feature_caches(config: ConfigDict, records: Sequence[Container]) -> list[FeatureShards]:
   """The caches of `input.features`, one for each set; [] where there are none.
 
   Raises InputError: not one for each set, sets that are no shards, or a tower that trains.
@@ -291,7 +289,7 @@ def feature_caches(
 
 
 def all_needs(
-  records: RecordFile | ShardSet,
+  records: Container,
   cfg: VideoReferConfig,
   tokenizer: Tokenizer,
   rules: RowRules,
@@ -312,13 +310,11 @@ def all_needs(
   return wanted
 
 
-def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile | ShardSet:
-  """One of `input.files`: an annotation file, or a folder that `vr data prepare` has filled."""
-  if not Path(path).is_dir():
-    return RecordFile(path)
-  shards = ShardSet(path)
-  shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
-  return shards
+def read_set(path: str, cfg: VideoReferConfig) -> Container:
+  """One of `input.files`, whatever container it is, checked to suit the model."""
+  records = open_records(path)
+  records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  return records
 
 
 def row_rules(config: ConfigDict, cfg: VideoReferConfig) -> RowRules:
@@ -338,12 +334,10 @@ def row_rules(config: ConfigDict, cfg: VideoReferConfig) -> RowRules:
 
 def bench_inputs(
   file: str, model: str, tokenizer: str | None, masks: str
-) -> tuple[RecordFile | ShardSet, Tokenizer, dict[str, int], RowRules]:
+) -> tuple[Container, Tokenizer, dict[str, int], RowRules]:
   """What `vr data bench` times: a file or folder read as a named model needs it."""
   cfg = get_variant(model)
-  records = ShardSet(file) if Path(file).is_dir() else RecordFile(file)
-  if isinstance(records, ShardSet):
-    records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  records = read_set(file, cfg)
   rules = RowRules(aspect_ratio=cfg.image_aspect_ratio, masks=masks, max_text_ids=cfg.max_text_ids)
   return records, Tokenizer.from_folder(tokenizer or VR_MINI), row_sizes(cfg), rules
 
@@ -361,7 +355,7 @@ def row_sizes(cfg: VideoReferConfig) -> dict[str, int]:
 def row_shape(
   config: ConfigDict,
   cfg: VideoReferConfig,
-  records: Sequence[Sequence[Record] | RecordFile],
+  records: Sequence[Sequence[Record]],
   tokenizer: Tokenizer,
   rules: RowRules,
 ) -> RowShape:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.drawing import data_url, outline, shrunk
+from data_pipes.drawing import FOR_MODELS, data_uri, outline, shrunk
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
 from data_pipes.engine.calls import Price
 from data_pipes.engine.graph import digest
@@ -119,7 +119,7 @@ class _ChatAgent:
       numbers = [seen[i] for i in places]
     frames = clip.open().frames(numbers)
     return [
-      data_url(outline(f, masks[n], self.size) if masks else shrunk(f, self.size))
+      data_uri(outline(f, masks[n], self.size) if masks else shrunk(f, self.size), FOR_MODELS)
       for n, f in zip(numbers, frames, strict=True)
     ]
 
@@ -174,7 +174,9 @@ class ChatDescriber(_ChatAgent):
   def region(self, clip: Clip, masks: Masks, frame: int) -> str:
     picture = outline(clip.open().frames([frame])[0], masks[frame], self.size)
     return self._ask(
-      self.prompts[0], [data_url(picture)], lambda value: self._text_fault(value["text"])
+      self.prompts[0],
+      [data_uri(picture, FOR_MODELS)],
+      lambda value: self._text_fault(value["text"]),
     )["text"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipes.drawing import data_url
+from data_pipes.drawing import FOR_MODELS, data_uri
 from data_pipes.engine.backends.chat import ChatClient, Unanswered
 from data_pipes.engine.calls import Calls, ledger
 from data_pipes.engine.graph import StopRun
@@ -109,7 +109,7 @@ _WORD = {
 
 def _say(client: ChatClient, words: str, pictures: int) -> str:
   content: list[dict[str, Any]] = [{"type": "text", "text": words}]
-  url = data_url(Image.new("RGB", (_SIDE, _SIDE), (220, 20, 20)))
+  url = data_uri(Image.new("RGB", (_SIDE, _SIDE), (220, 20, 20)), FOR_MODELS)
   content += [{"type": "image_url", "image_url": {"url": url}}] * pictures
   message = {"role": "user", "content": content if pictures else words}
   return client.once([message], _WORD, "word")["text"]

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from data_pipes import page
-from data_pipes.drawing import colour_of, data_uri, draw_objects, luminance
+from data_pipes.drawing import LOSSLESS, colour_of, data_uri, draw_objects, luminance
 from data_pipes.page import Bar, percent
 from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.answers import labelled
@@ -369,7 +369,7 @@ def _strip(similarity: ObjectSimilarity) -> dict[str, Any]:
     "digits": "%.2f" if high - low >= 0.1 else "%.3f",
     "low": low,
     "high": high,
-    "matrix": data_uri(picture, lossless=True),
+    "matrix": data_uri(picture, LOSSLESS),
     "cuts": [100 * (i + 1) / count for i, cell in enumerate(cells) if cell["cut"]],
     "lowest": lowest,
     "highest": highest,
