@@ -154,4 +154,6 @@ def test_the_command_writes_the_file_and_tells_the_segments(golden, tmp_path, ca
   assert times[0] == pytest.approx(times[1], abs=1e-3)
   assert cli.main([*command, "--save-video", str(tmp_path / "shown.avi")]) == 2
   assert "ends in .mp4" in capsys.readouterr().err
+  assert cli.main([*command, "--save-video", str(tmp_path / "absent" / "shown.mp4")]) == 2
+  assert "cannot be written" in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == [path]

@@ -138,16 +138,7 @@ def evaluate(
   if len(predictions) < len(items):
     progress(f"{len(items) - len(predictions)} items are left to other shards")
     return run
-  failed = [p for p in predictions if p.error]
-  if len(failed) == len(predictions):
-    raise InputError(f"none of {len(failed)} items could be asked; the first: {failed[0].error}")
-  lines = "".join(json_line(p.to_dict()) for p in predictions)
-  files = {"predictions.jsonl": lines, **benchmark.export(predictions)}
-  for file_name, text in files.items():
-    write(out / file_name, text)
-  run["files"] = [{"path": f, "sha256": sha256_of([out / f])} for f in files]
-  run["run_id"] = f"{name}-{run['files'][0]['sha256'][:12]}"
-  write(out / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+  _finish(out, benchmark, run, predictions)
   return run
 
 
@@ -191,6 +182,22 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
   if not (slash and k.isdecimal() and n.isdecimal()):
     raise InputError(f"--shard {text!r}; accepted: K/N, as in 0/4")
   return int(k), int(n)
+
+
+def _finish(
+  out: Path, benchmark: Benchmark, run: dict[str, Any], predictions: Sequence[Prediction]
+) -> None:
+  """Writes the predictions of all items in their shapes, and run.json, which gets their hashes."""
+  failed = [p for p in predictions if p.error]
+  if len(failed) == len(predictions):
+    raise InputError(f"none of {len(failed)} items could be asked; the first: {failed[0].error}")
+  lines = "".join(json_line(p.to_dict()) for p in predictions)
+  files = {"predictions.jsonl": lines, **benchmark.export(predictions)}
+  for file_name, text in files.items():
+    write(out / file_name, text)
+  run["files"] = [{"path": f, "sha256": sha256_of([out / f])} for f in files]
+  run["run_id"] = f"{benchmark.name}-{run['files'][0]['sha256'][:12]}"
+  write(out / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
 def say(text: str) -> None:

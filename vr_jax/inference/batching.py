@@ -1,4 +1,4 @@
-"""Many answers at once: rows of fixed shape, refilled as answers end.
+"""The engine: many answers at once in rows of fixed shape, refilled as answers end.
 
 Letters: B row (an answer under way), S cache slot, M new token, Q row of one extend, K slot of one
 extend, E decoder width, W vocabulary.
@@ -8,8 +8,7 @@ extend, E decoder width, W vocabulary.
     state ─ decode until a row ends or some steps are done ─► new tokens ─► free rows
 
 All programs are compiled before the first request and none later. Their shapes do not depend on
-the requests, and each row is computed by itself, so an answer is the same whatever else is asked
-with it.
+the requests, and each row is computed by itself, so an answer does not depend on the others.
 """
 
 import dataclasses
@@ -55,7 +54,7 @@ class Prompt:
   """One question, ready for the decoder.
 
   Attributes:
-    index: what the caller calls it; with the seed it decides what is sampled.
+    index: the caller's number; sampled tokens are a function of it and the seed.
     prefix: of its video.
     tokens: i32 [n], what follows the scene; 0 where an object token stands.
     visual: [n,E], the object tokens; anything elsewhere.
@@ -120,8 +119,8 @@ class Engine:
       InputError: the sizes do not fit the memory; the message holds the numbers.
     """
     self.sizes, self._params = sizes, params
-    # Every weight is read for each extend, so several questions share one. To a CPU the padding of
-    # slots is work, and that of rows where there are few.
+    # Each extend reads every weight, so several questions share one. A CPU pays for the padding of
+    # slots, and for that of rows where there are few.
     cpu = jax.default_backend() == "cpu"
     self._chunk = CPU_CHUNK if cpu else CHUNK
     self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
@@ -246,13 +245,13 @@ class Engine:
       return dataclasses.replace(cache, fresh=False)
 
     Q, B = self._together, self.sizes.rows
-    of_prefix = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
-    of_rows = jax.eval_shape(self._opened, (of_prefix,) * Q)
+    prefix_shapes = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
+    row_shapes = jax.eval_shape(self._opened, (prefix_shapes,) * Q)
     state = jax.eval_shape(lambda: self._state(sampling, 0))
     return (
       placed(state, placement.state(self._llm, B, sampling)),
-      placed(of_rows, placement.cache(self._llm, Q)),
-      of_prefix,
+      placed(row_shapes, placement.cache(self._llm, Q)),
+      prefix_shapes,
     )
 
   def _planned(self, programs, placement, sampling, limit: int, scratch: bool) -> Plan:
@@ -271,10 +270,10 @@ class Engine:
     state_placed = placement.state(llm, self.sizes.rows, sampling)
     rows_placed = placement.cache(llm, self._together)
     Q, K, W = self._together, self._chunk, llm.vocab_size
-    of_rows = placement.rows(Q)
+    axis = placement.rows(Q)
 
     def per_row(dtype, *shape):
-      return array((Q, *shape), dtype, of_rows)
+      return array((Q, *shape), dtype, axis)
 
     def extend(params, rows, logits, *slots):
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")

@@ -1,4 +1,4 @@
-"""Asking a model about objects in a video: `load`, then `ask`, `ask_many`, `describe`, `stream`."""
+"""A model that answers questions about objects in videos: one by one, in a list, as a stream."""
 
 import collections
 import dataclasses
@@ -46,11 +46,11 @@ class _Call:
   """One call's requests, from reading to answers.
 
   Attributes:
-    groups: what is not taken up yet.
+    groups: videos with their questions, as they are read.
     lanes: prompts that wait for a row, by the question slots of the row.
     engines: what answers each lane; InputError where such rows do not fit the memory.
     under_way: by the request's place in the list.
-    refused: what is still to be told of requests that cannot be answered.
+    refused: requests that cannot be answered, until the caller has them.
   """
 
   groups: Iterator[Group | Refused]
@@ -75,9 +75,9 @@ class Model:
   Attributes:
     cfg, params, tokenizer: the model; its decoder is in the fused layout.
     weights: "float32", "bfloat16" or "int8", of the decoder.
-    eos_ids, pad_id, sampling: how it decodes unless asked otherwise.
+    eos_ids, pad_id, sampling: how it decodes by default.
     notice: a warning that goes with every answer ("" for none).
-    visual: what is computed of videos; `visual.counts` says how much of it.
+    visual: encodes videos; `visual.counts` are the frames, objects and prefixes so far.
   """
 
   def __init__(

@@ -1,5 +1,6 @@
 """Programs compiled ahead of time, counted and measured."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -58,12 +59,9 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
 def bytes_of(tree: Any) -> int:
   """Bytes of a tree of arrays or shapes on the device that holds most of them."""
 
-  def of(x) -> int:
+  def on_a_device(x) -> int:
     sharding = getattr(x, "sharding", None)
     shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-    count = 1
-    for size in shape:
-      count *= size
-    return count * x.dtype.itemsize
+    return math.prod(shape) * x.dtype.itemsize
 
-  return sum(of(x) for x in jax.tree.leaves(tree))
+  return sum(on_a_device(x) for x in jax.tree.leaves(tree))

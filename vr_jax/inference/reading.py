@@ -1,7 +1,7 @@
 """Requests as read on the host: frames, masks on the tower's grid and text ids; without jax.
 
-Threads read ahead of the device, video by video: what is asked about one video at one time span is
-a group, and each frame of it is decoded once.
+Threads read ahead of the device, video by video. The questions about one video at one time span are
+a group: each of its frames is decoded once.
 """
 
 import collections
@@ -79,7 +79,7 @@ class Reader:
     self._aspect_ratio, self._notice = aspect_ratio, notice
 
   def ahead(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Group | Refused]:
-    """Groups in the order in which their videos are first asked about, read by threads."""
+    """Groups, read by threads, in the order of their first requests; refusals among them."""
     groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
     for i, request in requests:
       video = _identity(request.video), request.seconds

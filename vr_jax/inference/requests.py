@@ -1,4 +1,4 @@
-"""What a model is asked, how it answers, and what comes back."""
+"""Requests to a model, the options of answering, and answers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from data_pipes.errors import InputError
 from vr_jax.models.connector import Mlp
@@ -131,6 +131,12 @@ class RegionEncoder(nn.Module):
     region_frames = shard_act(region_frames, self.rules, "batch", "object", None)
     x, valid = object_features(features, region_masks, region_frames)
     return merge_tokens(x, valid, self.cfg.tokens)
+
+  def pool(
+    self, features: Float[Array, "B P N D"], masks: Num[Array, "B R P N"]
+  ) -> Float[Array, "B R P D"]:
+    """One feature for each object and frame, float32: those under its mask, pooled."""
+    return pool_regions(features, masks)
 
   def tokens(
     self, x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"]

@@ -25,7 +25,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from data_pipes.errors import InputError
 from vr_jax.models.connector import Connector, ConnectorConfig, scene_token_count
@@ -254,6 +254,12 @@ class VideoRefer(nn.Module):
   def scene_tokens(self, features: Float[Array, "B T N D"]) -> Float[Array, "B V E"]:
     """The connector alone, on the tower features of the scene frames in their order."""
     return self.connector(features)
+
+  def pool_objects(
+    self, features: Float[Array, "C N D"], masks: Num[Array, "C R N"]
+  ) -> Float[Array, "C R D"]:
+    """The tower's features of C frames, pooled under the masks of R objects on each, float32."""
+    return self.region.pool(features[:, None], masks[:, :, None])[:, :, 0]
 
   def object_tokens(
     self, pooled: Float[Array, "R F D"], valid: Bool[Array, "R F"]
