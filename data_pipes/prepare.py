@@ -27,8 +27,9 @@ from data_pipes.check import (
 )
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
+from data_pipes.files import replaced
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
-from data_pipes.jobs import Journal, committed
+from data_pipes.jobs import Journal
 from data_pipes.records import Record, parse_item
 from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
 from data_pipes.video import open_video, scene_ids
@@ -126,7 +127,7 @@ class Prepare:
     elif job.out.is_dir() and any(job.out.iterdir()):
       raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
     else:
-      with committed(path) as part:
+      with replaced(path) as part:
         part.write_text(json.dumps(fields, indent=2) + "\n")
     return job
 
@@ -154,6 +155,9 @@ class Prepare:
   def command(self, stage: str, shard: int) -> str:
     return f"vr data prepare --out {shlex.quote(str(self.out))} --task {stage} {shard}"
 
+  def split(self, workers: int) -> "list[Prepare]":
+    return [self] * workers
+
   def run(self, stage: str, shard: int) -> None:
     if stage not in self.stages or not 0 <= shard < self.shards(stage):
       known = ", ".join(f"{s} 0..{self.shards(s) - 1}" for s in self.stages)
@@ -172,7 +176,7 @@ class Prepare:
     """Lines: the file; then [shard, item, offset, length, media, path] or a reject."""
     path = self.settings.files[number]
     checks = Checks(reject=self.settings.reject)
-    with committed(self.output("index", number)) as part, open(part, "w") as out:
+    with replaced(self.output("index", number)) as part, open(part, "w") as out:
       out.write(json.dumps({"file": path, "bytes": Path(path).stat().st_size}) + "\n")
       for checked in check_file(path, checks):
         i, span, record = checked.index, checked.span, checked.record
@@ -296,7 +300,7 @@ class Prepare:
     names = {kind: shard_name(kind, shard, self.settings.shards) for kind in ("frames", "samples")}
     counts: Counter[str] = Counter()
     rejects, notices = [], []
-    with committed(self.out / names["frames"]) as a, committed(self.out / names["samples"]) as b:
+    with replaced(self.out / names["frames"]) as a, replaced(self.out / names["samples"]) as b:
       frame_writer = ArrayRecordWriter(str(a), FRAME_OPTIONS)
       sample_writer = ArrayRecordWriter(str(b), SAMPLE_OPTIONS)
       for key in groups:
@@ -321,7 +325,7 @@ class Prepare:
       frame_writer.close()
       sample_writer.close()
     files = {name: _hash_file(self.out / name) for name in names.values()}
-    with committed(self.output("shards", shard)) as part:
+    with replaced(self.output("shards", shard)) as part:
       lists = {"files": files, "rejects": rejects, "notices": notices}
       part.write_text(json.dumps({**counts, **lists}) + "\n")
 
@@ -335,8 +339,8 @@ class Prepare:
     checksums: dict[str, str] = {}
     samples_of_shards = []
     with (
-      committed(self.out / REJECTS) as rejects_part,
-      committed(self.out / NOTICES) as notices_part,
+      replaced(self.out / REJECTS) as rejects_part,
+      replaced(self.out / NOTICES) as notices_part,
       open(rejects_part, "w") as out,
       open(notices_part, "w") as noted,
     ):
@@ -376,7 +380,9 @@ class Prepare:
       "samples_of_shards": samples_of_shards,
       "checksums": checksums,
     }
-    with committed(self.output("manifest", 0)) as part:
+    for part in self.out.rglob("*.part"):
+      part.unlink()  # a kill of an earlier version left it
+    with replaced(self.output("manifest", 0)) as part:
       part.write_text(json.dumps(manifest, indent=2) + "\n")
 
 

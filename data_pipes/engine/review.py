@@ -79,8 +79,8 @@ def _decisions(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  wanted = {item["key"] for item in items}
-  objects = {row["key"]: row for row in store.rows(SEGMENT) if row["key"] in wanted}
+  keys = {item["key"] for item in items}
+  objects = {row["key"]: row for row in store.rows(SEGMENT) if row["key"] in keys}
   clips = {row["key"]: row for row in store.rows(UNIQUE)}
   out = []
   for item in items:
@@ -129,7 +129,7 @@ def _write_cvat(store: Store, folder: Path, items: Iterable[Mapping[str, Any]]) 
     outline(frame, item["masks"][best], max(frame.shape[:2])).save(folder / "frames" / name)
     height, width = frame.shape[:2]
     image = ET.SubElement(root, "image", id=str(i), name=name, width=str(width), height=str(height))
-    mask = ET.SubElement(image, "mask", label="object", **_cvat_rle(item["masks"][best]))
+    mask = ET.SubElement(image, "mask", {"label": "object", **_cvat_rle(item["masks"][best])})
     for attribute, value in (
       ("key", item["key"]), ("text", item["annotator_text"]), ("verdict", "unset")
     ):  # fmt: skip
@@ -168,7 +168,7 @@ def read_verdicts(workdir: str | Path, path: str | Path) -> tuple[list[tuple[boo
   path = Path(path)
   if not path.is_file():
     raise InputError(f"{path}: no such file; accepted: .jsonl of the page, .json, .xml")
-  found: dict[str, bool] = {}
+  decisions: dict[str, bool] = {}
   for where, key, word in _entries(path):
     if key not in kept:
       raise InputError(f"{where}: key {str(key)[:80]!r} was not drawn; another run or sample?")
@@ -176,9 +176,9 @@ def read_verdicts(workdir: str | Path, path: str | Path) -> tuple[list[tuple[boo
       continue  # not judged
     if word not in _WORDS:
       raise InputError(f"{where}: verdict {word!r}; accepted: good, bad")
-    if found.setdefault(key, _WORDS[word]) != _WORDS[word]:
+    if decisions.setdefault(key, _WORDS[word]) != _WORDS[word]:
       raise InputError(f"{where}: {key!r} has two verdicts that contradict each other")
-  return [(kept[key], good) for key, good in found.items()], sample["accept_rate"]
+  return [(kept[key], good) for key, good in decisions.items()], sample["accept_rate"]
 
 
 _WORDS = {"good": True, "accept": True, "bad": False, "reject": False}
