@@ -66,6 +66,11 @@ class Tokenizer:
         raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer file ({error})") from None
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
       backend = _byte_level_bpe(folder)
+    elif (folder / "tokenizer.model").exists():
+      raise InputError(
+        f"{folder}: tokenizer.model (sentencepiece) alone is not read; put the tokenizer.json of "
+        "the same release beside it"
+      )
     else:
       raise InputError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt")
     _add_tokens(backend, folder, config)

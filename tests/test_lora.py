@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_model
 from jax.sharding import PartitionSpec as P
+from rounding import assert_same_up_to_rounding, decoder_roundings
 from small_model import CONFIG, with_llm
 from test_decoder import FAMILIES, apply, example, init
 from test_meshes import small
@@ -29,6 +30,7 @@ from vr_jax.configs import base_config
 from vr_jax.flops import count_flops
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Tree, arrays, nested
@@ -67,13 +69,14 @@ def cfg(request):
 def test_an_adapter_that_is_merged_gives_the_same_logits(cfg):
   params, (tokens, positions) = init(cfg), example(cfg)
   base, factors = split(params["params"])
-  adapter = peft.Adapter(Tree(factors), cfg.lora_rank, cfg.lora_alpha)
-  merged = nested(arrays(peft.Merged(Tree({"llm": base}), adapter)))["llm"]
+  adapter = Adapter(Tree(factors), cfg.lora_rank, cfg.lora_alpha)
+  merged = nested(arrays(Merged(Tree({"llm": base}), adapter)))["llm"]
   plain = dataclasses.replace(cfg, lora_rank=0)
   adapted = apply(cfg, params, tokens, positions)
-  np.testing.assert_allclose(
-    apply(plain, {"params": merged}, tokens, positions), adapted, atol=3e-5, rtol=1e-5
-  )
+  # Beside every product of a width stand the two of the adapter's rank.
+  roundings = decoder_roundings(cfg, 11) + 7 * cfg.depth * cfg.lora_rank
+  ours = apply(plain, {"params": merged}, tokens, positions)
+  assert_same_up_to_rounding(ours, adapted, roundings)
   without = apply(plain, {"params": base}, tokens, positions)
   assert np.abs(without - adapted).max() > 0.1
 

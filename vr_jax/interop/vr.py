@@ -11,7 +11,7 @@ from vr_jax.checkpoint import (
   load_meta,
   tokenizer_files_of,
 )
-from vr_jax.interop.peft import Adapter, factors_of
+from vr_jax.interop.adapter import Adapter, factors_of
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import Parameters, Safetensors, Shapes
 from vr_jax.models.decoder import is_factor

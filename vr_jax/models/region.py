@@ -10,10 +10,12 @@ Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `layer.py`.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from data_pipes.errors import InputError
@@ -44,6 +46,46 @@ def pool_regions(
   return jnp.einsum("BPND,BRPN->BRPD", features, weights, precision="highest")
 
 
+def neighbour_similarity(x: Float[Array, "*b F D"]) -> Float[Array, "*b F-1"]:
+  """Cosine similarity of each frame and the next, float32; 0 beside a zero vector.
+
+  The merge asks which similarities are equal, so frames that tie in exact arithmetic must tie
+  here. Unit vectors do not promise that: a compiler that fuses product and sum makes
+  0.6·0.6 + 0.8·0.8 1.0000001 in one row and 1 in another. dot / sqrt(d_i·d_j), d = x·x, does:
+
+  - Sums of products that float32 holds exactly (integers, 3-4-5) are the same however they are
+    fused. sqrt(fl(a·a)) is a where roots are correctly rounded, as on CPUs; so a similarity that
+    is a quotient of such sums is that quotient, rounded once.
+  - The sums of a pair are one reduction, their terms in one order, so that two equal frames of
+    any numbers have dot = d_i = d_j.
+  - Programs for GPUs may hold an approximate root and quotient (sqrt.approx, div.full), those for
+    TPUs vrsqrt and vrcp. They are still functions: pairs of equal dot and equal d_i·d_j tie.
+    Equal frames (a static object) do not depend on them and give exactly 1. Pairs of one
+    similarity below 1 by other numbers (1/3 and 3/9) may there differ in the last bits and be cut.
+
+  A norm below 1e-12 counts as 1e-12, as in the published code.
+  """
+  # Each frame by a power of two, exactly, so that no product of sums over- or underflows. A float
+  # without sign and mantissa is that power; 254 less its biased exponent is the reciprocal's.
+  smallest, largest = 127 - 40, 127 + 126  # of 2^-40, which is below 1e-12, and of 2^126
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x).max(-1, keepdims=True), jnp.int32)
+  exponent = jnp.clip(bits >> 23, smallest, largest)
+  scale = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+  x, floor = x * scale, (1e-12 * scale[..., 0]) ** 2
+  a, b = x[..., :-1, :], x[..., 1:, :]
+  d_a, d_b, dot = jax.lax.reduce(
+    (a * a, b * b, a * b),
+    (np.float32(0),) * 3,
+    functools.partial(jax.tree.map, jnp.add),
+    [x.ndim - 1],
+  )
+  product = jnp.maximum(d_a, floor[..., :-1]) * jnp.maximum(d_b, floor[..., 1:])
+  # Without the barrier XLA makes it dot * rsqrt(product), which is rounded twice.
+  root = jax.lax.optimization_barrier(jnp.sqrt(product))
+  # Where root and quotient are correctly rounded, equal squares give ±1 by themselves.
+  return jnp.where(dot * dot == product, jnp.sign(dot), dot / root)
+
+
 def merge_segments(
   x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"], u: int
 ) -> tuple[Int[Array, "*b F"], Float[Array, "*b F-1"]]:
@@ -54,9 +96,7 @@ def merge_segments(
   (k-u)-th largest of the k-1 similarities, so ties keep frames together and fewer than u
   segments may come out. Frames beyond k get segment -1; their similarities mean nothing.
   """
-  x = jax.lax.stop_gradient(x.astype(jnp.float32))
-  unit = x / jnp.maximum(jnp.sqrt((x * x).sum(-1, keepdims=True)), 1e-12)
-  similarity = (unit[..., :-1, :] * unit[..., 1:, :]).sum(-1)
+  similarity = neighbour_similarity(jax.lax.stop_gradient(x.astype(jnp.float32)))
   cut = valid[..., 1:]
   if similarity.shape[-1] >= u:
     # The (k-u)-th largest of k-1 numbers is their u-th smallest: a static place in the order.

@@ -29,10 +29,11 @@ from vr_jax.checkpoint import (
 from vr_jax.configs import nearest
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.adapter import Adapter
 from vr_jax.interop.big_vision import fit_positions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import Joined, Part, arrays
+from vr_jax.interop.table import Part, arrays
 from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
@@ -140,11 +141,10 @@ def _read(path: str | Path, part: str, llm: DecoderConfig | None) -> tuple[Sourc
     raise InputError(f"config.model_init: {error}") from error
   if part and part not in source.parts:
     raise InputError(f"config.model_init: {path} holds {', '.join(source.parts)}, not {part!r}")
-  params, adapter = source.params, source.adapter
-  if adapter and isinstance(params, peft.Merged) and _same_adapter(adapter, llm):
-    params = Joined(params.base, Part(adapter.params, "", "llm/"))
-    source = dataclasses.replace(source, notes=source.notes[:-1])  # that it is merged
-  return source, arrays(Part(params, f"{part}/", f"{part}/") if part else params)
+  if source.adapter and _same_adapter(source.adapter, llm):
+    source = source.unmerged()
+  params = Part(source.params, f"{part}/", f"{part}/") if part else source.params
+  return source, arrays(params)
 
 
 def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
@@ -163,7 +163,7 @@ def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
   return Source("PEFT adapter", Path(path), {"llm": llm}, Part(adapter.params, "", "llm/"))
 
 
-def _same_adapter(adapter: peft.Adapter, llm: DecoderConfig | None) -> bool:
+def _same_adapter(adapter: Adapter, llm: DecoderConfig | None) -> bool:
   mine = None if llm is None else (llm.lora_rank, llm.lora_alpha)
   return (adapter.rank, adapter.alpha) == mine
 
