@@ -317,7 +317,7 @@ def _run_stage(ray: Any, actors: Sequence[Any], job: Job, stage: str, progress: 
   left = [shard for shard in range(total) if not job.done(stage, shard)][::-1]
   done = total - len(left)
   progress(stage, done, total)
-  free = list(actors)
+  free: list[Any] = list(actors)
   at_work: dict[Any, Any] = {}
   failure: Any = None
   while at_work or (left and not failure):

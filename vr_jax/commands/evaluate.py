@@ -11,7 +11,7 @@ from vr_jax.evaluation.settings import Settings
 @dataclass(frozen=True)
 class Evaluation:
   benchmark: str = field(
-    metadata={"positional": True, "help": "what is asked", "choices": registry.names()}
+    metadata={"positional": True, "help": "what is asked", "choices": registry.names}
   )
   data: str = field(metadata={"help": "the benchmark's folder or annotation file"})
   out: str = field(metadata={"help": "folder of the predictions", "metavar": "O"})

@@ -9,7 +9,7 @@ Annotations: int, float, str, Path, Literal[...]; `X | None`; bool, a flag that 
 round; tuple[X, ...], one value or more; tuple[X, Y], two. Further keys of the metadata:
 
     metavar     what stands for the value in the help
-    choices     the accepted values
+    choices     the accepted values, or a function that gives them
     flag        the option's name, where it is not the field's ("--judge"; "--no-meteor" of a bool
                 that is True by default)
     positional  True: the value is given by its place
@@ -91,6 +91,8 @@ def _fields(kind: type) -> list[dataclasses.Field]:
 def _argument(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
   """The keywords of `add_argument` for a field with this annotation."""
   words = {k: field.metadata[k] for k in ("help", "metavar", "choices") if k in field.metadata}
+  if callable(words.get("choices")):
+    words["choices"] = words["choices"]()
   if field.default is not dataclasses.MISSING:
     words["default"] = field.default
   hint = _without_none(hint)

@@ -13,13 +13,18 @@ from vr_jax.evaluation.settings import CaptionSettings, JudgeSettings
 REVIEWER = "reviewer"  # in a benchmark's place: the reviewer agent against people (Table 8)
 
 
+def subjects() -> tuple[str, ...]:
+  """What can be scored."""
+  return (*registry.names(), REVIEWER)
+
+
 @dataclass(frozen=True)
 class Scoring:
   benchmark: str = field(
     metadata={
       "positional": True,
       "help": "what was asked; reviewer: records with reviewer and manual, true or false",
-      "choices": (*registry.names(), REVIEWER),
+      "choices": subjects,
     }
   )
   predictions: str = field(
