@@ -31,7 +31,7 @@ from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, make_meta
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
 from vr_jax.hardware import chip_of
-from vr_jax.models.decoder import is_quantized, quantized
+from vr_jax.models.quantize import is_quantized, quantized
 from vr_jax.params import Params, merge, param_shardings, path_names, sub_tree
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.checkpoints import Checkpoints

@@ -33,7 +33,9 @@ from vr_jax.interop.big_vision import fit_positions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Joined, Part, arrays
-from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
+from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.lora import is_factor
+from vr_jax.models.quantize import is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.params import Params

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from data_pipes.errors import InputError
-from vr_jax.models.decoder import quantized
+from vr_jax.models.quantize import quantized
 from vr_jax.params import Params, merge, path_names
 from vr_jax.training.loss import LossSums
 from vr_jax.training.schedule import Optimizer, ScheduleTable, split_by_table
@@ -56,7 +56,7 @@ class TrainState:
 
 def stored(path: str, p: Array, dtype: str) -> Any:
   """A frozen parameter as it is kept: "float32", "bfloat16", or "int8": the matrices of the decoder
-  as `decoder.quantized`, all others in bfloat16."""
+  as `quantize.quantized`, all others in bfloat16."""
   if dtype != "int8":
     return p.astype(dtype)
   matrix = quantized(path, p)

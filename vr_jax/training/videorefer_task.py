@@ -41,7 +41,7 @@ from vr_jax.assets import VR_MINI
 from vr_jax.checkpoint import make_tokenizer
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.costs import training_flops
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import Params, path_names
