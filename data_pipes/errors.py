@@ -17,3 +17,8 @@ class Defect(InputError):
 
   def __reduce__(self):  # for worker processes
     return Defect, (self.kind, str(self))
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+  """The message of an error on one line, cut to `limit` characters."""
+  return " ".join(str(error).split())[:limit]

@@ -8,8 +8,8 @@ import pytest
 
 import vr_jax
 from data_pipes.errors import InputError
+from vr_jax.compiling import compilations
 from vr_jax.inference.placement import parse_mesh
-from vr_jax.inference.programs import compilations
 from vr_jax.sharding import make_mesh
 
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4}
