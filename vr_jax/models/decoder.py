@@ -25,11 +25,14 @@ Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Q
 LoRA (2106.09685).
 """
 
+from typing import no_type_check
+
 import flax
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from vr_jax.arrays import Array
 from vr_jax.attention import Causal
 from vr_jax.models.embedder import Embedder
 from vr_jax.models.fused import FUSED
@@ -40,6 +43,7 @@ from vr_jax.sharding import ActivationRules, shard_act
 LAYOUTS = {"scanned": SCANNED, "fused": FUSED}
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
 @flax.struct.dataclass
 class KVCache:
   """Keys and values of the slots seen so far; passed in, returned, never mutated.

@@ -8,8 +8,9 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from vr_jax.arrays import Array
 from vr_jax.models.layer import DecoderConfig, scaled_by
 from vr_jax.sharding import ActivationRules, shard_act
 

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from vr_jax.arrays import Array
 from vr_jax.models.layer import (
   Attention,
   Block,

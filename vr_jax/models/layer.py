@@ -1,7 +1,7 @@
 """One layer of the decoder: what it computes, whatever the layout of its parameters.
 
 Letters: B batch, L slot of this call, S key slot, D width, N query head, K key/value head,
-H head width, F MLP width, X layer, Z kind of layer (local, global).
+H head width, A rotary angle (H / 2 of them), F MLP width, X layer, Z kind of layer (local, global).
 
 A layout (`scanned.py`, `fused.py`) says how the layers' matrices lie, and with them the cache: it
 makes `Attention.project`, `Attention.write` and `FeedForward.gate_up`, and a `Layout` of the whole.
@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from vr_jax.arrays import Array
 from vr_jax.attention import Causal, attention
 from vr_jax.models.lora import adapter
 from vr_jax.models.quantize import values_and_scale
@@ -82,19 +83,20 @@ class DecoderConfig:
     return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
 @flax.struct.dataclass
 class Tables:
   """What the layers share in a call: which keys are seen, and the rotary angles.
 
-  mask bool [Z,B,L,S]; cos, sin f32 [Z,B,L,H/2]; end: cache slot of this call's first key;
+  mask bool [Z,B,L,S]; cos, sin f32 [Z,B,L,A]; end: cache slot of this call's first key;
   fresh: the keys are those of this call alone (and of `past`). causal: what the masks say, for
   kernels that take no mask; None where they say more (a prefix, earlier keys) or differ between the
   kinds. kinds: for each layer, which of the Z it takes.
   """
 
   mask: Bool[Array, "Z B L S"]
-  cos: Float[Array, "Z B L H/2"]
-  sin: Float[Array, "Z B L H/2"]
+  cos: Float[Array, "Z B L A"]
+  sin: Float[Array, "Z B L A"]
   end: Int[Array, ""] | Int[Array, "B"] | None
   fresh: bool = flax.struct.field(pytree_node=False)
   causal: Causal | None = None
@@ -118,7 +120,7 @@ class Layout:
 
 
 def rotate(
-  x: Float[Array, "B L N H"], cos: Float[Array, "B L H/2"], sin: Float[Array, "B L H/2"]
+  x: Float[Array, "B L N H"], cos: Float[Array, "B L A"], sin: Float[Array, "B L A"]
 ) -> Float[Array, "B L N H"]:
   """Rotary position embedding in float32, halves as pairs (RoFormer, arXiv 2104.09864)."""
   cos, sin = cos[:, :, None], sin[:, :, None]

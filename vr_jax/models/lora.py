@@ -9,7 +9,9 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from vr_jax.arrays import Array
 
 
 def is_factor(path: str) -> bool:

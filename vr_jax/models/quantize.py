@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 
 # The axes that a matrix of a layer is summed over; the others have each their own scale.
 _SUMMED = (

@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from vr_jax.arrays import Array
 from vr_jax.models.layer import (
   Attention,
   Block,
