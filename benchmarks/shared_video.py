@@ -25,8 +25,8 @@ import numpy as np
 import vr_jax
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
+from vr_jax.compiling import compilations
 from vr_jax.inference.model import Model
-from vr_jax.inference.programs import compilations
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.region import RegionConfig

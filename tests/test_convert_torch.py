@@ -20,7 +20,7 @@ from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Safetensors, Tree, arrays, nested
 from vr_jax.models.connector import KINDS
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 from vr_jax.models.variants import DECODERS
 
 pytestmark = pytest.mark.torch

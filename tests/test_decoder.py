@@ -10,7 +10,9 @@ import pytest
 from rounding import assert_same_up_to_rounding, decoder_roundings, share
 
 from vr_jax.inference.generate import Generator
-from vr_jax.models.decoder import Block, Decoder, DecoderConfig, KVCache, Tables, fuse, visible
+from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache, visible
+from vr_jax.models.fused import fuse
+from vr_jax.models.scanned import ScannedBlock
 
 GEMMA = DecoderConfig(
   width=64, depth=4, heads=4, kv_heads=2, head_dim=16, mlp_dim=96, vocab_size=120
@@ -141,14 +143,12 @@ def test_scanned_layers_equal_a_loop_over_stacked_parameters(cfg):
   @jax.jit
   def loop(params):
     model = Decoder(cfg).bind(params)
-    kinds = sorted(set(cfg.layer_kinds()))
-    rows = [model._tables(kind, positions, positions, None, None) for kind in kinds]
-    tables = Tables(*(jnp.stack(t) for t in zip(*rows, strict=True)), end=None, fresh=True)
+    tables = model._tables(positions, None, None, None, None, None).replace(causal=None)
     x = model.embed(tokens)
-    for i, kind in enumerate(cfg.layer_kinds()):
+    for i, kind in enumerate(tables.kinds):
       layer = jax.tree.map(lambda w, i=i: w[i], params["params"]["layers"])
-      of_layer = (kinds.index(kind), i, None)
-      (x, _), _ = Block(cfg).apply({"params": layer}, (x, None), tables, of_layer)
+      block = ScannedBlock(cfg)
+      (x, _), _ = block.apply({"params": layer}, (x, None), tables, (kind, i, None))
     return model.logits(model.final_norm(x))
 
   expected = apply(cfg, params, tokens, positions)

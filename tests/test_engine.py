@@ -9,8 +9,8 @@ import pytest
 import vr_jax
 from data_pipes.errors import InputError
 from data_pipes.video import open_video, sample_scene, scene_ids
+from vr_jax.compiling import compilations
 from vr_jax.inference.placement import parse_mesh
-from vr_jax.inference.programs import compilations
 from vr_jax.inference.reading import Reader
 from vr_jax.sharding import make_mesh
 

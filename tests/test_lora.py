@@ -36,7 +36,9 @@ from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Tree, arrays, nested
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.costs import adapter_parameters, decoder_flops
-from vr_jax.models.decoder import Decoder, is_factor, is_quantized
+from vr_jax.models.decoder import Decoder
+from vr_jax.models.lora import is_factor
+from vr_jax.models.quantize import is_quantized
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import merge, path_names
 from vr_jax.sharding import TENSOR_RULES, TENSOR_STRATEGY, make_mesh

@@ -25,7 +25,8 @@ from vr_jax.inference.regions import Region
 from vr_jax.inference.requests import Answer, Request
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.decoder import fuse, quantize
+from vr_jax.models.fused import fuse
+from vr_jax.models.quantize import quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import path_names
 

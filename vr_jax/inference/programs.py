@@ -6,21 +6,6 @@ from typing import Any
 
 import jax
 
-_compiled = 0
-
-
-def compilations() -> int:
-  """Programs that XLA was asked for in this process since this module was imported."""
-  return _compiled
-
-
-def _count(event: str, duration: float, **_) -> None:
-  global _compiled
-  _compiled += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
 
 class Programs:
   """Compiled functions by name. One is compiled when it is first asked for, and never again."""

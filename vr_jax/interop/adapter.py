@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from vr_jax.interop.table import Parameters, Part
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,8 @@ from vr_jax.interop.table import (
   their_shape,
 )
 from vr_jax.interop.writers import ShardWriter
-from vr_jax.models.decoder import DecoderConfig, is_factor
+from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.lora import is_factor
 
 _PREFIX = "base_model.model."
 _MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"

@@ -16,28 +16,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.models.connector import Mlp
 from vr_jax.sharding import ActivationRules, shard_act
 
 
 @dataclasses.dataclass(frozen=True)
 class RegionConfig:
-  """`width` is that of the decoder (E), `tokens` the union number U of the temporal merge."""
+  """`width` is that of the decoder (E), `tokens` the union number U of the temporal merge.
+
+  `kind` is a key of KINDS: which encoder reads the config.
+  """
 
   width: int = 3584
   tokens: int = 4
   dtype: str = "float32"
+  kind: str = "token_merge"
 
   def __post_init__(self):
+    if self.kind not in KINDS:
+      raise InputError(f"region kind {self.kind!r} is not one of {', '.join(KINDS)}")
     if self.tokens < 1:
       raise InputError(f"tokens={self.tokens}: an object needs at least one token")
 
 
 def pool_regions(
-  features: Float[Array, "B P N D"], masks: Float[Array, "B R P N"]
+  features: Float[Array, "B P N D"], masks: Num[Array, "B R P N"]
 ) -> Float[Array, "B R P D"]:
   """Mean of the features under each 0/1 mask, in float32; an empty mask gives an exact zero."""
   masks = masks.astype(jnp.float32)
@@ -125,20 +132,31 @@ def merge_tokens(
 
 def object_features(
   features: Float[Array, "B P N D"],
-  region_masks: Float[Array, "B R P N"],
+  region_masks: Num[Array, "B R P N"],
   region_frames: Int[Array, "B R F"],
 ) -> tuple[Float[Array, "B R F D"], Bool[Array, "B R F"]]:
-  """Pooled features of each object in the order of its own frames, and which of them exist.
+  """Pooled features of each object in the order of its frames, and which of them exist."""
+  return in_order(pool_regions(features, region_masks), region_frames)
+
+
+def in_order(
+  pooled: Float[Array, "B R P D"], region_frames: Int[Array, "B R F"]
+) -> tuple[Float[Array, "B R F D"], Bool[Array, "B R F"]]:
+  """Each object's features in the order of its frames, and which of them exist.
 
   `region_frames` indexes the P frames; -1, only behind the object's frames, means none.
   """
-  pooled = pool_regions(features, region_masks)
   index = jnp.maximum(region_frames, 0)[..., None]
   return jnp.take_along_axis(pooled, index, axis=2), region_frames >= 0
 
 
 class RegionEncoder(nn.Module):
-  """Masks on frames to object tokens. Parameters: fc1 [D,E], fc2 [E,E] with biases."""
+  """Masks on frames to object tokens: pool, merge, lift. Parameters: fc1 [D,E], fc2 [E,E], biases.
+
+  The steps are apart because each is also needed alone: inference pools frame by frame as a video
+  is seen and merges per object (`pool`, `tokens`), caches keep what no weight of the encoder has
+  touched (`merged_features`). Another encoder overrides the steps in which it differs.
+  """
 
   cfg: RegionConfig
   rules: ActivationRules = ()
@@ -146,8 +164,8 @@ class RegionEncoder(nn.Module):
   def __call__(
     self,
     features: Float[Array, "B P N D"],
-    region_masks: Float[Array, "B R P N"],
-    region_frames: Int[Array, "B R F"],
+    region_masks: Num[Array, "B R P N"] | None,
+    region_frames: Int[Array, "B R F"] | None,
     merged: tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]] | None = None,
   ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
     """(object tokens in `cfg.dtype`, which of them count); the merge comes before the MLP.
@@ -162,14 +180,14 @@ class RegionEncoder(nn.Module):
   def merged_features(
     self,
     features: Float[Array, "B P N D"],
-    region_masks: Float[Array, "B R P N"],
+    region_masks: Num[Array, "B R P N"],
     region_frames: Int[Array, "B R F"],
   ) -> tuple[Float[Array, "B R U D"], Bool[Array, "B R U"]]:
     """Pooled and merged features of the objects, float32, and which of them count."""
     features = shard_act(features, self.rules, "batch", None, None, None)
     region_masks = shard_act(region_masks, self.rules, "batch", "object", None, None)
     region_frames = shard_act(region_frames, self.rules, "batch", "object", None)
-    x, valid = object_features(features, region_masks, region_frames)
+    x, valid = in_order(self.pool(features, region_masks), region_frames)
     return merge_tokens(x, valid, self.cfg.tokens)
 
   def pool(
@@ -181,7 +199,7 @@ class RegionEncoder(nn.Module):
   def tokens(
     self, x: Float[Array, "*b F D"], valid: Bool[Array, "*b F"]
   ) -> tuple[Float[Array, "*b U E"], Bool[Array, "*b U"]]:
-    """As `__call__`, of the features that `pool_regions` gave for each frame of an object."""
+    """As `__call__`, from the features that `pool` gave for each frame of an object."""
     return self.lift(*merge_tokens(x, valid, self.cfg.tokens))
 
   @nn.compact
@@ -192,3 +210,7 @@ class RegionEncoder(nn.Module):
     mlp = Mlp(self.cfg.width, 2, self.cfg.dtype, self.rules)
     nn.share_scope(self, mlp)
     return mlp(merged.astype(self.cfg.dtype)), kept
+
+
+# What a region encoder can be; each is made as `RegionEncoder` is, and has its methods.
+KINDS: dict[str, type[RegionEncoder]] = {"token_merge": RegionEncoder}
