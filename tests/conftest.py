@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # Before anything imports these modules.
-CHECKED = ("vr_jax.models", "vr_jax.attention", "vr_jax.training")
-install_import_hook(CHECKED, "beartype.beartype")
+CHECKED = ("vr_jax.models", "vr_jax.attention")
+install_import_hook(CHECKED, "typechecker.check")
 
 from vr_jax.program_cache import keep_on_disk  # noqa: E402
 

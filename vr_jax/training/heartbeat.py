@@ -96,7 +96,8 @@ def stalled(
   gone = [i for i, beat in enumerate(beats) if beat is None or now - beat["now"] > silent]
   heard = {i: beat for i, beat in enumerate(beats) if beat is not None and i not in gone}
   if gone:
-    names = (f"process {i} ({beats[i]['host'] if beats[i] else 'host unknown'})" for i in gone)
+    hosts = (beat["host"] if beat else "host unknown" for beat in (beats[i] for i in gone))
+    names = (f"process {i} ({host})" for i, host in zip(gone, hosts, strict=True))
     return f"not heard of: {', '.join(names)}", gone
   # In a step and waiting for the others counts as further than getting ready for it.
   done = {i: (beat["step"], beat["doing"] == "step") for i, beat in heard.items()}
