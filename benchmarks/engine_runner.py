@@ -113,7 +113,7 @@ def requests() -> None:
         shares.append(rate / (IN_FLIGHT / LATENCY))
         cpu.append(1e3 * (time.process_time() - before) / CALLS)
     detail = f"of {IN_FLIGHT / LATENCY:.0f}/s, {CALLS} calls; CPU {median(cpu):.2f} ms a call"
-    row("engine_calls_of_ideal", Spread.of(shares), ">= 0.95", detail=detail)
+    row("engine_calls_of_ideal", Spread.over(shares), ">= 0.95", detail=detail)
   finally:
     server.kill()
 
@@ -154,9 +154,9 @@ def kills() -> None:
       process.kill()
       process.wait()
     subprocess.run([sys.executable, "-c", chat.RUN, *arguments], check=True)
-    asked = Counter(json.dumps(b, sort_keys=True) for b in server.bodies)
+    requests = Counter(json.dumps(b, sort_keys=True) for b in server.bodies)
     cut = chat.cut_off_requests(folder / "w" / "calls")
-    repeated = sum(max(0, n - 1 - cut[digest(json.loads(b), 16)]) for b, n in asked.items())
+    repeated = sum(max(0, n - 1 - cut[digest(json.loads(b), 16)]) for b, n in requests.items())
     whole = folder / "whole"
     files = [*whole.rglob("*.parquet"), *(whole / "out").iterdir()]
     differ = [
@@ -164,7 +164,7 @@ def kills() -> None:
     ]
     detail = f"of {len(files)} after {killed} kills"
     row("engine_files_that_differ", len(differ), "<= 0", detail=detail)
-    detail = f"{asked.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight"
+    detail = f"{requests.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight"
     row("engine_answered_repeated", repeated, "<= 0", detail=detail)
 
 

@@ -46,7 +46,7 @@ class Spread(NamedTuple):
   high: float
 
   @classmethod
-  def of(cls, values: list[float]) -> "Spread":
+  def over(cls, values: list[float]) -> "Spread":
     if len(values) == 1:
       return cls(*values * 3)
     low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
@@ -71,7 +71,7 @@ def alternate(sides: Mapping[str, Callable[[], Rates]], pairs: int = PAIRS) -> d
 def ratio(rates: Mapping[str, list], name: str, ours: str = "ours", theirs: str = "torch"):
   """Spread of the ratios ours / theirs of neighbouring turns."""
   pairs = zip(rates[ours], rates[theirs], strict=True)
-  return Spread.of([a[name] / b[name] for a, b in pairs])
+  return Spread.over([a[name] / b[name] for a, b in pairs])
 
 
 def typical(rates: Mapping[str, list], side: str, name: str) -> float:

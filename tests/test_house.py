@@ -122,6 +122,29 @@ def test_few_files_stand_directly_in_evaluation():
   assert len(files) <= 14
 
 
+# Grammatical roles; a name says what the thing is. `Probed.found` is a key that `vr engine probe
+# --json` prints.
+ROLES = {"of", "own", "found", "wanted", "said", "asked", "told"}
+PRINTED = {("data_pipes/engine/backends/probe.py", "found")}
+
+
+def test_names_say_what_a_thing_is():
+  named = set()
+  paths = [*MODULES.values(), *(ROOT / "benchmarks").glob("*.py")]
+  for path in paths:
+    for node in ast.walk(ast.parse(path.read_text())):
+      name = None
+      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        name = node.id
+      elif isinstance(node, ast.arg):
+        name = node.arg
+      elif isinstance(node, ast.FunctionDef):
+        name = node.name
+      if name in ROLES:
+        named.add((path.relative_to(ROOT).as_posix(), name))
+  assert named == PRINTED
+
+
 def test_data_pipes_imports_no_jax():
   for name, path in MODULES.items():
     if name.startswith("data_pipes"):
