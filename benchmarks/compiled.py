@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from vr_jax.configs import base_config, load_config
 from vr_jax.hardware import parse_target, quiet
 from vr_jax.hlo import Program
-from vr_jax.models.decoder import Embedder
+from vr_jax.models.embedder import Embedder
 from vr_jax.models.variants import DECODERS
 from vr_jax.sharding import FSDP_RULES, make_mesh
 from vr_jax.training.ahead_of_time import GIB, report

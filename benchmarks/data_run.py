@@ -132,8 +132,8 @@ def main() -> None:
     media, out = str(folder), str(folder / "shards")
     text, seconds = run("data", "check", str(items), "--media", media, "--json", accepted=2)
     summary = json.loads(text)
-    defects = {kind: own["items"] for kind, own in summary["defects"].items()}
-    notices = {kind: own["items"] for kind, own in summary["notices"].items()}
+    defects = {kind: entry["items"] for kind, entry in summary["defects"].items()}
+    notices = {kind: entry["items"] for kind, entry in summary["notices"].items()}
     print(f"check: {summary['items']} items in {seconds}; defects {defects}; notices {notices}")
     assert defects == dict.fromkeys(WRONG, 1), defects
     text, seconds = run(

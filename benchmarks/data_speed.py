@@ -126,11 +126,11 @@ def beside_a_loop(samples: Samples, batch: int, pairs: int) -> np.ndarray:
     run()
     return time.process_time() - start
 
-  found = []
+  overheads = []
   for pair in range(pairs + 1):
     sides = {run: cpu(run) for run in ((loader, loop) if pair % 2 else (loop, loader))}
-    found.append(sides[loader] / sides[loop] - 1)
-  return np.quantile(found[1:], (0.1, 0.5, 0.9))
+    overheads.append(sides[loader] / sides[loop] - 1)
+  return np.quantile(overheads[1:], (0.1, 0.5, 0.9))
 
 
 def torch_loader(items: Path, media: Path, batch: int) -> Callable[[], int] | None:
@@ -215,8 +215,8 @@ def main() -> None:
       other = timed(theirs)
       for name, source in sources.items():
         ratios[name].append(other / timed(lambda source=source: ours(source, 4)))
-    for name, found in ratios.items():
-      low, middle, high = np.quantile(found, (0.1, 0.5, 0.9), axis=0)
+    for name, measured in ratios.items():
+      low, middle, high = np.quantile(measured, (0.1, 0.5, 0.9), axis=0)
       for k, clock in enumerate(("CPU", "wall")):
         print(
           f"io.x.{name} {middle[k]:.2f} (p10 {low[k]:.2f}, p90 {high[k]:.2f}; goal "

@@ -23,7 +23,8 @@ from rows import NAN, alternate, ratio, row, typical
 
 from vr_jax.inference.generate import Generator, generate
 from vr_jax.interop import hf_decoder
-from vr_jax.models.decoder import Decoder, fuse
+from vr_jax.models.decoder import Decoder
+from vr_jax.models.fused import fuse
 
 PROMPT, NEW = 512, 33  # tokens; the first new one is the prefill's
 GOALS = {("prefill", 1): 1.3, ("prefill", 8): 1.6, ("decode", 1): 1.0, ("decode", 8): 1.15}

@@ -23,7 +23,7 @@ from rows import Spread, row
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
 from data_pipes.engine.calls import Calls
 from data_pipes.engine.graph import Graph, GraphRef, Item, Outcome, Stage, digest
-from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.stages import threads_for
 from data_pipes.engine.store import Store
 
@@ -86,7 +86,7 @@ def overhead(items: int = ITEMS) -> None:
     store = Store(folder, max(1, items // ITEMS_A_SHARD))
     start, cpu = time.perf_counter(), time.process_time()
     ref = GraphRef("engine_runner:synthetic", {"items": items})
-    run_tasks(ref, store, graph=synthetic({"items": items}), report=watch)
+    run_stages(ref, store, graph=synthetic({"items": items}), report=watch)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
   early = max(m for share, m in memory if share <= 0.25)
   late = max(m for share, m in memory if share >= 0.75)
@@ -108,12 +108,12 @@ def requests() -> None:
         settings = {"workdir": folder, "url": url, "items": CALLS}
         ref = GraphRef("engine_runner:asks", settings)
         start, before = time.perf_counter(), time.process_time()
-        run_tasks(ref, Store(folder, 4), graph=asks(settings))
+        run_stages(ref, Store(folder, 4), graph=asks(settings))
         rate = CALLS / (time.perf_counter() - start)
         shares.append(rate / (IN_FLIGHT / LATENCY))
         cpu.append(1e3 * (time.process_time() - before) / CALLS)
     detail = f"of {IN_FLIGHT / LATENCY:.0f}/s, {CALLS} calls; CPU {median(cpu):.2f} ms a call"
-    row("engine_calls_of_ideal", Spread.of(shares), ">= 0.95", detail=detail)
+    row("engine_calls_of_ideal", Spread.over(shares), ">= 0.95", detail=detail)
   finally:
     server.kill()
 
@@ -154,9 +154,9 @@ def kills() -> None:
       process.kill()
       process.wait()
     subprocess.run([sys.executable, "-c", chat.RUN, *arguments], check=True)
-    asked = Counter(json.dumps(b, sort_keys=True) for b in server.bodies)
+    requests = Counter(json.dumps(b, sort_keys=True) for b in server.bodies)
     cut = chat.cut_off_requests(folder / "w" / "calls")
-    repeated = sum(max(0, n - 1 - cut[digest(json.loads(b), 16)]) for b, n in asked.items())
+    repeated = sum(max(0, n - 1 - cut[digest(json.loads(b), 16)]) for b, n in requests.items())
     whole = folder / "whole"
     files = [*whole.rglob("*.parquet"), *(whole / "out").iterdir()]
     differ = [
@@ -164,7 +164,7 @@ def kills() -> None:
     ]
     detail = f"of {len(files)} after {killed} kills"
     row("engine_files_that_differ", len(differ), "<= 0", detail=detail)
-    detail = f"{asked.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight"
+    detail = f"{requests.total()} calls for {len(needed)} needed, {cut.total()} cut off in flight"
     row("engine_answered_repeated", repeated, "<= 0", detail=detail)
 
 

@@ -25,8 +25,8 @@ import numpy as np
 import vr_jax
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import VR_MINI
+from vr_jax.compiling import compilations
 from vr_jax.inference.model import Model
-from vr_jax.inference.programs import compilations
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.region import RegionConfig
@@ -115,8 +115,8 @@ def main() -> None:
     def timed(few, **options) -> tuple[float, list]:
       model.visual.forget()
       start = time.perf_counter()
-      said = model.ask_many(few, max_new_tokens=NEW_TOKENS, **options)
-      return (time.perf_counter() - start) / len(few), [answer.token_ids for answer in said]
+      answers = model.ask_many(few, max_new_tokens=NEW_TOKENS, **options)
+      return (time.perf_counter() - start) / len(few), [answer.token_ids for answer in answers]
 
     alone = {"share": False, "batch_size": 1}
     timed(requests, batch_size=args.batch_size)
@@ -124,10 +124,10 @@ def main() -> None:
     ratios, same = [], True
     for i in range(args.pairs):
       picked = [(5 * i + j) % len(requests) for j in range(4)]
-      one, said = timed([requests[j] for j in picked], **alone)
+      one, texts = timed([requests[j] for j in picked], **alone)
       together, all_said = timed(requests, batch_size=args.batch_size)
       ratios.append(one / together)
-      same &= said == [all_said[j] for j in picked]
+      same &= texts == [all_said[j] for j in picked]
     low, median, high = np.percentile(ratios, (10, 50, 90))
     print(f"infer.shared_x      {median:.2f} (p10-p90 {low:.2f}-{high:.2f})   goal >= 8")
     print(f"infer.same_answers  {same}   goal True")

@@ -1,6 +1,9 @@
 """Pre-training of vr-mini's decoder on words about simulated scenes (no pixels).
 
-vr train --config mini_decoder --workdir W/decoder
+    vr train --config mini_decoder --workdir W/decoder
+
+Two CPU cores. The packaged decoder went on with `steps=2500,lr=1e-3,init=…` for 25 minutes
+(2026-11-24); its last loss was not written down.
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from vr_jax.assets import MINI_PARTS, VR_MINI
 from vr_jax.configs import base_config, parse_arg
+from vr_jax.models.videorefer import PARTS
 
 # stage -> (file, steps, batch, learning rate, what trains). A model this small learns by the step:
 # four rows teach it nearly what sixteen do. Stage 1 is short on purpose: with scene tokens that
@@ -26,7 +27,6 @@ STAGES = {
   "2.5": ("detailed_captions.json", 150, 4, 1e-3, ("connector", "region", "llm")),
   "3": ("qa.json", 520, 4, 1e-3, ("connector", "region", "llm")),
 }
-PARTS = ("img", "connector", "region", "llm")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -1,6 +1,10 @@
 """Pre-training of vr-mini's tower on crowded pictures of the simulated world.
 
-vr train --config mini_tower --workdir W/tower
+    vr train --config mini_tower --workdir W/tower
+
+Two CPU cores. The packaged tower went on with `steps=9000,crowds=1200,lr=1e-3,init=…` for half an
+hour (2026-11-24); of frames not seen, a linear map then tells a thing's shape in 95 %, its marking
+and its colour in 99 %.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,7 @@ size in pixels, L sequence slots, U tokens kept per object, V scene tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -167,8 +168,8 @@ def place(
   scene[:] = [slot[number] for number in clip.scene]
   if shape.feature_width:
     assert clip.features is not None, where
-    own = slice(at.objects, after.objects)
-    row["object_tokens"][own], row["object_kept"][own] = clip.features
+    places = slice(at.objects, after.objects)
+    row["object_tokens"][places], row["object_kept"][places] = clip.features
     return after
   for r, masks in enumerate(clip.objects, at.objects):
     row["region_frames"][r, : len(masks)] = [slot[number] for number in masks]
@@ -186,7 +187,7 @@ def empty_rows(shape: RowShape, count: int) -> Row:
   """A batch of `count` empty rows, axis B first; `rows_of` gives each to be filled in place."""
   B = count
   packed = {"segments": np.full((B, shape.length), -1, np.int32)} if shape.clips else {}
-  pixels = ((shape.image_size, shape.image_size, 3), np.uint8)
+  pixels: tuple[tuple[int, ...], Any] = ((shape.image_size, shape.image_size, 3), np.uint8)
   if shape.feature_width:
     import ml_dtypes  # here, as environments with PyTorch alone lack it
 
@@ -274,7 +275,7 @@ def check_fit(need: Needs, shape: RowShape, where: str, used: Used | None = None
 
 
 def fit_shape(
-  wanted: Iterable[Needs],
+  needs: Iterable[Needs],
   *,
   image_size: int,
   grid: int,
@@ -288,26 +289,26 @@ def fit_shape(
   """The smallest RowShape that holds every row of a set; each size is at least 1.
 
   Args:
-    wanted: needs of each row (exact, or upper bounds).
+    needs: those of each row (exact, or upper bounds).
     scene: T where no row has media.
     length_multiple, frames_multiple, object_frames_multiple: L, P and F are rounded up to these.
   """
-  wanted = list(wanted)
+  needs = list(needs)
 
   def largest(values: Iterable[int], multiple: int = 1) -> int:
     most = max([1, *values])
     return -(-most // multiple) * multiple
 
-  scenes = {need.scene for need in wanted if need.scene}
+  scenes = {need.scene for need in needs if need.scene}
   if len(scenes) > 1:
     raise InputError(f"rows have {sorted(scenes)} scene frames; accepted: one number in a batch")
   return RowShape(
-    frames=largest((need.frames for need in wanted), frames_multiple),
+    frames=largest((need.frames for need in needs), frames_multiple),
     scene=scenes.pop() if scenes else scene,
-    objects=largest(need.objects for need in wanted),
-    object_frames=largest((need.object_frames for need in wanted), object_frames_multiple),
+    objects=largest(need.objects for need in needs),
+    object_frames=largest((need.object_frames for need in needs), object_frames_multiple),
     length=largest(
-      (need.length(tokens_per_object, scene_tokens) for need in wanted), length_multiple
+      (need.length(tokens_per_object, scene_tokens) for need in needs), length_multiple
     ),
     image_size=image_size,
     grid=grid,

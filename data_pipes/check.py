@@ -5,11 +5,8 @@ something that is handled, by the rule its description states, and that a user m
 """
 
 import functools
-import itertools
-import json
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +19,7 @@ from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import open_image, read_image
 from data_pipes.masks import check_segmentation, mask_to_grid, segmentation_to_mask, vanished
-from data_pipes.records import (
-  Record,
-  Span,
-  check_text,
-  parse_objects,
-  parse_record,
-  scan_items,
-)
+from data_pipes.records import Record, Span, parse_item, scan_items
 from data_pipes.video import open_video, scene_ids
 
 DEFECTS = {
@@ -70,11 +60,6 @@ NOTICES = {
   "size-differs": "height and width are not those of the media, whose own are used",
 }
 KINDS = {**DEFECTS, **NOTICES}
-BENCH_KEYS = {
-  "D": ("video", "caption", "frame_idx", "annotation"),
-  "Q": ("video", "Question", "options", "Answer", "frame_idx", "annotation"),
-}
-SHOWN_IDS = 100  # in the summary; the full list is in the file of findings
 _MEDIA_HELD = 4096  # results of media files kept, as neighbouring items share them
 
 
@@ -111,11 +96,17 @@ class Checks:
     reject: notices that count as defects.
   """
 
-  media: Path | None = None
-  decode: bool = False
-  scene: int = 16
-  grid: int = 0
-  reject: tuple[str, ...] = ()
+  media: Path | None = field(
+    default=None, metadata={"help": "also open the media, relative to DIR", "metavar": "DIR"}
+  )
+  decode: bool = field(default=False, metadata={"help": "also decode the frames that are needed"})
+  scene: int = field(
+    default=16, metadata={"flag": "--scene-frames", "help": "of --decode", "metavar": "N"}
+  )
+  grid: int = field(default=0, metadata={"help": "count masks that vanish on it", "metavar": "G"})
+  reject: tuple[str, ...] = field(
+    default=(), metadata={"help": "count as defects", "metavar": "NOTICE"}
+  )
 
   def __post_init__(self):
     for kind in self.reject:
@@ -128,74 +119,6 @@ class Checks:
 
 
 # One item
-
-
-def parse_item(item: Any, where: str) -> Record:
-  """An item of a training file, or of VideoRefer-Bench D or Q (a record without turns).
-
-  Raises Defect.
-  """
-  if not isinstance(item, dict):
-    return parse_record(item, where)
-  kind = bench_kind(item)
-  if kind is None:
-    return parse_record(item, where)
-  where = f"{where} (id {item['id']!r})" if "id" in item else where
-  missing = [key for key in BENCH_KEYS[kind] if key not in item]
-  if missing:
-    raise Defect(
-      "item",
-      f"{where}: no key {missing[0]!r}; accepted: VideoRefer-Bench-{kind}, whose items have "
-      f"{', '.join(BENCH_KEYS[kind])}",
-    )
-  path = item["video"]
-  if not isinstance(path, str) or not path:
-    raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
-  objects = parse_objects(item, where)
-  _check_bench(item, kind, objects, where)
-  check_text((item.get("id"), path, item.get("caption"), item.get("Question")), where)
-  return Record(item.get("id", where), where, "video", path, (), objects, None)
-
-
-def bench_kind(item: Mapping[str, Any]) -> str | None:
-  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
-  if "conversations" in item:
-    return None
-  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
-
-
-def _check_bench(item: Mapping[str, Any], kind: str, objects: Sequence, where: str) -> None:
-  try:
-    frame = int(item["frame_idx"])
-  except (TypeError, ValueError):
-    raise Defect(
-      "bench",
-      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
-    ) from None
-  for i, by_frame in enumerate(objects):
-    if frame not in by_frame:
-      raise Defect(
-        "bench",
-        f"{where}: object {i} has no annotation on frame_idx {frame}; accepted: one of "
-        f"{', '.join(map(str, by_frame))}",
-      )
-  if kind == "D":
-    if not isinstance(item["caption"], str) or len(objects) != 1:
-      raise Defect(
-        "bench",
-        f"{where}: found {len(objects)} objects; accepted: a caption of one object",
-      )
-    return
-  regions = str(item["Question"]).count("<region>")
-  if regions != len(objects):
-    raise Defect(
-      "region-count",
-      f"{where}: found {regions} <region> in the question but {len(objects)} annotated objects; "
-      "accepted: equal numbers, the i-th tag takes the i-th object",
-    )
-  options, answer = item["options"], item["Answer"]
-  if not isinstance(options, list) or answer not in options:
-    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
 
 
 def check_masks(record: Record, size: tuple[int, int] | None, grid: int = 0) -> Iterator[Finding]:
@@ -249,8 +172,8 @@ def check_frames(record: Record, media: Media) -> Iterator[Finding]:
         (i, number),
       )
   if record.size and record.size != media.size:
-    found, real = (f"{h}x{w}" for h, w in (record.size, media.size))
-    yield Finding("size-differs", f"found height x width {found}; the media has {real}")
+    given, real = (f"{h}x{w}" for h, w in (record.size, media.size))
+    yield Finding("size-differs", f"found height x width {given}; the media has {real}")
 
 
 # Media
@@ -279,11 +202,11 @@ def inspect_media(path: Path, kind: str) -> Media:
 def _image(path: Path) -> Media:
   height, width = read_image(path).shape[:2]  # decodes all, as a broken end shows only then
   with open_image(path) as image:
-    found = tuple(_of_mode(image))
-  return Media(1, (height, width), found)
+    findings = tuple(_mode_findings(image))
+  return Media(1, (height, width), findings)
 
 
-def _of_mode(image: Image.Image) -> Iterator[Finding]:
+def _mode_findings(image: Image.Image) -> Iterator[Finding]:
   if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
     yield Finding("alpha", f"mode {image.mode}")
   if image.mode in ("1", "L", "LA", "La"):
@@ -294,30 +217,30 @@ def _of_mode(image: Image.Image) -> Iterator[Finding]:
 
 def _video(path: Path) -> Media:
   video = open_video(path)
-  found = []
+  findings = []
   if video.claimed is not None and video.claimed != len(video):
     reason = f"the container claims {video.claimed} frames, a player shows {len(video)}"
-    found.append(Finding("presented-count", reason))
+    findings.append(Finding("presented-count", reason))
   if video.variable_rate():
-    found.append(Finding("variable-rate", f"{video.fps:.6g} frames per second on average"))
+    findings.append(Finding("variable-rate", f"{video.fps:.6g} frames per second on average"))
   if video.rotation:
-    found.append(Finding("rotated", f"by {video.rotation} degrees"))
+    findings.append(Finding("rotated", f"by {video.rotation} degrees"))
   height, width = video.size
   if video.kind == "video" and (height % 2 or width % 2):
-    found.append(Finding("odd-size", f"{height}x{width} (height x width)"))
+    findings.append(Finding("odd-size", f"{height}x{width} (height x width)"))
   if video.alpha:
-    found.append(Finding("alpha", "a video with transparency"))
+    findings.append(Finding("alpha", "a video with transparency"))
   if video.grey:
-    found.append(Finding("greyscale", "a video without colour"))
-  return Media(len(video), (int(height), int(width)), tuple(found))
+    findings.append(Finding("greyscale", "a video without colour"))
+  return Media(len(video), (int(height), int(width)), tuple(findings))
 
 
 def decode_needed(path: Path, record: Record, scene: int) -> None:
   """Decodes the frames that training takes of a video. Raises Defect."""
   try:
     video = open_video(path)
-    of_masks = {n for by_frame in record.objects for n in by_frame}
-    video.frames({n for n in scene_ids(video, scene) if n >= 0} | of_masks, lambda frame: frame[:1])
+    masked = {n for by_frame in record.objects for n in by_frame}
+    video.frames({n for n in scene_ids(video, scene) if n >= 0} | masked, lambda frame: frame[:1])
   except Defect:
     raise
   except (InputError, OSError) as error:
@@ -353,7 +276,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Checked:
-  """An item with what was found; `record` is None where it could not be parsed."""
+  """An item with its findings; `record` is None where it could not be parsed."""
 
   index: int
   span: Span | None
@@ -459,7 +382,7 @@ def check_item(
     record = parse_item(item, where)
   except Defect as error:
     return Checked(index, span, identity, None, (finding(error),))
-  found: list[Finding] = []
+  findings: list[Finding] = []
   media = None
   if record.media is not None:
     try:
@@ -469,244 +392,15 @@ def check_item(
         if isinstance(result, Defect):
           raise result
         media = result
-        found += media.findings
+        findings += media.findings
     except Defect as error:
-      found.append(finding(error))
-  found += check_masks(record, media.size if media else None, checks.grid)
+      findings.append(finding(error))
+  findings += check_masks(record, media.size if media else None, checks.grid)
   if media is not None:
-    found += check_frames(record, media)
-    if checks.decode and record.media == "video" and not any(f.is_defect for f in found):
+    findings += check_frames(record, media)
+    if checks.decode and record.media == "video" and not any(f.is_defect for f in findings):
       try:
-        decode_needed(media_path(checks.media, record.path), record, checks.scene)
+        decode_needed(file, record, checks.scene)
       except Defect as error:
-        found.append(finding(error))
-  return Checked(index, span, identity, record, tuple(found))
-
-
-# The report
-
-
-@dataclass
-class _Class:
-  count: int = 0
-  items: int = 0
-  reason: str = ""
-  ids: list = field(default_factory=list)
-
-
-class Tally:
-  """Counts of findings by class, with the first ids and the first reason of each."""
-
-  def __init__(self):
-    self._classes: dict[str, _Class] = {}
-
-  def add(self, checked: Checked) -> None:
-    """Counts the findings of one item."""
-    for kind in dict.fromkeys(f.kind for f in checked.findings):
-      own = self._classes.setdefault(kind, _Class())
-      of_kind = [f for f in checked.findings if f.kind == kind]
-      own.count += len(of_kind)
-      own.items += 1
-      own.reason = own.reason or of_kind[0].reason
-      if len(own.ids) < SHOWN_IDS:
-        own.ids.append(checked.id)
-
-  def classes(self, defects: bool) -> dict[str, dict[str, Any]]:
-    """{class: count, items, what it means, the first reason, the first ids}, most items first."""
-    mine = {k: c for k, c in self._classes.items() if (k in DEFECTS) == defects}
-    return {
-      kind: {
-        "count": c.count,
-        "items": c.items,
-        "what": KINDS[kind],
-        "reason": c.reason,
-        "ids": c.ids,
-      }
-      for kind, c in sorted(mine.items(), key=lambda pair: (-pair[1].items, pair[0]))
-    }
-
-
-def check(
-  files: Sequence[Path | str],
-  checks: Checks,
-  *,
-  jobs: int = 1,
-  report: Path | str | None = None,
-  fix: Path | str | None = None,
-  progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-  """Checks annotation files; returns the summary that `vr data check --json` prints.
-
-  Args:
-    jobs: threads.
-    report: a JSON file for the summary; beside it, `<report>.items.jsonl` lists every finding.
-    fix: a folder for cleaned copies, `<name>` and `<name>.changes.jsonl` for each file: items with
-      defects are mended where that loses no object (see `mend`) and left out otherwise.
-
-  Raises:
-    InputError: a file that is not there, or a copy that would overwrite a source.
-  """
-  files = [Path(f) for f in files]
-  for file in files:
-    if not file.is_file():
-      raise InputError(f"{file}: found no such file; accepted: a JSON array of items")
-  if checks.media is not None and not checks.media.is_dir():
-    raise InputError(f"{checks.media}: no such folder of media")
-  fix = None if fix is None else Path(fix)
-  if fix is not None and any((fix / f.name).resolve() == f.resolve() for f in files):
-    raise InputError(f"--fix {fix}: would write over a source; give another folder")
-  if fix is not None and len({f.name for f in files}) < len(files):
-    raise InputError(f"--fix {fix}: two of the files have one name; check them one by one")
-  tally, done = Tally(), []
-  findings_path = None if report is None else Path(f"{report}.items.jsonl")
-  with open(findings_path or os.devnull, "w", encoding="utf-8") as findings:
-    for file in files:
-      items = good = kept = changed = 0
-      with Cleaned(file, fix) as cleaned:
-        for checked in check_file(file, checks, jobs):
-          tally.add(checked)
-          for found in checked.findings:
-            line = {"file": str(file), "item": checked.index, "id": checked.id}
-            line |= {"class": found.kind, "defect": checks.rejects(found), "reason": found.reason}
-            findings.write(json.dumps(line) + "\n")
-          if checked.span is None:
-            continue
-          items += 1
-          good += not any(checks.rejects(f) for f in checked.findings)
-          if fix is not None:
-            outcome = cleaned.add(checked, checks)
-            kept, changed = kept + (outcome != "dropped"), changed + (outcome == "mended")
-          if items % 10_000 == 0:
-            progress(f"{file}: {items} items, {items - good} with defects")
-      line = {"file": str(file), "items": items, "good": good, "defective": items - good}
-      if fix is not None:
-        line |= {"fixed": str(fix / file.name), "kept": kept, "mended": changed}
-      done.append(line)
-      progress(f"{file}: {items} items, {items - good} with defects")
-  summary = {
-    "files": done,
-    "items": sum(f["items"] for f in done),
-    "good": sum(f["good"] for f in done),
-    "defects": tally.classes(True),
-    "notices": tally.classes(False),
-    "rejected_notices": list(checks.reject),
-    "media_checked": checks.media is not None,
-  }
-  if report is not None:
-    summary["findings"] = str(findings_path)
-    Path(report).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-  return summary
-
-
-def found_defects(summary: Mapping[str, Any]) -> bool:
-  """Whether `vr data check` exits with 2."""
-  return bool(summary["defects"]) or any(
-    k in summary["notices"] for k in summary["rejected_notices"]
-  )
-
-
-# Cleaned copies
-
-
-class Cleaned:
-  """Writes a file's cleaned copy and its list of changes; writes nothing where `folder` is None.
-
-  Items without defects are copied byte for byte.
-  """
-
-  def __init__(self, source: Path, folder: Path | None):
-    self._source, self._folder = source, folder
-    self._between = "[\n"
-
-  def __enter__(self) -> "Cleaned":
-    if self._folder is not None:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._part = self._folder / f"{self._source.name}.part"
-      self._file = open(self._part, "wb")
-      changes = self._folder / f"{self._source.name}.changes.jsonl"
-      self._changes = open(changes, "w", encoding="utf-8")
-    return self
-
-  def add(self, checked: Checked, checks: Checks) -> str:
-    """Writes an item or leaves it out: "kept", "mended" or "dropped"."""
-    bad = [f for f in checked.findings if checks.rejects(f)]
-    raw, changes = checked.span.raw, []
-    if bad:
-      raw, changes = mend(checked, bad)
-    for change in changes:
-      line = {"item": checked.index, "id": checked.id, **change}
-      self._changes.write(json.dumps(line) + "\n")
-    if raw is None:
-      return "dropped"
-    self._file.write(self._between.encode() + raw)
-    self._between = ",\n"
-    return "mended" if bad else "kept"
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if self._folder is None:
-      return
-    self._file.write(b"\n]\n" if self._between != "[\n" else b"[]\n")
-    self._file.close()
-    self._changes.close()
-    if kind is None:
-      self._part.replace(self._folder / self._source.name)
-
-
-def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[dict[str, str]]]:
-  """An item's bytes with its defects taken out, and the changes; None where it must go.
-
-  A frame past the end is left out, and a mask that cannot be used becomes null, where the object
-  is still seen in another frame. A repeated id gets the item's number behind it. Anything else
-  would be guessing.
-  """
-  record, changes = checked.record, []
-  curable = all(f.kind == "duplicate-id" or f.at is not None for f in bad)
-  curable &= not any(f.kind == "vanishing" for f in bad)
-  if record is None or not curable:
-    return None, [{"class": f.kind, "change": "item left out", "reason": f.reason} for f in bad]
-  objects = [dict(by_frame) for by_frame in record.objects]
-  item = dict(checked.span.item)
-  for f in bad:
-    if f.at is None:
-      item["id"] = f"{checked.id}#{checked.index}"
-      change = f"id is now {item['id']!r}"
-    elif f.kind == "frame-range":
-      objects[f.at[0]].pop(f.at[1], None)
-      change = "frame left out"
-    else:
-      if f.at[1] in objects[f.at[0]]:
-        objects[f.at[0]][f.at[1]] = None
-      change = "mask is now null"
-    changes.append({"class": f.kind, "change": change, "reason": f.reason})
-  if any(all(mask is None for mask in by_frame.values()) for by_frame in objects):
-    reason = "an object would be left without a mask"
-    return None, [
-      {"class": f.kind, "change": f"item left out: {reason}", "reason": f.reason} for f in bad
-    ]
-  if any(f.at is not None for f in bad):
-    item.pop("masks", None)
-    item["annotation"] = [
-      {str(number): {"segmentation": mask} for number, mask in by_frame.items()}
-      for by_frame in objects
-    ]
-  return json.dumps(item, ensure_ascii=False).encode(), changes
-
-
-def _printable(value: Any) -> str:
-  return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def table(summary: Mapping[str, Any]) -> Iterator[str]:
-  """The summary as lines for a terminal."""
-  for file in summary["files"]:
-    yield f"{file['file']}: {file['items']} items, {file['defective']} with defects"
-    if "fixed" in file:
-      yield f"  -> {file['fixed']}: {file['kept']} items, {file['mended']} of them mended"
-  for name in ("defects", "notices"):
-    for kind, own in summary[name].items():
-      ids = ", ".join(_printable(i) for i in itertools.islice(own["ids"], 5))
-      more = ", ..." if own["items"] > 5 else ""
-      yield f"{name[:-1]:<7} {kind:<17} {own['items']:>7} items  {own['what']}"
-      yield f"{'':<7} ids {ids}{more}; first: {own['reason']}"
-  if not summary["media_checked"]:
-    yield "media were not opened; give --media DIR to check them"
+        findings.append(finding(error))
+  return Checked(index, span, identity, record, tuple(findings))

@@ -76,19 +76,13 @@ def read_clip(
     video = open_video(source)
     name, count, frame_size = video.name, len(video), video.size
     scene = scene_ids(video, shape.scene, start, end) if shape.scene else []
-  cells, vanishing = [], []
   for i, by_frame in enumerate(objects):
-    of_object = {}
-    for number, mask in by_frame.items():
+    for number in by_frame:
       if not 0 <= number < count:
         raise InputError(
           f"object {i}: found frame {number}; accepted: 0 to {count - 1}, the frames of {name}"
         )
-      mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
-      of_object[number] = mask_to_grid(mask, shape.grid, aspect_ratio, mask_rule).reshape(-1)
-      if vanished(mask, mask_to_grid(mask, shape.grid, aspect_ratio, "published")):
-        vanishing.append((i, number))
-    cells.append(of_object)
+  cells, vanishing = _on_grid(objects, frame_size, size, shape.grid, aspect_ratio, mask_rule)
   clip = Clip({}, scene, cells, tuple(vanishing))
   numbers = clip.numbers()
 
@@ -102,6 +96,27 @@ def read_clip(
     into = dict(zip(numbers, room, strict=False))
   frames = read_scene(video, numbers, at_model, into)
   return replace(clip, frames=dict(zip(numbers, frames, strict=True)), placed=into is not None)
+
+
+def _on_grid(
+  objects: Sequence[Mapping[int, Any]],
+  frame_size: tuple[int, int],
+  size: tuple[int, int] | None,
+  grid: int,
+  aspect_ratio: str,
+  mask_rule: str,
+) -> tuple[list[dict[int, np.ndarray]], list[tuple[int, int]]]:
+  """Masks as cells [N] of the grid, and the (object, frame) that vanish by the published rule."""
+  cells: list[dict[int, np.ndarray]] = []
+  vanishing = []
+  for i, by_frame in enumerate(objects):
+    cells.append({})
+    for number, mask in by_frame.items():
+      mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
+      cells[i][number] = mask_to_grid(mask, grid, aspect_ratio, mask_rule).reshape(-1)
+      if vanished(mask, mask_to_grid(mask, grid, aspect_ratio, "published")):
+        vanishing.append((i, number))
+  return cells, vanishing
 
 
 def _whole_mask(

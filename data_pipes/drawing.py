@@ -3,12 +3,20 @@
 import base64
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; object i takes the i-th.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#4D4D4D")
+
+# How `data_uri` writes a picture (options of Pillow's `save`). Pages keep thin coloured lines sharp
+# (no `optimize`: Pillow fails with it on frames of noise). What a model gets must stay byte for
+# byte, since the cache of calls is looked up by it.
+FOR_PAGES: Mapping[str, Any] = {"format": "JPEG", "quality": 86, "subsampling": 0}
+FOR_MODELS: Mapping[str, Any] = {"format": "JPEG", "quality": 88}
+LOSSLESS: Mapping[str, Any] = {"format": "PNG"}
 
 
 def colour_of(index: int) -> str:
@@ -39,11 +47,7 @@ def draw_objects(
   plates = []
   for index, mask in masks.items():
     assert mask.shape == frame.shape[:2], f"mask {mask.shape} on a frame {frame.shape[:2]}"
-    area = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255)
-    area = area.resize((width, height), Image.Resampling.BILINEAR)
-    # Blurred by as much as one pixel of a coarse mask, whose outline would be a staircase.
-    area = area.filter(ImageFilter.GaussianBlur(0.6 * max(0.0, width / frame.shape[1] - 1)))
-    area = area.point(lambda value: 255 * (value > 127))
+    area = _resized(mask, image.size)
     box = area.getbbox()
     if box is None:
       continue
@@ -60,18 +64,6 @@ def draw_objects(
   return image
 
 
-def data_uri(image: Image.Image | np.ndarray, lossless: bool = False) -> str:
-  """The image as a `data:` address: JPEG, or PNG where every pixel counts."""
-  image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-  buffer = io.BytesIO()
-  if lossless:
-    image.save(buffer, "PNG")
-  else:
-    image.save(buffer, "JPEG", quality=86, subsampling=0, optimize=True)
-  kind = "png" if lossless else "jpeg"
-  return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
 def outline(frame: np.ndarray, mask: np.ndarray, longest: int) -> Image.Image:
   """The frame, its longer side at most `longest` pixels, with a red line around the mask.
 
@@ -79,15 +71,14 @@ def outline(frame: np.ndarray, mask: np.ndarray, longest: int) -> Image.Image:
     frame: uint8 [H, W, 3]. mask: bool [H, W].
   """
   image = shrunk(frame, longest)
-  area = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255)
-  area = area.resize(image.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v > 127))
-  reach = max(1, image.width // 240)
-  line = ImageChops.subtract(area.filter(ImageFilter.MaxFilter(2 * reach + 1)), area)
+  area = _resized(mask, image.size)
+  line = ImageChops.subtract(_grown(area, max(1, image.width // 240)), area)
   image.paste((255, 0, 0), mask=line)
   return image
 
 
 def shrunk(frame: np.ndarray, longest: int) -> Image.Image:
+  """The frame, uint8 [H, W, 3], its longer side at most `longest` pixels."""
   image = Image.fromarray(frame)
   share = longest / max(image.size)
   if share >= 1:
@@ -96,11 +87,23 @@ def shrunk(frame: np.ndarray, longest: int) -> Image.Image:
   return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def data_url(image: Image.Image) -> str:
-  """The image as a JPEG data URL; equal images give equal text, as the call cache needs."""
+def data_uri(image: Image.Image | np.ndarray, encoding: Mapping[str, Any] = FOR_PAGES) -> str:
+  """The image as a `data:` address; equal images give equal text."""
+  image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
   buffer = io.BytesIO()
-  image.save(buffer, "JPEG", quality=88)
-  return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+  image.save(buffer, **encoding)
+  kind = encoding["format"].lower()
+  return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
+  """A mask [H, W] at `size` (width, height), 0 or 255."""
+  area = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255)
+  enlarged = max(0.0, size[0] / area.width - 1)
+  area = area.resize(size, Image.Resampling.BILINEAR)
+  # Blurred by as much as one pixel of a coarse mask, whose outline would be a staircase.
+  area = area.filter(ImageFilter.GaussianBlur(0.6 * enlarged))
+  return area.point(lambda value: 255 * (value > 127))
 
 
 def _scaled(mask: Image.Image, share: float) -> Image.Image:
@@ -116,7 +119,7 @@ def _grown(mask: Image.Image, pixels: int) -> Image.Image:
   return mask
 
 
-def shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
   """The text, or its beginning and "…", at most `width` pixels wide."""
   if font.getlength(text) <= width:
     return text
@@ -140,8 +143,13 @@ def _write_numbers(
     draw.rounded_rectangle(
       (x, y, x + width, y + height), radius=height // 4, fill=colour_of(index), outline="white"
     )
-    ink = "black" if luminance(colour_of(index)) > 0.35 else "white"
+    ink = ink_on(colour_of(index))
     draw.text((x + width / 2, y + height / 2), text, fill=ink, font=font, anchor="mm")
+
+
+def ink_on(colour: str) -> str:
+  """The colour of text on a plate of "#rrggbb", "black" or "white"."""
+  return "black" if luminance(colour) > 0.35 else "white"
 
 
 def luminance(colour: str) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipes.batch import Clip
 from data_pipes.errors import InputError
-from data_pipes.jobs import committed
+from data_pipes.files import replaced
 from data_pipes.records import Record
 from data_pipes.shards import FRAME_OPTIONS, StoredClip, shard_name
 from data_pipes.video import scene_ids
@@ -95,10 +95,10 @@ class FeatureShards:
     pairs = [(self.tower, tower.objects)]
     if self.frames is not None:
       pairs.append((self.frames.tower, tower.frames))
-    for found, wanted in pairs:
-      if found != wanted:
+    for cached, current in pairs:
+      if cached != current:
         raise InputError(
-          f"{self.path} is stale: made with tower {found}, this run has {wanted}; make it again"
+          f"{self.path} is stale: made with tower {cached}, this run has {current}; make it again"
         )
     if len(self) != samples:
       raise InputError(f"{self.path} is stale: found {len(self)} samples, the set has {samples}")
@@ -132,7 +132,7 @@ def write_features(
 
   folder = Path(folder)
   count = 0
-  with committed(folder / _RECORDS) as part:
+  with replaced(folder / _RECORDS) as part:
     writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
     for key, values, kept in samples:
       writer.write(
@@ -140,7 +140,7 @@ def write_features(
       )
       count += 1
     writer.close()
-  with committed(folder / _INDEX) as part:
+  with replaced(folder / _INDEX) as part:
     index = {"tower": tower, "tokens": tokens, "width": width, "samples": count}
     part.write_text(json.dumps(index) + "\n")
   return count
@@ -200,12 +200,12 @@ class FrameFeaturesWriter:
     self._folder, self._shards = Path(folder), index["shards"]
     path = self._folder / _FRAME_INDEX
     if path.is_file():
-      found = json.loads(path.read_text())
-      if changed := [k for k in index if found.get(k) != index[k]]:
-        listed = "; ".join(f"{k} was {found.get(k)}, is {index[k]}" for k in changed)
+      before = json.loads(path.read_text())
+      if changed := [k for k in index if before.get(k) != index[k]]:
+        listed = "; ".join(f"{k} was {before.get(k)}, is {index[k]}" for k in changed)
         raise InputError(f"{path} was begun with other settings: {listed}; use another folder")
       return
-    with committed(path) as part:
+    with replaced(path) as part:
       part.write_text(json.dumps(dict(index)) + "\n")
 
   def left(self) -> list[int]:
@@ -217,13 +217,13 @@ class FrameFeaturesWriter:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     keys = []
-    with committed(self._path(shard)) as part:
+    with replaced(self._path(shard)) as part:
       writer = ArrayRecordWriter(str(part), FRAME_OPTIONS)
       for key, values in frames:
         writer.write(key + values.astype(ml_dtypes.bfloat16).tobytes())
         keys.append(key)
       writer.close()
-    with committed(_keys_path(self._path(shard))) as part, open(part, "wb") as file:
+    with replaced(_keys_path(self._path(shard))) as part, open(part, "wb") as file:
       np.save(file, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY))
     return len(keys)
 

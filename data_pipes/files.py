@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from data_pipes.errors import InputError
 
+BREAKS = "\x85\u2028\u2029"  # line breaks to `str.splitlines` that JSON leaves as they are
+
 
 @contextlib.contextmanager
 def replaced(path: Path | str, *, durable: bool = True, alone: bool = True) -> Iterator[Path]:
@@ -44,12 +46,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-  """A record as one line of UTF-8, its end included."""
+  """A record as one line of UTF-8, its end included; `str.splitlines` finds one line too."""
   text = json.dumps(record, ensure_ascii=False)
   try:
     text.encode()
   except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
     text = json.dumps(record)
+  for character in BREAKS:
+    text = text.replace(character, f"\\u{ord(character):04x}")
   return text + "\n"
 
 

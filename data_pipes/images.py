@@ -112,10 +112,11 @@ def photo_grid(
   if rows * cols < count:
     raise InputError(f"{count} frames do not fit a grid of {rows} rows and {cols} columns")
   height, width, channels = frames[0].shape
-  grid = np.zeros((rows * cols, height, width, channels), frames[0].dtype)
-  grid[:count] = frames
-  grid = grid.reshape(rows, cols, height, width, channels).swapaxes(1, 2)
-  return grid.reshape(rows * height, cols * width, channels)
+  grid = np.zeros((rows * height, cols * width, channels), frames[0].dtype)
+  for i, frame in enumerate(frames):
+    top, left = i // cols * height, i % cols * width
+    grid[top : top + height, left : left + width] = frame
+  return grid
 
 
 def normalise(image: np.ndarray) -> np.ndarray:

@@ -1,23 +1,24 @@
 """Units of work that may be killed anywhere and run again, and the runners that run them.
 
 A job is a row of stages; a stage is a number of shards; a task is one (stage, shard). A task writes
-its output once, by an atomic rename (`committed`), and is done when the output is there. While it
-runs, finished rows go to a `Journal`; started again, it goes on behind them. So a killed job that
-is started again ends with the same bytes as one that was not, and any scheduler can run the tasks:
-the stages one after another, the shards of a stage in any order and at the same time.
+its output once, by an atomic rename (`files.replaced`), and is done when the output is there. While
+it runs, finished rows go to a `Journal`; started again, it goes on behind them. So a killed job
+that is started again ends with the same bytes as one that was not, and any scheduler can run the
+tasks: the stages one after another, the shards of a stage in any order and at the same time.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 from data_pipes.errors import InputError
 
@@ -48,75 +49,124 @@ class Job(Protocol):
     """The shell command that does the same."""
     ...
 
+  def split(self, workers: int) -> "Sequence[Job]":
+    """The job as each of several workers does it; what it opens for one task it keeps for more."""
+    ...
 
-@contextlib.contextmanager
-def committed(path: Path) -> Iterator[Path]:
-  """Gives a path to write to, which becomes `path` if the block ends well."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  yield part
-  part.replace(path)
+
+class Rows(Protocol):
+  """How a journal's rows stand in its file."""
+
+  def pack(self, key: str, value: bytes) -> tuple[bytes, int]:
+    """The row's bytes, and where in them the value begins."""
+    ...
+
+  def scan(self, file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    """(key, start of the value, end of the row) of each whole row; stops at a torn one."""
+    ...
+
+
+class BinaryRows:
+  """Values are any bytes; a checksum tells a torn row."""
+
+  _HEAD = struct.Struct("<IIQ")  # checksum of key and value, length of key, length of value
+
+  def pack(self, key: str, value: bytes) -> tuple[bytes, int]:
+    name = key.encode()
+    row = name + value
+    head = self._HEAD.pack(zlib.crc32(row), len(name), len(value))
+    return head + row, len(head) + len(name)
+
+  def scan(self, file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    end, size = 0, os.fstat(file.fileno()).st_size
+    while end + self._HEAD.size <= size:
+      check, key_length, length = self._HEAD.unpack(file.read(self._HEAD.size))
+      if end + self._HEAD.size + key_length + length > size:
+        return
+      row = file.read(key_length + length)
+      if zlib.crc32(row) != check:
+        return
+      start = end + self._HEAD.size + key_length
+      end = start + length
+      yield row[:key_length].decode(), start, end
+
+
+class JsonRows:
+  """Values are lines of JSON, their end included, that hold their own key: for people to read."""
+
+  def __init__(self, key: Callable[[Any], str]):
+    self._key = key
+
+  def pack(self, key: str, value: bytes) -> tuple[bytes, int]:
+    return value, 0
+
+  def scan(self, file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    end = 0
+    for line in file:
+      try:
+        if not line.endswith(b"\n"):
+          return
+        key = self._key(json.loads(line))
+      except ValueError:
+        return
+      start, end = end, end + len(line)
+      yield key, start, end
 
 
 class Journal:
   """Finished rows of a task, appended to a file as they come: key -> bytes.
 
   A row that a kill cut off is dropped when the file is opened again. One process at a time has it.
+  `rows` is the file's format. There are two, since journals lie in folders that an earlier version
+  began: encoded frames are no text, and the engine's rows have been lines from the start.
   """
 
-  _HEAD = struct.Struct("<IIQ")  # checksum of key and value, length of key, length of value
-
-  def __init__(self, path: Path):
-    """Opens or makes the file. Raises InputError if another process has it."""
-    self.path = path
+  def __init__(
+    self,
+    path: Path,
+    rows: Rows | None = None,
+    in_use: str = "another process is at this task; wait for it, or end it",
+  ):
+    """Opens or makes the file. Raises InputError, saying `in_use`, if another process has it."""
+    self.path, self._rows = path, rows or BinaryRows()
     path.parent.mkdir(parents=True, exist_ok=True)
     self._file = path.open("a+b")
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       self._file.close()
-      raise InputError(f"{path}: another process is at this task; wait for it, or end it") from None
-    self._at: dict[str, tuple[int, int]] = {}
-    end = self._scan()
-    self._file.truncate(end)
-    self._file.seek(end)
-
-  def _scan(self) -> int:
-    """Finds the whole rows; returns where they end."""
-    file, end = self._file, 0
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    while end + self._HEAD.size <= size:
-      check, key_length, length = self._HEAD.unpack(file.read(self._HEAD.size))
-      if end + self._HEAD.size + key_length + length > size:
-        break
-      row = file.read(key_length + length)
-      if zlib.crc32(row) != check:
-        break
-      start = end + self._HEAD.size + key_length
-      self._at[row[:key_length].decode()] = (start, length)
-      end = start + length
-    return end
+      raise InputError(f"{path}: {in_use}") from None
+    self._places: dict[str, tuple[int, int]] = {}  # key -> start and end of its last value
+    self._end = 0
+    self._file.seek(0)
+    for key, start, end in self._rows.scan(self._file):
+      self._places[key] = (start, end)
+      self._end = end
+    self._file.truncate(self._end)
+    self._file.seek(self._end)
 
   def __contains__(self, key: str) -> bool:
-    return key in self._at
+    return key in self._places
 
   def __len__(self) -> int:
-    return len(self._at)
+    return len(self._places)
+
+  def __iter__(self) -> Iterator[str]:
+    """The keys, in the order of the first row of each."""
+    return iter(self._places)
 
   def add(self, key: str, value: bytes) -> None:
-    """Appends a row; it is kept from now on."""
-    name = key.encode()
-    row = name + value
-    start = self._file.seek(0, os.SEEK_END) + self._HEAD.size + len(name)
-    self._file.write(self._HEAD.pack(zlib.crc32(row), len(name), len(value)) + row)
+    """Appends a row; it is kept from now on, whatever becomes of this process."""
+    row, offset = self._rows.pack(key, value)
+    self._file.write(row)  # at the end, wherever was read before
     self._file.flush()
-    self._at[key] = (start, len(value))
+    start, self._end = self._end + offset, self._end + len(row)
+    self._places[key] = (start, self._end)
 
   def __getitem__(self, key: str) -> bytes:
-    start, length = self._at[key]
+    start, end = self._places[key]
     self._file.seek(start)
-    return self._file.read(length)
+    return self._file.read(end - start)
 
   def close(self, delete: bool = False) -> None:
     """Gives the file free; `delete` once its rows are committed elsewhere."""
@@ -149,6 +199,18 @@ def die_with_parent() -> None:
 
 Progress = Callable[[str, int, int], None]
 
+_job: Job  # of a worker process
+
+
+def _start_worker(job: Job) -> None:
+  global _job
+  die_with_parent()
+  _job = job
+
+
+def _run_task(stage: str, shard: int) -> None:
+  _job.run(stage, shard)
+
 
 def run_local(
   job: Job, workers: int = 1, progress: Progress = lambda stage, done, total: None
@@ -158,15 +220,15 @@ def run_local(
     total = job.shards(stage)
     left = [shard for shard in range(total) if not job.done(stage, shard)]
     progress(stage, total - len(left), total)
-    if workers == 1 or len(left) == 1:
+    if workers == 1 or len(left) <= 1:
       for count, shard in enumerate(left, 1):
         job.run(stage, shard)
         progress(stage, total - len(left) + count, total)
       continue
     with ProcessPoolExecutor(
-      min(workers, max(len(left), 1)), get_context("spawn"), die_with_parent
+      min(workers, len(left)), get_context("spawn"), _start_worker, (job,)
     ) as pool:
-      futures = [pool.submit(job.run, stage, shard) for shard in left]
+      futures = [pool.submit(_run_task, stage, shard) for shard in left]
       try:
         for count, future in enumerate(as_completed(futures), 1):
           future.result()
@@ -176,54 +238,116 @@ def run_local(
         raise
 
 
+class _RayWorker:
+  """Runs tasks of a job in a process of its own; becomes a Ray actor."""
+
+  def __init__(self, job: Job, folder: Path):
+    self._job = job
+    with contextlib.suppress(OSError):  # paths may be relative to it, where it is here too
+      os.chdir(folder)
+
+  def run(self, stage: str, shard: int) -> None:
+    self._job.run(stage, shard)
+
+
 def run_ray(
   job: Job,
   address: str | None = None,
   cpus: float = 1,
+  gpus: float = 0,
   progress: Progress = lambda stage, done, total: None,
 ) -> None:
-  """Runs what is left of a job as Ray tasks of `cpus` each; all hosts must see its folders alike.
+  """Runs what is left of a job on Ray Core; all hosts must see its folders alike.
+
+  As many actors as the cluster has room for take `cpus` and `gpus` each and the next task whenever
+  they are free, so what a job opens for a task is opened once an actor. A task that fails lets
+  those at work end; then its error is raised.
+
+  Args:
+    address: of the cluster; None: one on this machine.
 
   Raises:
-    InputError: Ray is not installed, or no node has that many CPUs.
+    InputError: Ray is not installed, or there is no room for one actor.
   """
   try:
     import ray
   except ImportError:
     raise InputError("--runner ray needs Ray; pip install 'vr-jax[ray]'") from None
-  ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+  ours = not ray.is_initialized()
+  if ours:
+    ray.init(address=address, include_dashboard=False, log_to_driver=False)
+  actors: list[Any] = []
   try:
-    if not any(node["Resources"].get("CPU", 0) >= cpus for node in ray.nodes() if node["Alive"]):
-      raise InputError(f"no Ray node has the {cpus:g} CPUs that a task takes")
-
-    here = Path.cwd()  # paths may be relative to it
-
-    @ray.remote(num_cpus=cpus, max_retries=3)
-    def run(stage: str, shard: int) -> None:
-      os.chdir(here)
-      job.run(stage, shard)
-
+    count = min(_room(ray, cpus, gpus), max(map(job.shards, job.stages)))
+    kind = ray.remote(_RayWorker).options(
+      num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
+    )
+    actors += [kind.remote(part, Path.cwd()) for part in job.split(count)]
     for stage in job.stages:
-      total = job.shards(stage)
-      waiting = [run.remote(stage, k) for k in range(total) if not job.done(stage, k)]
-      progress(stage, total - len(waiting), total)
-      while waiting:
-        ready, waiting = ray.wait(waiting)
-        ray.get(ready)
-        progress(stage, total - len(waiting), total)
-  except ray.exceptions.RayTaskError as error:
-    if isinstance(error.cause, InputError):
-      raise error.cause from None
-    raise
+      _run_stage(ray, actors, job, stage, progress)
   finally:
-    ray.shutdown()
+    for actor in actors:
+      ray.kill(actor)
+    if ours:
+      ray.shutdown()
 
 
-def array_commands(job: Job) -> Iterator[str]:
-  """Shell commands, one a task, for a scheduler's array jobs; comments part the stages."""
+def _room(ray: Any, cpus: float, gpus: float) -> int:
+  """Actors of this size that the cluster takes now; one that never starts would hang the job."""
+  nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+  fit = sum(
+    int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
+    for node in nodes
+  )
+  if not fit:
+    more = f" and {gpus:g} GPUs" if gpus else ""
+    raise InputError(f"no Ray node has the {cpus:g} CPUs{more} that a task takes")
+  free = ray.available_resources()
+  count = min(fit, int(free.get("CPU", 0) / cpus))
+  if gpus:
+    count = min(count, int(free.get("GPU", 0) / gpus))
+  if count < 1:
+    raise InputError(f"--runner ray: found free {free}; needed: {cpus:g} CPU and {gpus:g} GPU")
+  return count
+
+
+def _run_stage(ray: Any, actors: Sequence[Any], job: Job, stage: str, progress: Progress) -> None:
+  """Gives every free actor the next shard until all are done."""
+  total = job.shards(stage)
+  left = [shard for shard in range(total) if not job.done(stage, shard)][::-1]
+  done = total - len(left)
+  progress(stage, done, total)
+  free: list[Any] = list(actors)
+  at_work: dict[Any, Any] = {}
+  failure: Any = None
+  while at_work or (left and not failure):
+    while free and left and not failure:
+      actor = free.pop()
+      at_work[actor.run.remote(stage, left.pop())] = actor
+    (ready,), _ = ray.wait(list(at_work))
+    free.append(at_work.pop(ready))
+    try:
+      ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+      failure = failure or error
+    else:
+      done += 1
+      progress(stage, done, total)
+  if failure:
+    raise failure.cause from failure  # as the task raised it; Ray's text has the traceback there
+
+
+def array_commands(job: Job, heading: Callable[[str], str] | None = None) -> Iterator[str]:
+  """Shell commands, one a task, for a scheduler's array jobs; comments part the stages.
+
+  `heading`: of a stage, instead of how many tasks it has and when they may begin.
+  """
   for number, stage in enumerate(job.stages, 1):
     shards = job.shards(stage)
-    when = "" if number == 1 else f"; when all of {job.stages[number - 2]} have ended"
-    yield f"# stage {number} of {len(job.stages)}, {stage}: {shards} tasks in any order{when}"
+    if heading:
+      yield f"# {heading(stage)}"
+    else:
+      when = "" if number == 1 else f"; when all of {job.stages[number - 2]} have ended"
+      yield f"# stage {number} of {len(job.stages)}, {stage}: {shards} tasks in any order{when}"
     for shard in range(shards):
       yield job.command(stage, shard)

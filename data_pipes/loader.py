@@ -6,13 +6,14 @@ global batches are the same for any number of processes.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
-from data_pipes.batch import Row, empty_row, empty_rows, rows_of
+from data_pipes.batch import Row, RowShape, empty_row, empty_rows, rows_of
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures, TooManyFailures
 from data_pipes.samples import RowSource
@@ -60,48 +61,29 @@ def make_dataset(
     raise InputError(
       f"batch_size={batch_size} is not divisible by the number of processes ({process_count})"
     )
-  shapes = {s.shape for s in samples}
-  if len(shapes) != 1 or not all(len(s) for s in samples):
-    lengths = ", ".join(str(len(s)) for s in samples)
-    raise InputError(
-      f"found {len(samples)} sets of {lengths or 'no'} samples and {len(shapes)} row shapes; "
-      "accepted: sets that are not empty, of one row shape"
-    )
-  (shape,) = shapes
-  ends = [0]
-  for one in samples:
-    ends.append(ends[-1] + len(one))
+  shape = _shape_of(samples)
+  ends = [0, *itertools.accumulate(map(len, samples))]
   failures = Failures() if failures is None else failures
 
-  def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
-    numbers = grain.MapDataset.range(first, last)
-    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
-    return numbers.repeat(epochs)
-
-  if weights is None:
-    order = ordered(0, ends[-1], 0)
-  else:
-    # Salts far apart: a later epoch of one set must not repeat the order of another.
-    parts = [ordered(ends[i], ends[i + 1], i << 16) for i in range(len(samples))]
-    order = grain.MapDataset.mix(parts, weights)
+  order = _order(ends, seed, shuffle, epochs, weights)
   if not drop_remainder and epochs is not None and len(order) % batch_size:
     missing = batch_size - len(order) % batch_size
     order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
 
   def located(number: int) -> tuple[int, int]:
-    of = next(i for i in range(len(samples)) if number < ends[i + 1])
-    return of, number - ends[of]
+    source = next(i for i in range(len(samples)) if number < ends[i + 1])
+    return source, number - ends[source]
 
   def name(numbers: Sequence[int]) -> list[str]:
-    found = (located(number) for number in numbers if number >= 0)
-    return [name for of, index in found for name in samples[of].names(index)]
+    places = (located(number) for number in numbers if number >= 0)
+    return [name for source, index in places for name in samples[source].names(index)]
 
   def load(numbers: Sequence[int]) -> Row:
     batch = empty_rows(shape, len(numbers))
     for number, row in zip(numbers, rows_of(batch), strict=True):
       if number >= 0:
-        of, index = located(number)
-        _fill(samples[of], row, index, failures, number, ends[-1])
+        source, index = located(number)
+        _fill(samples[source], row, index, failures, number, ends[-1])
     return batch
 
   order = order[: len(order) // batch_size * batch_size]  # or processes would differ in length
@@ -110,10 +92,43 @@ def make_dataset(
       f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
       "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
     )
-  own = order[process_index::process_count]
+  order = order[process_index::process_count]
   # One element a batch: Grain's part of a row is to look up its number.
-  numbers = own.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
+  numbers = order.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
   return numbers.map(name if names else load)
+
+
+def _shape_of(samples: Sequence[RowSource]) -> RowShape:
+  """The one shape of all sets. Raises InputError: several, or an empty set."""
+  shapes = {s.shape for s in samples}
+  if len(shapes) != 1 or not all(len(s) for s in samples):
+    lengths = ", ".join(str(len(s)) for s in samples)
+    raise InputError(
+      f"found {len(samples)} sets of {lengths or 'no'} samples and {len(shapes)} row shapes; "
+      "accepted: sets that are not empty, of one row shape"
+    )
+  return shapes.pop()
+
+
+def _order(
+  ends: Sequence[int],
+  seed: int,
+  shuffle: bool,
+  epochs: int | None,
+  weights: Sequence[float] | None,
+) -> grain.MapDataset:
+  """Numbers of samples in the order in which they come; set i has `ends[i]` to `ends[i + 1]`."""
+
+  def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
+    numbers = grain.MapDataset.range(first, last)
+    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
+    return numbers.repeat(epochs)
+
+  if weights is None:
+    return ordered(0, ends[-1], 0)
+  # Salts far apart: a later epoch of one set must not repeat the order of another.
+  pairs = enumerate(itertools.pairwise(ends))
+  return grain.MapDataset.mix([ordered(*pair, i << 16) for i, pair in pairs], weights)
 
 
 def _fill(
@@ -167,11 +182,11 @@ def make_bucketed_dataset(
   def load(position: int) -> Row | list[str]:
     epoch, at = divmod(position, per_epoch)
     b, numbers = order(epoch)[at]
-    mine, bucket = numbers[process_index::process_count], buckets[b]
+    local, bucket = numbers[process_index::process_count], buckets[b]
     if names:
-      return [name for index in mine for name in bucket.names(index)]
+      return [name for index in local for name in bucket.names(index)]
     batch = empty_rows(bucket.shape, batch_size // process_count)
-    for index, row in zip(mine, rows_of(batch), strict=False):  # the last ones may stay empty
+    for index, row in zip(local, rows_of(batch), strict=False):  # the last ones may stay empty
       _fill(bucket, row, index, failures, int(bucket.numbers[index]), total)
     return batch
 

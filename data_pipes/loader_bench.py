@@ -8,7 +8,7 @@ there is nothing to do: beside real ones it is less than the noise of decoding.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,7 @@ from data_pipes.clips import media_path, read_clip
 from data_pipes.errors import InputError
 from data_pipes.loader import make_dataset, prefetched
 from data_pipes.packing import plan_rows
-from data_pipes.records import Record, RecordFile
+from data_pipes.records import Record
 from data_pipes.samples import RowRules, RowSource, Samples, record_needs
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video, read_scene, scene_ids
@@ -27,46 +27,58 @@ _PLANNED = 4000  # samples that packing is tried on, at most
 STAGES = ("read", "text", "open", "decode", "resize and masks", "lay out")
 
 
+@dataclass(frozen=True)
+class Options:
+  """What is timed, and how.
+
+  Attributes:
+    repeats: of the loader's turns; their medians count.
+    pack: slots of a packed row; as many as the longest sample takes, if that is more.
+  """
+
+  media: str = field(
+    default=".", metadata={"help": "the media are relative to DIR", "metavar": "DIR"}
+  )
+  samples: int = field(default=64, metadata={"help": "default: %(default)s", "metavar": "N"})
+  threads: int = field(default=2, metadata={"help": "default: %(default)s", "metavar": "N"})
+  scene: int = 16
+  batch_size: int = 8
+  repeats: int = 1
+  pack: int = 8192
+
+
 def bench(
-  records: Sequence[Record] | RecordFile,
+  records: Sequence[Record],
   tokenizer: Tokenizer,
   sizes: Mapping[str, int],
   rules: RowRules,
-  *,
-  media: str | Path = "",
-  scene: int = 16,
-  samples: int = 64,
-  batch_size: int = 8,
-  threads: int = 2,
-  repeats: int = 1,
-  pack: int = 8192,
+  options: Options,
 ) -> dict[str, Any]:
-  """Reads up to `samples` records stage by stage, then by the loader; plans packed rows of them.
+  """Reads records stage by stage, then by the loader; plans packed rows of them.
 
   Args:
     sizes: image_size, grid, tokens_per_object, scene_tokens of a row.
-    repeats: of the loader's turns; their medians count.
-    pack: slots of a packed row; as many as the longest sample takes, if that is more.
 
   Returns CPU milliseconds a sample by stage, the loader's samples/s/core and its wall rate with
   `threads`, Grain's own microseconds a sample and their share of the loader's, encodes per unique
   frame, and how full packed rows are.
   """
-  count = min(samples, len(records))
+  count = min(options.samples, len(records))
   if not count:
     raise InputError("found no records; accepted: at least one")
   step = len(records) / count
   chosen = [records[int(i * step)] for i in range(count)]
+  scene, batch_size, threads = options.scene, options.batch_size, options.threads
   needs = [record_needs(r, i, tokenizer, scene, rules) for i, r in enumerate(chosen)]
   shape = fit_shape(needs, scene=scene, **sizes)
-  source = Samples(chosen, tokenizer, shape, media_root=media, rules=rules)
+  source = Samples(chosen, tokenizer, shape, media_root=options.media, rules=rules)
   stages, frames, slots = _stages(records, step, count, source, batch_size)
   per_sample = {name: 1e3 * seconds / count for name, seconds in stages.items()}
 
   dataset = make_dataset([source], batch_size=batch_size, seed=0, drop_remainder=False)
-  runs = [_time(prefetched(dataset, threads=threads)) for _ in range(repeats)]
+  runs = [_time(prefetched(dataset, threads=threads)) for _ in range(options.repeats)]
   cpu, wall = map(median, zip(*runs, strict=True))
-  own = grain_seconds(batch_size, threads, max(repeats, 3))
+  grain = grain_seconds(batch_size, threads, max(options.repeats, 3))
   return {
     "samples": count,
     "frames_a_sample": frames / count,
@@ -75,10 +87,10 @@ def bench(
     "limited_by": max(stages, key=lambda name: stages[name]),
     "threads": threads,
     "loader_samples_per_second": count / wall,
-    "grain_us_a_sample": 1e6 * own,
-    "loader_overhead": own * count / cpu,
+    "grain_us_a_sample": 1e6 * grain,
+    "loader_overhead": grain * count / cpu,
     "encodes_per_unique_frame": slots / max(frames, 1),
-    "packing": _packing(records, source, sizes, scene, pack),
+    "packing": _packing(records, source, sizes, scene, options.pack),
   }
 
 
@@ -104,7 +116,7 @@ def grain_seconds(batch_size: int, threads: int, repeats: int = 3) -> float:
 
 
 def _packing(
-  records: Sequence[Record] | RecordFile,
+  records: Sequence[Record],
   source: Samples,
   sizes: Mapping[str, int],
   scene: int,
@@ -134,7 +146,7 @@ def _time(batches: Iterator[Row]) -> tuple[float, float]:
 
 
 def _stages(
-  records: Sequence[Record] | RecordFile, step: float, count: int, source: Samples, batch_size: int
+  records: Sequence[Record], step: float, count: int, source: Samples, batch_size: int
 ) -> tuple[dict[str, float], int, int]:
   """(CPU seconds by stage, unique frames of all samples, frame slots that they fill)."""
   clock = dict.fromkeys(STAGES, 0.0)

@@ -106,7 +106,7 @@ def _mask_of(image: Image.Image, object_id: int | None) -> MaskPicture:
   pixels = np.asarray(colours)
   kinds = np.unique(pixels.reshape(-1, 3), axis=0)
   if len(kinds) == 2 and not kinds[0].any():  # one colour on black
-    return MaskPicture(pixels.any(-1).astype(np.uint8))
+    return MaskPicture(np.asarray(pixels.any(-1), np.uint8))
   names = ", ".join("#{:02x}{:02x}{:02x}".format(*kind) for kind in kinds[:6])
   more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
   raise InputError(

@@ -122,7 +122,7 @@ def check_segmentation(segmentation: Any) -> tuple[tuple[int, int] | None, int |
       _corners(polygon)
     return None, None if segmentation else 0
   height, width = _size(segmentation)
-  counts = segmentation.get("counts")
+  counts: Any = segmentation.get("counts")
   lengths = string_to_counts(counts) if isinstance(counts, str) else _whole_numbers(counts)
   check_counts(lengths, height, width)
   return (height, width), int(lengths[1::2].sum())

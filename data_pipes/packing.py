@@ -17,6 +17,7 @@ import numpy as np
 from data_pipes.batch import Needs, Row, RowShape, Used, fit_shape, place
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures
+from data_pipes.files import replaced
 from data_pipes.samples import RowSource, Samples
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Plan:
 
 
 def plan_rows(
-  wanted: Sequence[Needs],
+  needs: Sequence[Needs],
   length: int,
   *,
   sizes: dict[str, int],
@@ -54,7 +55,7 @@ def plan_rows(
   """Packs samples into rows of `length` slots.
 
   Args:
-    wanted: needs of each sample.
+    needs: those of each sample.
     sizes: image_size, grid, tokens_per_object and scene_tokens of the rows.
     scene: T.
     budgets: frames, objects, clips and object_frames of a row where they are set. Otherwise what a
@@ -66,7 +67,7 @@ def plan_rows(
     InputError: a sample that alone does not fit a row.
   """
   budgets = {k: v for k, v in (budgets or {}).items() if v}
-  take = _takes(wanted, sizes)
+  take = _takes(needs, sizes)
   names = ("length", "frames", "objects", "clips")
   order = np.random.default_rng(seed).permutation(len(take))
   full_rows = take[:, 0].sum() / length
@@ -88,10 +89,10 @@ def plan_rows(
     frames=room[1],
     scene=scene,
     objects=room[2],
-    object_frames=budgets.get("object_frames", max([1, *(n.object_frames for n in wanted)])),
+    object_frames=budgets.get("object_frames", max([1, *(n.object_frames for n in needs)])),
     length=length,
     clips=room[3],
-    **sizes,
+    **sizes,  # type: ignore[arg-type]
   )
   return Plan(rows, shape, dict(zip(names, map(float, used), strict=True)))
 
@@ -101,11 +102,11 @@ def budgets_of(shape: RowShape) -> dict[str, int]:
   return {k: getattr(shape, k) for k in ("frames", "objects", "object_frames", "clips")}
 
 
-def _takes(wanted: Sequence[Needs], sizes: dict[str, int]) -> np.ndarray:
+def _takes(needs: Sequence[Needs], sizes: dict[str, int]) -> np.ndarray:
   """int64 [samples, 4]: slots, frames, objects, clips."""
   rows = [
     (n.length(sizes["tokens_per_object"], sizes["scene_tokens"]), n.frames, n.objects, n.scene > 0)
-    for n in wanted
+    for n in needs
   ]
   return np.array(rows, np.int64).reshape(-1, 4)
 
@@ -157,16 +158,16 @@ class PackedSamples(RowSource):
     return len(self._plan.rows)
 
   def names(self, index: int) -> list[str]:
-    located = (_locate(self._ends, number) for number in self._plan.rows[index])
-    return [name for of, own in located for name in self._sets[of].names(own)]
+    places = (_locate(self._ends, number) for number in self._plan.rows[index])
+    return [name for k, sample in places for name in self._sets[k].names(sample)]
 
   def fill(self, row: Row, index: int) -> None:
     used = Used()
     for number in self._plan.rows[index]:
-      of, own = _locate(self._ends, number)
-      samples, room = self._sets[of], row["frames"][used.frames :]
+      k, sample = _locate(self._ends, number)
+      samples, room = self._sets[k], row["frames"][used.frames :]
       try:
-        text, clip, where = samples.part(own, room)
+        text, clip, where = samples.part(sample, room)
         used = place(row, text, clip, self.shape, samples.tokenizer.region_id, where, used)
       except InputError as error:
         room[:] = 0  # what was decoded of it
@@ -192,23 +193,23 @@ class BucketSamples(RowSource):
     return len(self.numbers)
 
   def names(self, index: int) -> list[str]:
-    of, own = _locate(self._ends, self.numbers[index])
-    return self._sets[of].names(own)
+    k, sample = _locate(self._ends, self.numbers[index])
+    return self._sets[k].names(sample)
 
   def fill(self, row: Row, index: int) -> None:
-    of, own = _locate(self._ends, self.numbers[index])
-    text, clip, where = self._sets[of].part(own, row["frames"])
-    place(row, text, clip, self.shape, self._sets[of].tokenizer.region_id, where)
+    k, sample = _locate(self._ends, self.numbers[index])
+    text, clip, where = self._sets[k].part(sample, row["frames"])
+    place(row, text, clip, self.shape, self._sets[k].tokenizer.region_id, where)
 
 
 def _locate(ends: np.ndarray, number: int) -> tuple[int, int]:
   """(set, number within it) of a sample numbered through all sets."""
-  of = int(np.searchsorted(ends, number, side="right"))
-  return of, int(number - (ends[of - 1] if of else 0))
+  k = int(np.searchsorted(ends, number, side="right"))
+  return k, int(number - (ends[k - 1] if k else 0))
 
 
 def make_buckets(
-  wanted: Sequence[Needs], lengths: Sequence[int], *, sizes: dict[str, int], scene: int
+  needs: Sequence[Needs], lengths: Sequence[int], *, sizes: dict[str, int], scene: int
 ) -> list[Bucket]:
   """Sorts samples into rows of at most `lengths[0]`, `lengths[1]`, ... slots.
 
@@ -220,16 +221,16 @@ def make_buckets(
   lengths = sorted(lengths)
   if not 1 <= len(lengths) <= MAX_SHAPES or lengths[0] < 1:
     raise InputError(f"buckets={tuple(lengths)}; accepted: 1 to {MAX_SHAPES} row lengths")
-  slots = _takes(wanted, sizes)[:, 0]
+  slots = _takes(needs, sizes)[:, 0]
   if slots.max(initial=0) > lengths[-1]:
     i = int(np.argmax(slots))
     raise InputError(f"sample {i} has {slots[i]} slots; accepted: a bucket that holds it")
-  of = np.searchsorted(lengths, slots)
+  bucket_of = np.searchsorted(lengths, slots)
   buckets = []
   for k, length in enumerate(lengths):
-    numbers = np.flatnonzero(of == k)
+    numbers = np.flatnonzero(bucket_of == k)
     if len(numbers):
-      shape = fit_shape((wanted[i] for i in numbers), scene=scene, **sizes)
+      shape = fit_shape((needs[int(i)] for i in numbers), scene=scene, **sizes)
       buckets.append(Bucket(numbers, dataclasses.replace(shape, length=length)))
   return buckets
 
@@ -246,13 +247,12 @@ def read_needs(path: Path) -> list[Needs] | None:
   return [Needs(*map(int, row)) for row in table]
 
 
-def write_needs(path: Path, wanted: Sequence[Needs]) -> None:
+def write_needs(path: Path, needs: Sequence[Needs]) -> None:
   """Keeps needs in a file, if its folder can be written."""
-  table = np.array([dataclasses.astuple(n) for n in wanted], np.int32).reshape(-1, len(_FIELDS))
-  part = path.with_name(f"{path.name}.{hash(id(wanted)) & 0xFFFF:x}.part.npy")
+  table = np.array([dataclasses.astuple(n) for n in needs], np.int32).reshape(-1, len(_FIELDS))
   try:
-    np.save(part, table)
-    part.replace(path)
+    with replaced(path, alone=False) as part, open(part, "wb") as file:
+      np.save(file, table)
   except OSError as error:
     log.info("needs of the samples are not kept: %s", error)
 

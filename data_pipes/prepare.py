@@ -24,13 +24,13 @@ from data_pipes.check import (
   check_frames,
   check_masks,
   inspect_media,
-  parse_item,
 )
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
+from data_pipes.files import replaced
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
-from data_pipes.jobs import Journal, committed
-from data_pipes.records import Record
+from data_pipes.jobs import Journal
+from data_pipes.records import Record, parse_item
 from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
 from data_pipes.video import open_video, scene_ids
 
@@ -53,15 +53,26 @@ class Settings:
     reject: classes of notices (data_pipes.check.NOTICES) whose items are left out too.
   """
 
-  files: tuple[str, ...]
-  media: str
-  shards: int = 16
-  scene: tuple[int, ...] = (16,)
-  size: int = 384
-  aspect_ratio: str = "square"
-  format: str = "jpeg"
-  quality: int = 95
-  reject: tuple[str, ...] = ()
+  files: tuple[str, ...] = field(
+    default=(),
+    metadata={"positional": True, "help": "a JSON array of items", "metavar": "FILE"},
+  )
+  media: str = field(
+    default=".", metadata={"help": "the media are relative to DIR", "metavar": "DIR"}
+  )
+  shards: int = field(default=16, metadata={"help": "default: %(default)s", "metavar": "N"})
+  scene: tuple[int, ...] = field(
+    default=(16,), metadata={"flag": "--scene-frames", "help": "default: 16", "metavar": "N"}
+  )
+  size: int = field(
+    default=384, metadata={"help": "of stored frames, 0: the source's (default: %(default)s)"}
+  )
+  aspect_ratio: str = field(default="square", metadata={"help": "square (default) or pad"})
+  format: str = field(default="jpeg", metadata={"help": "jpeg (default), or png, which is exact"})
+  quality: int = field(default=95, metadata={"help": "of jpeg (default: %(default)s)"})
+  reject: tuple[str, ...] = field(
+    default=(), metadata={"help": "see vr data check", "metavar": "NOTICE"}
+  )
 
   def __post_init__(self):
     for name, accepted in (("aspect_ratio", ASPECT_RATIOS), ("format", ("jpeg", "png"))):
@@ -105,19 +116,19 @@ class Prepare:
   def start(cls, out: Path | str, settings: Settings) -> "Prepare":
     """Begins in an empty folder, or goes on in one that was begun with the same settings."""
     job = cls(Path(out), settings)
-    wanted = json.loads(json.dumps(asdict(settings)))
+    fields = json.loads(json.dumps(asdict(settings)))
     path = job.out / SETTINGS
     if path.exists():
-      found = json.loads(path.read_text())
-      changed = [k for k in wanted if found.get(k) != wanted[k]]
+      before = json.loads(path.read_text())
+      changed = [k for k in fields if before.get(k) != fields[k]]
       if changed:
-        listed = "; ".join(f"{k} was {found.get(k)!r}, is {wanted[k]!r}" for k in changed)
+        listed = "; ".join(f"{k} was {before.get(k)!r}, is {fields[k]!r}" for k in changed)
         raise InputError(f"{out} was begun with other settings: {listed}; use another folder")
     elif job.out.is_dir() and any(job.out.iterdir()):
       raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
     else:
-      with committed(path) as part:
-        part.write_text(json.dumps(wanted, indent=2) + "\n")
+      with replaced(path) as part:
+        part.write_text(json.dumps(fields, indent=2) + "\n")
     return job
 
   @classmethod
@@ -126,9 +137,9 @@ class Prepare:
     path = Path(out) / SETTINGS
     if not path.is_file():
       raise InputError(f"{path}: no such file; begin with vr data prepare FILES --media DIR --out")
-    found = json.loads(path.read_text())
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return cls(Path(out), Settings(**found))
+    fields = json.loads(path.read_text())
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return cls(Path(out), Settings(**fields))
 
   def shards(self, stage: str) -> int:
     return {"index": len(self.settings.files), "shards": self.settings.shards, "manifest": 1}[stage]
@@ -143,6 +154,9 @@ class Prepare:
 
   def command(self, stage: str, shard: int) -> str:
     return f"vr data prepare --out {shlex.quote(str(self.out))} --task {stage} {shard}"
+
+  def split(self, workers: int) -> "list[Prepare]":
+    return [self] * workers
 
   def run(self, stage: str, shard: int) -> None:
     if stage not in self.stages or not 0 <= shard < self.shards(stage):
@@ -162,7 +176,7 @@ class Prepare:
     """Lines: the file; then [shard, item, offset, length, media, path] or a reject."""
     path = self.settings.files[number]
     checks = Checks(reject=self.settings.reject)
-    with committed(self.output("index", number)) as part, open(part, "w") as out:
+    with replaced(self.output("index", number)) as part, open(part, "w") as out:
       out.write(json.dumps({"file": path, "bytes": Path(path).stat().st_size}) + "\n")
       for checked in check_file(path, checks):
         i, span, record = checked.index, checked.span, checked.record
@@ -172,6 +186,7 @@ class Prepare:
           line = {"item": i, "id": checked.id, "media": record.path if record else None}
           out.write(json.dumps(line | rejected) + "\n")
           continue
+        assert record is not None  # or there were a defect
         text = record.path or f"{number}:{i}"
         code = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         shard = int.from_bytes(code, "big") % self.settings.shards
@@ -209,20 +224,21 @@ class Prepare:
     rejects: list[dict[str, Any]] = []
     notices: list[dict[str, Any]] = []
     items = [(*entry[:2], *self._read(*entry)) for entry in entries]
-    clip, frames = None, []
+    clip: dict[str, Any] | None = None
+    frames: list[bytes] = []
     checks = Checks(reject=self.settings.reject)
     try:
       clip, frames, findings = self._decode([record for *_, record in items], checks)
     except Defect as error:
       findings = [[Finding(error.kind, str(error))]] * len(items)
-    for (number, index, text, record), found in zip(items, findings, strict=True):
+    for (number, index, text, record), noted in zip(items, findings, strict=True):
       at = {"file": number, "item": index}
       named = {**at, "id": record.id, "media": record.path}
-      if rejected := _rejected(found, checks):
+      if rejected := _rejected(noted, checks):
         rejects.append(named | rejected)
       else:
         samples.append({**at, "text": text})
-        notices += [named | {"class": f.kind, "reason": f.reason} for f in found]
+        notices += [named | {"class": f.kind, "reason": f.reason} for f in noted]
     head = {"clip": clip, "sizes": [len(f) for f in frames], "samples": samples}
     head |= {"rejects": rejects, "notices": notices}
     return json.dumps(head).encode() + b"\n" + b"".join(frames)
@@ -237,7 +253,7 @@ class Prepare:
   def _decode(
     self, records: list[Record], checks: Checks
   ) -> tuple[dict[str, Any] | None, list[bytes], list[list[Finding]]]:
-    """(clip, frames, what was found of each record). Raises Defect if the media is bad."""
+    """(clip, frames, the findings of each record). Raises Defect if the media is bad."""
     path, kind = records[0].path, records[0].media
     if kind is None:
       return None, [], [[] for _ in records]
@@ -246,7 +262,7 @@ class Prepare:
     findings = [
       [*media.findings, *check_masks(r, media.size), *check_frames(r, media)] for r in records
     ]
-    good = [r for r, found in zip(records, findings, strict=True) if not _rejected(found, checks)]
+    good = [r for r, noted in zip(records, findings, strict=True) if not _rejected(noted, checks)]
     if not good:
       return None, [], findings
     clip: dict[str, Any] = {"path": path, "kind": "image", "frames": [0], "size": list(media.size)}
@@ -255,10 +271,10 @@ class Prepare:
         frames = [self._encode(read_image(file))]
       else:
         video = open_video(file)
-        wanted = {n for count in self.settings.scene for n in scene_ids(video, count) if n >= 0}
-        wanted |= {n for r in good for by_frame in r.objects for n in by_frame}
-        numbers = sorted(int(n) for n in wanted)
-        frames = video.frames(numbers, self._encode)
+        needed = {n for count in self.settings.scene for n in scene_ids(video, count) if n >= 0}
+        needed |= {n for r in good for by_frame in r.objects for n in by_frame}
+        numbers = sorted(int(n) for n in needed)
+        frames = video.frames(numbers, self._encode)  # type: ignore[arg-type, assignment]
         clip |= {"kind": video.kind, "frames": numbers, "count": len(video), "fps": video.fps}
         clip |= {"claimed": video.claimed, "rotation": video.rotation}
         if times := video.pts(numbers):
@@ -284,7 +300,7 @@ class Prepare:
     names = {kind: shard_name(kind, shard, self.settings.shards) for kind in ("frames", "samples")}
     counts: Counter[str] = Counter()
     rejects, notices = [], []
-    with committed(self.out / names["frames"]) as a, committed(self.out / names["samples"]) as b:
+    with replaced(self.out / names["frames"]) as a, replaced(self.out / names["samples"]) as b:
       frame_writer = ArrayRecordWriter(str(a), FRAME_OPTIONS)
       sample_writer = ArrayRecordWriter(str(b), SAMPLE_OPTIONS)
       for key in groups:
@@ -309,7 +325,7 @@ class Prepare:
       frame_writer.close()
       sample_writer.close()
     files = {name: _hash_file(self.out / name) for name in names.values()}
-    with committed(self.output("shards", shard)) as part:
+    with replaced(self.output("shards", shard)) as part:
       lists = {"files": files, "rejects": rejects, "notices": notices}
       part.write_text(json.dumps({**counts, **lists}) + "\n")
 
@@ -321,10 +337,10 @@ class Prepare:
     reasons: Counter[str] = Counter()
     notices: Counter[str] = Counter()
     checksums: dict[str, str] = {}
-    of_shards = []
+    samples_of_shards = []
     with (
-      committed(self.out / REJECTS) as rejects_part,
-      committed(self.out / NOTICES) as notices_part,
+      replaced(self.out / REJECTS) as rejects_part,
+      replaced(self.out / NOTICES) as notices_part,
       open(rejects_part, "w") as out,
       open(notices_part, "w") as noted,
     ):
@@ -341,15 +357,15 @@ class Prepare:
             if line[0] == "{":
               reject({"file": number} | json.loads(line))
       for shard in range(self.settings.shards):
-        own = json.loads(self.output("shards", shard).read_text())
-        for line in own.pop("rejects"):
+        counts = json.loads(self.output("shards", shard).read_text())
+        for line in counts.pop("rejects"):
           reject(line)
-        for line in own.pop("notices"):
+        for line in counts.pop("notices"):
           notices[line["class"]] += 1
           noted.write(json.dumps(line) + "\n")
-        checksums |= own.pop("files")
-        of_shards.append(own.get("samples", 0))
-        totals.update(own)
+        checksums |= counts.pop("files")
+        samples_of_shards.append(counts.get("samples", 0))
+        totals.update(counts)
     manifest = {
       "format": 1,
       "settings": asdict(self.settings),
@@ -361,10 +377,12 @@ class Prepare:
       "rejected": sum(reasons.values()),
       "rejects": dict(sorted(reasons.items())),
       "notices": dict(sorted(notices.items())),
-      "samples_of_shards": of_shards,
+      "samples_of_shards": samples_of_shards,
       "checksums": checksums,
     }
-    with committed(self.output("manifest", 0)) as part:
+    for part in self.out.rglob("*.part"):
+      part.unlink()  # a kill of an earlier version left it
+    with replaced(self.output("manifest", 0)) as part:
       part.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -383,9 +401,9 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
   return "\n".join(lines)
 
 
-def _rejected(found: Iterable[Finding], checks: Checks) -> dict[str, str] | None:
+def _rejected(findings: Iterable[Finding], checks: Checks) -> dict[str, str] | None:
   """The class and reason of the first finding that rejects an item."""
-  first = next((f for f in found if checks.rejects(f)), None)
+  first = next((f for f in findings if checks.rejects(f)), None)
   return None if first is None else {"class": first.kind, "reason": first.reason}
 
 

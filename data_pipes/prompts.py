@@ -11,12 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipes.errors import InputError
-from data_pipes.tokenizer import Tokenizer
+from data_pipes.tokenizer import REGION, Tokenizer
 
 MEDIA_IDS = {"<image>": -200, "<video>": -201, "<audio>": -202}
 MEDIA_TAGS = {"video": "<video>", "image": "<image>"}
 IGNORE = -100  # label of a position that is no target
 ROLES = {"human": "user", "gpt": "assistant"}
+
+# What VideoRefer-Bench asks, byte for byte as inference_videorefer_{d,q}_bench.py in
+# videorefer/eval of the published code put it together: the text after the media tag.
+DESCRIBE = f"Please give a detailed description of the highlighted object [{REGION}] in the video."
+LETTER_ONLY = "Answer with the option's letter from the given choices directly"
+
+
+def bench_q_prompt(question: str, options: Sequence[str]) -> str:
+  """VideoRefer-Bench-Q; `options` carry their letters, as in "(A) Two".
+
+  A last option that ends in a dot makes two dots, as published.
+  """
+  return f"{question.replace(REGION, f'[{REGION}]')} {' '.join(options)}. {LETTER_ONLY}."
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,8 @@ def from_human(turns: Sequence[Turn]) -> list[Turn]:
   """
   kept = list(turns[1:] if turns and turns[0].role != "human" else turns)
   if not kept or len(kept) % 2 or [t.role for t in kept] != ["human", "gpt"] * (len(kept) // 2):
-    found = ", ".join(t.role for t in turns) or "nothing"
-    raise InputError(f"conversations: found {found}; accepted: human, gpt, human, gpt, ...")
+    roles = ", ".join(t.role for t in turns) or "nothing"
+    raise InputError(f"conversations: found {roles}; accepted: human, gpt, human, gpt, ...")
   return kept
 
 
@@ -90,10 +103,10 @@ def dialogue_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) 
   ids = np.array(tokenize(tokenizer.render(messages), tokenizer, tag), np.int32)
   labels = ids.copy()
   end = 0
-  for asked in range(1, len(messages), 2):
-    question = tokenizer.render(messages[:asked], add_generation_prompt=True)
+  for answer in range(1, len(messages), 2):
+    question = tokenizer.render(messages[:answer], add_generation_prompt=True)
     labels[end : len(tokenize(question, tokenizer, tag))] = IGNORE
-    end = len(tokenize(tokenizer.render(messages[: asked + 1]), tokenizer, tag))
+    end = len(tokenize(tokenizer.render(messages[: answer + 1]), tokenizer, tag))
   return Text(ids, labels)
 
 
@@ -104,9 +117,9 @@ def plain_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> 
   """
   turns = tag_to_head(turns, tag)
   if [t.role for t in turns] != ["human", "gpt"] or tag is None or tag not in turns[0].text:
-    found = ", ".join(t.role for t in turns) or "nothing"
+    roles = ", ".join(t.role for t in turns) or "nothing"
     raise InputError(
-      f"conversations: found {found} with tag {tag}; accepted without template: one message of "
+      f"conversations: found {roles} with tag {tag}; accepted without template: one message of "
       "human holding the media tag, one of gpt"
     )
   ids = np.array(tokenize(" ".join(t.text for t in turns), tokenizer, tag), np.int32)

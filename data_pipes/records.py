@@ -5,10 +5,11 @@ ranges; nothing here ever holds a whole file.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -21,6 +22,11 @@ from data_pipes.video import Video
 _BLOCK = 4 << 20  # bytes
 _SPACE = " \t\n\r"
 _FRAME_DIGITS = 9  # of a frame number
+
+BENCH_KEYS = {
+  "D": ("video", "caption", "frame_idx", "annotation"),
+  "Q": ("video", "Question", "options", "Answer", "frame_idx", "annotation"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,107 @@ def parse_record(item: Any, where: str) -> Record:
   return Record(item.get("id", where), where, media, path, turns, objects, size)
 
 
+@dataclass(frozen=True)
+class BenchItem:
+  """An item of VideoRefer-Bench: D asks for a description of one object, Q has options.
+
+  Attributes:
+    kind: "D" or "Q".
+    video: the path of the file or folder, relative to the media root.
+    objects: as in Record.
+    frame: `frame_idx`, the frame of single-frame mode, counted in the source video.
+    question, options: of Q; "" and () for D.
+    truth: the right option of Q, the caption of D.
+  """
+
+  kind: str
+  video: str
+  objects: tuple[Mapping[int, Any], ...]
+  frame: int
+  question: str
+  options: tuple[str, ...]
+  truth: str
+
+
+def parse_item(item: Any, where: str) -> Record:
+  """An item of a training file, or of VideoRefer-Bench D or Q (a record without turns).
+
+  Raises Defect.
+  """
+  kind = bench_kind(item) if isinstance(item, dict) else None
+  if kind is None:
+    return parse_record(item, where)
+  where = f"{where} (id {item['id']!r})" if "id" in item else where
+  bench = parse_bench(item, where, kind)
+  _check_bench(bench, where)
+  check_text((item.get("id"), bench.video, bench.truth, bench.question), where)
+  return Record(item.get("id", where), where, "video", bench.video, (), bench.objects, None)
+
+
+def bench_kind(item: Mapping[str, Any]) -> str | None:
+  """ "Q" or "D" for an item of VideoRefer-Bench, None for one of a training file."""
+  if "conversations" in item:
+    return None
+  return "Q" if "Question" in item else "D" if "caption" in item and "frame_idx" in item else None
+
+
+def parse_bench(item: Mapping[str, Any], where: str, kind: str) -> BenchItem:
+  """Reads an item of VideoRefer-Bench-`kind`; whether its parts fit together is not looked at.
+
+  Raises Defect: a key is absent, or its value is of another type.
+  """
+  missing = [key for key in BENCH_KEYS[kind] if key not in item]
+  if missing:
+    raise Defect(
+      "item",
+      f"{where}: no key {missing[0]!r}; accepted: VideoRefer-Bench-{kind}, whose items have "
+      f"{', '.join(BENCH_KEYS[kind])}",
+    )
+  path = item["video"]
+  if not isinstance(path, str) or not path:
+    raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
+  objects = parse_objects(item, where)
+  try:
+    frame = int(item["frame_idx"])
+  except (TypeError, ValueError):
+    raise Defect(
+      "bench",
+      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
+    ) from None
+  if kind == "D":
+    return BenchItem(kind, path, objects, frame, "", (), item["caption"])
+  options, answer = item["options"], item["Answer"]
+  if not isinstance(options, list):
+    raise Defect("bench", f"{where}: Answer {answer!r} is none of the options {options!r}")
+  return BenchItem(kind, path, objects, frame, str(item["Question"]), tuple(options), answer)
+
+
+def _check_bench(bench: BenchItem, where: str) -> None:
+  """Raises Defect where the parts of an item contradict each other."""
+  for i, by_frame in enumerate(bench.objects):
+    if bench.frame not in by_frame:
+      raise Defect(
+        "bench",
+        f"{where}: object {i} has no annotation on frame_idx {bench.frame}; accepted: one of "
+        f"{', '.join(map(str, by_frame))}",
+      )
+  count = len(bench.objects)
+  if bench.kind == "D":
+    if not isinstance(bench.truth, str) or count != 1:
+      raise Defect("bench", f"{where}: found {count} objects; accepted: a caption of one object")
+    return
+  regions = bench.question.count(REGION)
+  if regions != count:
+    raise Defect(
+      "region-count",
+      f"{where}: found {regions} {REGION} in the question but {count} annotated objects; "
+      "accepted: equal numbers, the i-th tag takes the i-th object",
+    )
+  if bench.truth not in bench.options:
+    options = list(bench.options)
+    raise Defect("bench", f"{where}: Answer {bench.truth!r} is none of the options {options!r}")
+
+
 def check_text(values: Iterable[Any], where: str) -> None:
   """Raises Defect for text that no UTF-8 can hold: JSON can write half a surrogate pair."""
   for value in values:
@@ -94,12 +201,12 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   `masks` (`{frame: S}`, the later trainers). A list nested one deeper is flattened, and
   `{frame_idx: {frame: ...}}`, as in the Ref-YouTube-VOS items, unwrapped.
   """
-  found = [key for key in ("annotation", "masks") if item.get(key) is not None]
-  if len(found) == 2:
+  keys = [key for key in ("annotation", "masks") if item.get(key) is not None]
+  if len(keys) == 2:
     raise Defect("object", f"{where}: found keys 'annotation' and 'masks'; accepted: one of them")
-  if not found:
+  if not keys:
     return ()
-  key = found[0]
+  key = keys[0]
   entries = item[key]
   if isinstance(entries, list) and entries and all(isinstance(e, list) for e in entries):
     entries = [e for inner in entries for e in inner]
@@ -113,10 +220,47 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   )
 
 
-class RecordFile:
+class Container(Sequence[Record]):
+  """Samples in one file or folder, read at random: `container[i]` parses sample i alone.
+
+  A new kind of container is a subclass in a file, and a line of data_pipes.containers.CONTAINERS.
+  All methods may be called by several threads.
+  """
+
+  path: Path
+
+  @classmethod
+  @abstractmethod
+  def reads(cls, path: Path) -> bool:
+    """Whether `path` is such a container, by its name or what it is."""
+
+  @abstractmethod
+  def item(self, index: int) -> Any:
+    """The parsed JSON of one sample, unchecked. Raises InputError: it is damaged."""
+
+  def where(self, index: int) -> str:
+    """How messages name a sample."""
+    return f"{self.path}: item {index}"
+
+  def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+    """Raises InputError: the sample is not in the format."""
+    return parse_item(self.item(index), self.where(index))
+
+  @classmethod
+  def scan(cls, path: Path) -> Iterator[tuple[Any, str]]:
+    """Each sample's parsed JSON and its name for messages, in order and in constant memory."""
+    container = cls(path)  # type: ignore[call-arg]
+    yield from ((container.item(i), container.where(i)) for i in range(len(container)))
+
+  def check_model(self, image_size: int, aspect_ratio: str, scene: int) -> None:
+    """Raises InputError if the samples hold frames that a model cannot use."""
+    return
+
+
+class RecordFile(Container):
   """Random access to the items of one JSON array; holds 16 bytes an item.
 
-  `file[i]` reads and parses item i alone, from any thread. Making one scans the file once.
+  Making one scans the file once.
 
   Raises:
     InputError: the file is absent, not JSON, no array, or ends early.
@@ -127,22 +271,23 @@ class RecordFile:
     spans = [(start, len(raw)) for start, raw, _ in _scan(self.path)]
     self._spans = np.array(spans, np.int64).reshape(-1, 2)
 
+  @classmethod
+  def reads(cls, path: Path) -> bool:
+    return not path.is_dir()
+
   def __len__(self) -> int:
     return len(self._spans)
 
   def item(self, index: int) -> Any:
-    """The parsed JSON of one item, unchecked."""
     start, length = (int(n) for n in self._spans[index])
     with open(self.path, "rb") as file:
       file.seek(start)
       return _loads(file.read(length), self.where(index))
 
-  def where(self, index: int) -> str:
-    """How messages name an item."""
-    return f"{self.path}: item {index}"
-
-  def __getitem__(self, index: int) -> Record:
-    return parse_record(self.item(index), self.where(index))
+  @classmethod
+  def scan(cls, path: Path) -> Iterator[tuple[Any, str]]:
+    # In one pass, where the index of byte ranges would take one of its own.
+    yield from ((span.item, f"{path}: item {i}") for i, span in enumerate(scan_items(path)))
 
 
 def read_items(path: str | Path) -> Iterator[Any]:
@@ -200,76 +345,127 @@ def _loads(raw: bytes, where: str) -> Any:
 
 
 def _scan(path: Path) -> Iterator[tuple[int, str, Any]]:
-  """Yields (byte offset, raw text, parsed item); latin-1 makes characters and bytes the same."""
+  """Yields (byte offset, raw text, parsed item) of each item of a JSON array.
+
+  `json.load` would hold the whole file, up to 5.6 GB. So each item is parsed by itself, out of a
+  window of a few megabytes that moves over the file (`_Window`).
+  """
   if not path.is_file():
     raise InputError(f"{path}: found no such file; accepted: a JSON array of items")
-  decode = json.JSONDecoder().raw_decode
+  # Latin-1 makes every byte one character: places in the text are places in the file, and a window
+  # may end anywhere, even inside a character of UTF-8 (`scan_items` decodes those anew).
   with open(path, encoding="latin-1", newline="") as file:
-    text, base, at, ended, count = "", 0, 0, False, 0
+    window = _Window(path, file)
+    if window.skip_space() == "\xef":
+      window.drop_byte_order_mark()
+    if (first := window.skip_space()) != "[":
+      raise window.fault(f"found {first!r}" if first else "found nothing")
+    window.step()
+    if window.skip_space() == "]":
+      window.step()
+    else:
+      following = ","
+      while following == ",":
+        if not window.skip_space():
+          raise window.fault("the file ends inside the array (truncated?)")
+        yield window.parse_item()
+        following = window.skip_space()
+        if following not in (",", "]"):
+          raise window.fault(
+            f"found {following!r}" if following else "the file ends inside the array (truncated?)"
+          )
+        window.step()
+    if rest := window.skip_space():
+      raise window.fault(f"found {rest!r} after the array")
 
-    def more() -> None:
-      # Doubling keeps the repeated tries at one item linear in its length.
-      nonlocal text, base, at, ended
-      block = file.read(max(_BLOCK, len(text) - at))
-      base, text, at = base + at, text[at:] + block, 0
-      ended = not block
 
-    def skip_space() -> str:
-      nonlocal at
-      while True:
-        while at < len(text) and text[at] in _SPACE:
-          at += 1
-        if at < len(text) or ended:
-          return text[at : at + 1]
-        more()
+class _Window:
+  """The part of a file that is held while its items are parsed one after another.
 
-    def fail(found: str):
-      accepted = "accepted: one JSON array of items, [{...}, ...]"
-      return InputError(f"{path}: at byte {base + at}, after {count} items: {found}; {accepted}")
+      [{"id": 1}, {"id": 2}, {"id": 3, "conversations": ...}, ...]
+      |           |<-------------- text -------------->|
+      byte 0      base       at                        not read yet
 
-    if skip_space() == "\xef":
-      text, base = text.removeprefix("\xef\xbb\xbf"), 3  # byte order mark
-    if skip_space() != "[":
-      raise fail(f"found {text[at : at + 1]!r}" if text[at : at + 1] else "found nothing")
-    at += 1
-    closed = skip_space() == "]"
-    while not closed:
-      if not skip_space():
-        raise fail("the file ends inside the array (truncated?)")
-      while True:
-        try:
-          item, end = decode(text, at)
-        except json.JSONDecodeError as error:
-          # An error away from the end of what was read is a real one, unless it is the opening of
-          # a string whose end is still to come.
-          if ended or (error.pos < len(text) - 16 and "Unterminated" not in error.msg):
-            rest = text[error.pos :].strip()
-            cut = any(word.startswith(rest) for word in ("true", "false", "null"))
-            at = error.pos
-            if cut or "Unterminated" in error.msg:
-              raise fail("the file ends inside an item (truncated?)") from None
-            raise fail(error.msg) from None
-        except RecursionError:
-          raise fail("lists or objects are nested too deep") from None
-        except ValueError as error:  # a number of thousands of digits
-          raise fail(str(error).partition(":")[0]) from None
-        else:
-          if end < len(text) or ended:
-            break
-        more()
-      yield base + at, text[at:end], item
-      at, count = end, count + 1
-      following = skip_space()
-      if following not in (",", "]"):
-        raise fail(
-          f"found {following!r}" if following else "the file ends inside the array (truncated?)"
-        )
-      closed = following == "]"
-      at += 1
-    if closed and count == 0:
-      at += 1
-    if skip_space():
-      raise fail(f"found {text[at]!r} after the array")
+  `text[:at]` is done with, and let go when more is read. An item that the window's end cuts is
+  tried again after each further block: only the end of the file tells a cut item from a bad one.
+  """
+
+  def __init__(self, path: Path, file: TextIO):
+    self._path, self._file = path, file
+    self._text, self._base, self._at = "", 0, 0
+    self._ended, self._items = False, 0
+    self._decode = json.JSONDecoder().raw_decode
+
+  def step(self) -> None:
+    """Goes past one character."""
+    self._at += 1
+
+  def drop_byte_order_mark(self) -> None:
+    mark = "\xef\xbb\xbf"  # of UTF-8
+    if self._text.startswith(mark):
+      self._text, self._base = self._text.removeprefix(mark), len(mark)
+
+  def skip_space(self) -> str:
+    """Goes to the next character that is no white space; returns it, "" at the end of the file."""
+    while True:
+      while self._at < len(self._text) and self._text[self._at] in _SPACE:
+        self._at += 1
+      if self._at < len(self._text) or self._ended:
+        return self._text[self._at : self._at + 1]
+      self._read_on()
+
+  def parse_item(self) -> tuple[int, str, Any]:
+    """Goes past one item: (byte offset, raw text, parsed item). Raises InputError."""
+    while True:
+      try:
+        item, end = self._decode(self._text, self._at)
+      except json.JSONDecodeError as error:
+        if self._ended or not self._may_be_cut(error):
+          raise self._item_fault(error) from None
+      except RecursionError:
+        raise self.fault("lists or objects are nested too deep") from None
+      except ValueError as error:  # a number of thousands of digits
+        raise self.fault(str(error).partition(":")[0]) from None
+      else:
+        # A number that ends with the window may go on behind it.
+        if end < len(self._text) or self._ended:
+          break
+      self._read_on()
+    offset, raw = self._base + self._at, self._text[self._at : end]
+    self._at, self._items = end, self._items + 1
+    return offset, raw, item
+
+  def fault(self, fault: str) -> InputError:
+    """The error for what stands here."""
+    place = f"at byte {self._base + self._at}, after {self._items} items"
+    accepted = "accepted: one JSON array of items, [{...}, ...]"
+    return InputError(f"{self._path}: {place}: {fault}; {accepted}")
+
+  def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+    """Whether an item may be whole once more is read.
+
+    An error well before the window's end is a real one: what is cut (a number, a word, an escape)
+    is shorter than 16 characters. Only a string is reported at its opening, however far back.
+    """
+    return error.pos >= len(self._text) - 16 or "Unterminated" in error.msg
+
+  def _item_fault(self, error: json.JSONDecodeError) -> InputError:
+    rest = self._text[error.pos :].strip()
+    cut = any(word.startswith(rest) for word in ("true", "false", "null"))
+    self._at = error.pos
+    if cut or "Unterminated" in error.msg:
+      return self.fault("the file ends inside an item (truncated?)")
+    return self.fault(error.msg)
+
+  def _read_on(self) -> None:
+    # As much again as is held: a long item is tried log2(length) times, in linear time all told.
+    block = self._file.read(max(_BLOCK, len(self._text) - self._at))
+    self._base, self._text, self._at = (
+      self._base + self._at,
+      self._text[self._at :] + block,
+      0,
+    )
+    self._ended = not block
 
 
 def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
@@ -287,7 +483,8 @@ def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
 
 
 def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-  height, width = item.get("height"), item.get("width")
+  height: Any = item.get("height")
+  width: Any = item.get("width")
   if height is None and width is None:
     return None
   whole = type(height) is int and type(width) is int and min(height, width) > 0
@@ -302,9 +499,9 @@ def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
 
 def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
   if not isinstance(value, list) or not value:
-    found = "nothing" if value is None else _kind(value)
+    kind = "nothing" if value is None else _kind(value)
     raise Defect(
-      "conversations", f"{where}: key 'conversations': found {found}; accepted: a list of messages"
+      "conversations", f"{where}: key 'conversations': found {kind}; accepted: a list of messages"
     )
   for i, turn in enumerate(value):
     spot = f"{where}: key 'conversations', message {i}"
@@ -330,8 +527,8 @@ def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any
     if isinstance(inner, dict) and inner and all(key.isdecimal() for key in inner):
       entry = inner
   if not isinstance(entry, dict) or not entry:
-    found = "an object without frames" if entry == {} else _kind(entry)
-    raise Defect("object", f"{where}: found {found}; accepted: {{frame number: segmentation, ...}}")
+    kind = "an object without frames" if entry == {} else _kind(entry)
+    raise Defect("object", f"{where}: found {kind}; accepted: {{frame number: segmentation, ...}}")
   frames = {}
   for key, value in entry.items():
     if not key.isdecimal() or len(key) > _FRAME_DIGITS:
@@ -372,9 +569,9 @@ def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: 
   if tag is None:
     stray = next((t for t in MEDIA_TAGS.values() for text in texts if t in text), None)
     if stray or objects:
-      found = f"{stray} in the text" if stray else f"{objects} annotated objects"
+      content = f"{stray} in the text" if stray else f"{objects} annotated objects"
       raise Defect(
-        "media-tag", f"{where}: found {found} but no media; accepted: a key 'video' or 'image'"
+        "media-tag", f"{where}: found {content} but no media; accepted: a key 'video' or 'image'"
       )
     return
   tags = sum(text.count(tag) for text in texts)

@@ -15,7 +15,8 @@ from data_pipes.errors import InputError
 from data_pipes.feature_shards import FeatureShards, sample_key
 from data_pipes.masks import GRID_RULES
 from data_pipes.prompts import Text, dialogue_text, plain_text
-from data_pipes.records import Record, RecordFile
+from data_pipes.records import Record
+from data_pipes.shards import StoredClip
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import scene_ids
 
@@ -91,7 +92,13 @@ def record_needs(
 
   `frames` is an upper bound for a video that is not stored in shards: mask frames that are scene
   frames too are taken once.
+
+  Raises InputError: an item of VideoRefer-Bench, which holds nothing to train on.
   """
+  if not record.turns:
+    raise InputError(
+      f"{record.where}: key 'conversations': found nothing; accepted: a list of messages"
+    )
   text = rules.text(record, tokenizer)
   if record.media is None:
     return Needs(0, 0, 0, 0, len(text.ids))
@@ -148,7 +155,7 @@ class Samples(RowSource):
 
   def __init__(
     self,
-    records: Sequence[Record] | RecordFile,
+    records: Sequence[Record],
     tokenizer: Tokenizer,
     shape: RowShape,
     *,
@@ -156,7 +163,7 @@ class Samples(RowSource):
     rules: RowRules | None = None,
     features: FeatureShards | None = None,
   ):
-    """`records` is a RecordFile or a list; `media_root` the folder its paths start from.
+    """`records` is a Container or a list; `media_root` the folder its paths start from.
 
     `features` are cached object features, where `rules.cached`; frames come from there too where
     `shape.frame_features`.
@@ -193,6 +200,9 @@ class Samples(RowSource):
           objects = [{} for _ in objects]
         image = record.media == "image"
         if self.shape.frame_features:
+          assert self.features is not None
+          assert self.features.frames is not None
+          assert isinstance(record.stored, StoredClip)
           clip = self.features.frames.clip(record.stored, image, self.shape.scene)
           clip = replace(clip, objects=objects)
         else:

@@ -16,16 +16,15 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data_pipes.check import parse_item
 from data_pipes.errors import InputError
-from data_pipes.records import Record
+from data_pipes.records import Container, Record, parse_item
 from data_pipes.video import Video
 
 MANIFEST = "manifest.json"
@@ -38,7 +37,7 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
   return f"{kind}-{shard:05d}-of-{shards:05d}.array_record"
 
 
-class ShardSet(Sequence[Record]):
+class ShardSet(Container):
   """The samples of a prepared folder; `shards[i]` is a record whose `stored` has its frames.
 
   Attributes:
@@ -77,13 +76,22 @@ class ShardSet(Sequence[Record]):
         f"{self.path}: found {len(self._samples)} samples; {MANIFEST} counts {len(self)}"
       )
 
+  @classmethod
+  def reads(cls, path: Path) -> bool:
+    return path.is_dir()
+
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
 
+  def where(self, index: int) -> str:
+    return f"{self.path}: sample {index}"
+
+  def item(self, index: int) -> Any:
+    return self.sample(index)["record"]
+
   def __getitem__(self, index: int) -> Record:  # type: ignore[override]
     sample = self.sample(index)
-    where = f"{self.path}: sample {index}"
-    record = parse_item(sample["record"], where)
+    record = parse_item(sample["record"], self.where(index))
     if sample["clip"] is None:
       return record
     frames = self._frames[bisect.bisect_right(self._ends, index)]
@@ -96,7 +104,7 @@ class ShardSet(Sequence[Record]):
     try:
       return json.loads(self._samples[index])
     except RuntimeError as error:  # a checksum of ArrayRecord's
-      raise InputError(f"{self.path}: sample {index} is damaged ({_reason(error)})") from error
+      raise InputError(f"{self.where(index)} is damaged ({_reason(error)})") from error
 
   def of_shard(self, shard: int) -> range:
     """The samples that lie in shard number `shard`."""
@@ -110,14 +118,14 @@ class ShardSet(Sequence[Record]):
   def check_model(self, image_size: int, aspect_ratio: str, scene: int) -> None:
     """Raises InputError if these frames are not those a model needs."""
     if self.size and self.size < image_size:
-      found, accepted = f"frames of {self.size} pixels", f"--size {image_size}, more, or 0"
+      fault, accepted = f"frames of {self.size} pixels", f"--size {image_size}, more, or 0"
     elif self.size and self.aspect_ratio != aspect_ratio:
-      found, accepted = f"aspect ratio {self.aspect_ratio!r}", f"--aspect-ratio {aspect_ratio}"
+      fault, accepted = f"aspect ratio {self.aspect_ratio!r}", f"--aspect-ratio {aspect_ratio}"
     elif scene not in self.scene:
-      found, accepted = f"scenes of {self.scene} frames", f"--scene-frames {scene}"
+      fault, accepted = f"scenes of {self.scene} frames", f"--scene-frames {scene}"
     else:
       return
-    raise InputError(f"{self.path}: found {found}; accepted: shards prepared with {accepted}")
+    raise InputError(f"{self.path}: found {fault}; accepted: shards prepared with {accepted}")
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,19 +1,21 @@
 """`vr data show`: one item as a page or a picture, its frames with the objects drawn on them."""
 
-import html
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image
 
-from data_pipes.check import parse_item
+from data_pipes import page
 from data_pipes.clips import media_path
+from data_pipes.containers import open_records
 from data_pipes.drawing import colour_of, data_uri, draw_objects
 from data_pipes.errors import InputError
+from data_pipes.files import write_text
 from data_pipes.masks import segmentation_to_mask
-from data_pipes.records import Record, RecordFile
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record
+from data_pipes.tokenizer import REGION
 from data_pipes.video import Video, open_video
 
 SHOWN = 12  # frames
@@ -24,23 +26,15 @@ def find_item(file: str | Path, item: str) -> tuple[Record, dict[str, Any]]:
 
   Raises InputError if there is none.
   """
-  shards = ShardSet(file) if Path(file).is_dir() else None
-  items = shards or RecordFile(file)
-
-  def raw(i: int) -> Any:
-    return shards.sample(i)["record"] if shards is not None else items.item(i)
-
+  items = open_records(file)
   if item.startswith("id="):
-    wanted = item.removeprefix("id=")
-    found = (i for i in range(len(items)) if _id(raw(i)) == wanted)
-    index = next(found, None)
+    matches = (i for i in range(len(items)) if _id(items.item(i)) == item.removeprefix("id="))
+    index = next(matches, None)
   else:
     index = int(item) if item.isdecimal() and int(item) < len(items) else None
   if index is None:
     raise InputError(f"{file}: no item {item!r}; accepted: 0 to {len(items) - 1}, or id=ID")
-  if shards is not None:
-    return shards[index], raw(index)
-  return parse_item(raw(index), f"{file}: item {index}"), raw(index)
+  return items[index], items.item(index)
 
 
 def _id(item: Any) -> str | None:
@@ -88,27 +82,15 @@ def write_item(path: str | Path, record: Record, item: dict[str, Any], media: st
     return path
   if path.suffix != ".html":
     raise InputError(f"--out {path}: accepted: a .html page, or a .png or .jpg picture")
-  figures = "".join(
-    f'<figure><img src="{data_uri(image)}" alt="frame {n}"><figcaption>frame {n}</figcaption>'
-    "</figure>"
-    for n, image in shown
+  text = page.render(
+    "show.html.j2",
+    title=str(record.id),
+    where=record.where,
+    path=record.path,
+    frames=[(data_uri(image), number) for number, image in shown],
+    talk=[(who, _marked(text)) for who, text in _dialogue(record, item)],
   )
-  talk = "".join(
-    f"<p><b>{html.escape(who)}</b> {_marked(text)}</p>" for who, text in _dialogue(record, item)
-  )
-  facts = f"{html.escape(record.where)} · {html.escape(record.path or 'no media')}"
-  title = html.escape(str(record.id))
-  path.write_text(
-    f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; color: #222; }}
-.frames {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); gap: .8em; }}
-figure {{ margin: 0; }} img {{ width: 100%; }} figcaption {{ color: #666; }}
-</style><h1>{title}</h1><p>{facts}</p>
-<div class="frames">{figures}</div>{talk}</html>
-""",
-    encoding="utf-8",
-  )
+  write_text(path, text)
   return path
 
 
@@ -116,17 +98,17 @@ def _dialogue(record: Record, item: dict[str, Any]) -> list[tuple[str, str]]:
   if record.turns:
     return [(t.role, t.text) for t in record.turns]
   options = " ".join(item.get("options", ()))
-  asked = [("question", f"{item['Question']} {options}")] if "Question" in item else []
-  return [*asked, ("answer", str(item.get("Answer", item.get("caption"))))]
+  question = [("question", f"{item['Question']} {options}")] if "Question" in item else []
+  return [*question, ("answer", str(item.get("Answer", item.get("caption"))))]
 
 
-def _marked(text: str) -> str:
+def _marked(text: str) -> Markup:
   """The text with the i-th `<region>` in the colour of object i."""
-  first, *rest = html.escape(text).split("&lt;region&gt;")
+  first, *rest = (escape(piece) for piece in text.split(REGION))
   out = [first]
   for i, piece in enumerate(rest):
-    out.append(f'<b style="color:{colour_of(i)}">&lt;region {i}&gt;</b>{piece}')
-  return "".join(out).replace("\n", "<br>")
+    out.append(Markup('<b style="color:{}">&lt;region {}&gt;</b>').format(colour_of(i), i) + piece)
+  return Markup("").join(out).replace("\n", Markup("<br>"))
 
 
 def _sheet(images: list[Image.Image], columns: int = 3) -> Image.Image:

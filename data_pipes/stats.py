@@ -4,21 +4,21 @@ Counts of items that can be read; those that cannot are counted by class of defe
 Frames and areas come from the annotation alone; no media are opened.
 """
 
-import html
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipes.check import bench_kind, parse_item
+from data_pipes import page
+from data_pipes.containers import scan_records
 from data_pipes.errors import Defect
+from data_pipes.files import write_text
 from data_pipes.masks import check_segmentation, segmentation_to_mask
 from data_pipes.prompts import from_human
-from data_pipes.records import Record, scan_items
-from data_pipes.shards import ShardSet
+from data_pipes.records import Record, bench_kind, parse_item
 
 # Upper ends of the classes of each distribution; the last class is open.
 CLASSES: dict[str, tuple[float, ...]] = {
@@ -68,7 +68,7 @@ class Stats:
     self.types: Counter[str] = Counter()
     self.defects: Counter[str] = Counter()
     self.distributions = {name: np.zeros(len(c) + 1, np.int64) for name, c in CLASSES.items()}
-    self.sums: Counter[str] = Counter()
+    self.sums: defaultdict[str, float] = defaultdict(float)
 
   def add(self, item: Any, where: str) -> None:
     """Counts one item, or its defect."""
@@ -152,20 +152,11 @@ def read_stats(
   """Counts what JSON files and folders of shards hold."""
   stats = Stats()
   for file in files:
-    for item, where in _items(Path(file)):
+    for item, where in scan_records(file):
       stats.add(item, where)
       if stats.items % 20_000 == 0:
         progress(f"{file}: {stats.items} items")
   return {"files": [str(f) for f in files], **stats.result()}
-
-
-def _items(path: Path) -> Iterator[tuple[Any, str]]:
-  if path.is_dir():
-    shards = ShardSet(path)
-    yield from ((shards.sample(i)["record"], f"{path}: sample {i}") for i in range(len(shards)))
-    return
-  for i, span in enumerate(scan_items(path)):
-    yield span.item, f"{path}: item {i}"
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
@@ -187,44 +178,22 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def write_page(path: Path | str, result: Mapping[str, Any]) -> Path:
   """One self-contained page: the composition (as Fig. 8) and the distributions (as Fig. 9)."""
-  composition = _bars("Composition", result["kinds"])
-  others = [
-    _bars(title, result[name])
-    for name, title in (("sources", "Sources"), ("types", "Question types"), ("defects", "Defects"))
-    if result[name]
-  ]
-  figures = [
-    _bars(f"{TITLES[name]}, mean {result['means'][name]:.4g}", counts)
-    for name, counts in result["distributions"].items()
-    if sum(counts.values())
-  ]
-  names = html.escape(", ".join(result["files"]))
-  page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>vr data stats</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; color: #222; }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26em, 1fr)); gap: 2em; }}
-figure {{ margin: 0; }} figcaption {{ font-weight: 600; margin-bottom: .4em; }}
-table {{ border-collapse: collapse; width: 100%; }} td {{ padding: .1em .5em; }}
-td.n {{ text-align: right; white-space: nowrap; }} td.b {{ width: 55%; }}
-td.b div {{ background: #0072B2; height: .9em; min-width: 1px; }}
-</style>
-<h1>{result["items"]} items, {result["readable"]} readable</h1><p>{names}</p>
-<div class="figures">{composition}{"".join(others)}{"".join(figures)}</div></html>
-"""
-  path = Path(path)
-  path.write_text(page, encoding="utf-8")
-  return path
-
-
-def _bars(title: str, counts: Mapping[str, int]) -> str:
-  most, total = max(counts.values(), default=1), max(sum(counts.values()), 1)
-  rows = "".join(
-    f'<tr><td>{html.escape(str(key))}</td><td class="n">{count}</td>'
-    f'<td class="n">{count / total:.1%}</td>'
-    f'<td class="b"><div style="width:{100 * count / max(most, 1):.1f}%"></div></td></tr>'
-    for key, count in counts.items()
+  figures = [("Composition", result["kinds"])]
+  for name, title in (("sources", "Sources"), ("types", "Question types"), ("defects", "Defects")):
+    if result[name]:
+      figures.append((title, result[name]))
+  for name, counts in result["distributions"].items():
+    if sum(counts.values()):
+      figures.append((f"{TITLES[name]}, mean {result['means'][name]:.4g}", counts))
+  text = page.render(
+    "stats.html.j2",
+    items=result["items"],
+    readable=result["readable"],
+    files=result["files"],
+    figures=[(title, page.count_bars(counts, shares=True)) for title, counts in figures],
   )
-  return f"<figure><figcaption>{html.escape(title)}</figcaption><table>{rows}</table></figure>"
+  write_text(path, text)
+  return Path(path)
 
 
 def dumps(result: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from data_pipes.errors import InputError
 from data_pipes.masks import counts_to_string, encode_mask, segmentation_to_mask
-from data_pipes.shards import ShardSet
+from data_pipes.shards import ShardSet, StoredClip
 
 _COMMON = ("id", "video", "source")
 
@@ -60,7 +60,8 @@ def example(shards: ShardSet, index: int, bench: str | None, media: bool) -> dic
     for i, by_frame in enumerate(record.objects)
     for number, segmentation in by_frame.items()
   ]
-  frames = record.stored.encoded() if media and record.stored else []
+  stored = record.stored
+  frames = stored.encoded() if media and isinstance(stored, StoredClip) else []
   out: dict[str, Any] = {
     "id": str(record.id),
     "video": record.path,
@@ -80,8 +81,8 @@ def example(shards: ShardSet, index: int, bench: str | None, media: bool) -> dic
   out["frame_idx"] = int(item["frame_idx"])
   if bench == "d":
     return out | {"caption": item["caption"]}
-  asked = {"question": item["Question"], "answer": item["Answer"], "options": item["options"]}
-  return out | asked | {"type": str(item.get("type", ""))}
+  question = {"question": item["Question"], "answer": item["Answer"], "options": item["options"]}
+  return out | question | {"type": str(item.get("type", ""))}
 
 
 def _rle(segmentation: Any, height: int, width: int) -> str:

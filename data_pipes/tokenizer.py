@@ -66,6 +66,11 @@ class Tokenizer:
         raise InputError(f"{folder / 'tokenizer.json'}: not a tokenizer file ({error})") from None
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
       backend = _byte_level_bpe(folder)
+    elif (folder / "tokenizer.model").exists():
+      raise InputError(
+        f"{folder}: tokenizer.model (sentencepiece) alone is not read; put the tokenizer.json of "
+        "the same release beside it"
+      )
     else:
       raise InputError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt")
     _add_tokens(backend, folder, config)
@@ -151,17 +156,17 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
   else:
     named = _read_json(folder / "added_tokens.json", default={})
     entries = {i: {"content": text, "special": True} for text, i in named.items()}
-  for wanted, entry in sorted(entries.items()):
+  for index, entry in sorted(entries.items()):
     text = entry["content"]
     flags = {k: entry[k] for k in ("single_word", "lstrip", "rstrip", "normalized") if k in entry}
     if backend.token_to_id(text) is None:
       special = entry.get("special", False)
       token = tokenizers.AddedToken(text, special=special, **({"normalized": False} | flags))
       (backend.add_special_tokens if special else backend.add_tokens)([token])
-    if backend.token_to_id(text) != wanted:
+    if backend.token_to_id(text) != index:
       raise InputError(
         f"{folder}: token {text!r} has id {backend.token_to_id(text)} by the vocabulary "
-        f"and {wanted} by its list of added tokens"
+        f"and {index} by its list of added tokens"
       )
 
 

@@ -266,7 +266,7 @@ class _Scan:
   def __init__(self, path: Path, container, stream):
     context = stream.codec_context
     check_pixels(path, context.height, context.width)
-    self.first = None  # the first frame, which tells how the frames lie
+    first: av.VideoFrame | None = None
     self._pts: list[int | None] = []  # of packets that a player does not discard
     self._dts: list[int] = []
     self._entries: list[Entry] = []
@@ -277,13 +277,14 @@ class _Scan:
     for number, packet in enumerate(packets_of(container, stream)):
       if decoding:
         frames = decoded(packet)
-        self.first = self.first or next(iter(frames), None)
+        first = first or next(iter(frames), None)
         self._head += [frame.pts for frame in frames]
         decoding = not self._past_head()
       if packet.size:
         self._take(number, packet)
-    if self.first is None:
+    if first is None:
       raise InputError(f"{path}: no frame could be decoded")
+    self.first: av.VideoFrame = first  # tells how the frames lie
 
   def _take(self, number: int, packet) -> None:
     self._packets += 1
@@ -356,13 +357,14 @@ class _Scan:
 
 def _turn(frame: av.VideoFrame) -> str:
   """How a player turns a frame, by its display matrix: the quarter turn or mirror next to it."""
-  for side_data in frame.side_data:
-    if side_data.type.name == "DISPLAYMATRIX":
-      a, b, _, c, d, *_ = np.frombuffer(bytes(side_data), np.int32).astype(np.float64)
-      scale = max(abs(v) for v in (a, b, c, d)) or 1.0
-      matrix = tuple(round(v / scale) for v in (a, b, c, d))
-      return _MATRICES.get(matrix, "")
-  return ""
+  matrix = frame.side_data.get("DISPLAYMATRIX")
+  if matrix is None:
+    return ""
+  content = bytes(matrix)  # type: ignore[call-overload]  # a buffer, of which its stub knows nothing
+  a, b, _, c, d, *_ = np.frombuffer(content, np.int32).astype(np.float64)
+  scale = max(abs(v) for v in (a, b, c, d)) or 1.0
+  signs = (round(a / scale), round(b / scale), round(c / scale), round(d / scale))
+  return _MATRICES.get(signs, "")
 
 
 def _in_order(path: Path, shown: np.ndarray) -> bool:
@@ -403,10 +405,8 @@ def _ascending(times: list[int | None], step: int, unit: Fraction) -> np.ndarray
       return np.array(times, np.int64)[places]
   ticks = [times[0] or 0]
   for before, after in itertools.pairwise(times):
-    known = before is not None and after is not None and after - before > 0
-    ticks.append(
-      ticks[-1] + (after - before if known and (after - before) * unit < _JUMP else step)
-    )
+    apart = 0 if before is None or after is None else after - before
+    ticks.append(ticks[-1] + (apart if apart > 0 and apart * unit < _JUMP else step))
   return np.array(ticks, np.int64)
 
 
@@ -446,7 +446,8 @@ def _read(kept: Path) -> Index:
   with np.load(kept) as held:
     fields = {name: held[name] for name in held.files}
   entries = tuple(Entry(*map(int, row)) for row in fields.pop("entries"))
-  unit, size = Fraction(*map(int, fields.pop("unit"))), tuple(map(int, fields.pop("size")))
+  unit = Fraction(*map(int, fields.pop("unit")))
+  height, width = map(int, fields.pop("size"))
   ticks = fields.pop("ticks")
   rest = {name: value.item() for name, value in fields.items()}
-  return Index(ticks=ticks, unit=unit, entries=entries, size=size, **rest)
+  return Index(ticks=ticks, unit=unit, entries=entries, size=(height, width), **rest)

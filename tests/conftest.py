@@ -1,4 +1,5 @@
-"""Test-wide settings: eight simulated CPU devices, and absl flags parsed (Grain reads them)."""
+"""Test-wide settings: eight simulated CPU devices, absl flags parsed (Grain reads them), and shapes
+and dtypes in signatures checked whenever a function is called."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +9,13 @@ import jax
 import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import install_import_hook
 
-from vr_jax.program_cache import keep_on_disk
+# Before anything imports these modules.
+CHECKED = ("vr_jax.models", "vr_jax.attention")
+install_import_hook(CHECKED, "typechecker.check")
+
+from vr_jax.program_cache import keep_on_disk  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 if not flags.FLAGS.is_parsed():

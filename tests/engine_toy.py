@@ -25,6 +25,9 @@ def make(settings: dict) -> Graph:
   where, workers = settings.get("where", "thread"), settings.get("workers", 3)
 
   def logged(stage: str, function):
+    with open(Path(settings["folder"]) / "opened.log", "a") as log:
+      log.write(f"{stage} {os.getpid()}\n")
+
     def process(item: Item) -> Outcome:
       done = function(item)
       if settings.get("slow"):

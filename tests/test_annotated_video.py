@@ -11,8 +11,8 @@ from data_pipes.drawing import colour_of, shortened
 from data_pipes.video import open_video
 from vr_jax import cli
 from vr_jax.inference import annotated_video
-from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import Region
+from vr_jax.inference.requests import Answer, Request
 
 QUESTION = "What is <region> doing?"
 FONT = ImageFont.load_default(16)
@@ -154,4 +154,6 @@ def test_the_command_writes_the_file_and_tells_the_segments(golden, tmp_path, ca
   assert times[0] == pytest.approx(times[1], abs=1e-3)
   assert cli.main([*command, "--save-video", str(tmp_path / "shown.avi")]) == 2
   assert "ends in .mp4" in capsys.readouterr().err
+  assert cli.main([*command, "--save-video", str(tmp_path / "absent" / "shown.mp4")]) == 2
+  assert "cannot be written" in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == [path]

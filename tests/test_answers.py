@@ -6,22 +6,20 @@ import re
 
 import pytest
 
-from data_pipes.bench_prompts import (
-  DESCRIBE,
-  bench_q_prompt,
-  multiple_choice_prompt,
-  videomme_prompt,
-)
 from data_pipes.errors import InputError
+from data_pipes.prompts import DESCRIBE, bench_q_prompt
 from vr_jax.evaluation.answers import (
   grade,
-  mvbench_index,
-  perception_index,
   published_letter,
   published_truth,
   strict_letter,
+)
+from vr_jax.evaluation.benchmarks.mvbench import multiple_choice_prompt, mvbench_index
+from vr_jax.evaluation.benchmarks.perception import perception_index
+from vr_jax.evaluation.benchmarks.videomme import (
+  subtitles_preface,
   videomme_index,
-  videomme_letter,
+  videomme_prompt,
 )
 
 OPTIONS = ["(A) A helmet", "(B) A dark red hat", "(C) A hat", "(D) Two"]
@@ -141,7 +139,7 @@ def test_general_prompts_by_the_letter():
     "the option's letter from the given choices directly and only give the best option. The best "
     "answer is: "
   )
-  with_subtitles = videomme_prompt("Why?", ["A. x.", "B. y."], "hi\nthere")
+  with_subtitles = subtitles_preface("hi\nthere") + plain
   assert with_subtitles == f"This video's subtitles are listed below:\nhi\nthere\n{plain}"
 
 
@@ -195,8 +193,10 @@ def test_perception_and_videomme_index():
   assert [videomme_index(t, four) for t in said] == [1, 0, 1, 2, 2, 3]
 
 
-def test_videomme_letter_keeps_the_published_prefixes():
-  assert videomme_letter("The best answer is C.") == "C"
-  assert videomme_letter("The best option is D") == "D"  # T, h, ... hold none of A-D before it
-  assert videomme_letter("Best answer: C") == "B"  # the joined prefix never matches
-  assert videomme_letter("none of them") == ""
+@pytest.mark.parametrize("text", ["B", "the answer is B", "a dark red hat"])
+def test_options_may_be_a_list_or_named_by_their_letters(text):
+  options = ["A helmet", "A dark red hat", "Two"]
+  by_letter = dict(zip("ABC", options, strict=True))
+  assert strict_letter(text, options) == strict_letter(text, by_letter) == "B"
+  assert strict_letter("D", by_letter) is None
+  assert strict_letter("Two", {"C": "One", "A": "Two"}) == "A"

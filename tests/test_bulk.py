@@ -100,6 +100,7 @@ def test_a_bad_line_costs_itself_alone(run, lines):
     '{"video": "x"}\n': "no key 'question'",
     '{"video": 3, "question": "x"}\n': "key 'video': found 3; accepted: str",
     '{"video": "x", "question": "x", "frames": 3}\n': "key 'frames'",
+    '{"video": "x", "question": "x", "seconds": 3}\n': "key 'seconds': found 3; accepted: list",
     '{"video": "x", "question": "x", "id": "a"}\n': "id 'a' was given to line 1",
   }
   unusable = {
@@ -108,6 +109,8 @@ def test_a_bad_line_costs_itself_alone(run, lines):
     "off the clip": ({"regions": ["box:10,10,60,50@999"]}, "999"),
     "no region": ({"regions": [{"circle": 3}]}, "circle"),
     "no spec": ({"regions": ["circle:3"]}, "circle:3"),
+    "no span": ({"seconds": [1]}, "accepted: two numbers"),
+    "off the end": ({"seconds": [60, 61]}, "no frame lies between 60 s and 61 s"),
     "too few": ({"regions": []}, "1 <region> but 0 objects"),
   }
   requests = [{**lines[0], "id": name, **fields} for name, (fields, _) in unusable.items()]

@@ -13,7 +13,8 @@ from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import load
 from vr_jax.evaluation.scoring import captions
 from vr_jax.evaluation.scoring.caption_metrics import bleu, cider_d, rouge_l
-from vr_jax.evaluation.scoring.captions import CORENLP, Settings, jar_tokenize, ours, spice_scores
+from vr_jax.evaluation.scoring.captions import CORENLP, jar_tokenize, ours, spice_scores
+from vr_jax.evaluation.settings import CaptionSettings
 
 REFERENCES = (
   (
@@ -159,7 +160,7 @@ def predictions(said=PREDICTIONS):
 
 
 def score(said, **settings):
-  settings = Settings(**({"meteor": False} | settings))
+  settings = CaptionSettings(**({"meteor": False} | settings))
   return captions.score(benchmark("hc-stvg"), predictions(said), {}, "strict", settings)
 
 

@@ -120,7 +120,7 @@ def test_float32_round_trip_in_shards(small, tmp_path):
   source = write(tmp_path / "source", cfg, params, beside=True)
   convert(source, tmp_path / "vr", "vr", logits="never", **QUIET)
   parity = convert(
-    tmp_path / "vr", tmp_path / "out", "videorefer", shard_bytes=40_000, logits="never", **QUIET
+    tmp_path / "vr", tmp_path / "out", "videorefer", shard_gb=4e-5, logits="never", **QUIET
   )
   assert parity["bit_identical"]
   index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())

@@ -15,11 +15,12 @@ from test_interop_videorefer import model, random_params
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, make_meta, read_tokenizer_files
 from vr_jax.interop import hf_decoder, peft, proof
+from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.convert import convert
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Safetensors, Tree, arrays, nested
 from vr_jax.models.connector import KINDS
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 from vr_jax.models.variants import DECODERS
 
 pytestmark = pytest.mark.torch
@@ -71,12 +72,12 @@ def test_decoders_of_transformers_go_in_and_out_with_equal_logits(family, tmp_pa
   assert convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)["passed"]
   source = open_source(tmp_path / "vr")
   found = proof.decoder_logits(source, tmp_path / "theirs")
-  assert found["max_abs"] < TOLERANCE
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
   parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
   assert parity["bit_identical"]
   assert parity["logits"]["decoder"]["tolerance"] == TOLERANCE
-  assert parity["logits"]["decoder"]["max_abs"] < TOLERANCE
+  assert parity["logits"]["decoder"]["relative"] < TOLERANCE
   assert parity["logits"]["decoder"]["greedy_equal"] == 32
 
 
@@ -142,7 +143,7 @@ def test_an_adapter_of_peft_merges_to_its_logits(family, options, tmp_path):
     tmp_path / "base", tmp_path / "vr", "vr", adapter=tmp_path / "adapter", logits="never", **QUIET
   )
   found = proof.decoder_logits(open_source(tmp_path / "vr"), tmp_path / "theirs")
-  assert found["max_abs"] < TOLERANCE
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
 
 
@@ -163,9 +164,9 @@ def test_peft_reads_our_adapter(family, tmp_path):
   factors = {p: (rng.normal(size=s) * 0.1).astype(np.float32) for p, s in shapes.items()}
   peft.write_adapter(tmp_path / "adapter", cfg, factors, alpha=12)
   merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
-  merged = peft.Merged(source.params, peft.Adapter(Tree(factors), 4, 12))
+  merged = Merged(source.params, Adapter(Tree(factors), 4, 12))
   found = proof.decoder_logits(dataclasses.replace(source, params=merged), tmp_path / "theirs")
-  assert found["max_abs"] < TOLERANCE
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
 
 
@@ -187,7 +188,7 @@ def test_peft_reads_the_adapter_of_a_run(tmp_path):
   convert(tmp_path / "run", tmp_path / "adapter", "peft", logits="never", **QUIET)
   merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
   found = proof.decoder_logits(open_source(tmp_path / "run"), tmp_path / "theirs")
-  assert found["max_abs"] < TOLERANCE
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
   parity = convert(tmp_path / "run", tmp_path / "merged", "hf", logits="always", **QUIET)
   assert parity["passed"]
@@ -236,7 +237,7 @@ def test_siglip_goes_in_and_out_with_equal_features(kind, tmp_path):
   assert any("text_model" in name for name in open_source(tmp_path / "theirs").skipped) == whole
   parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
   assert parity["bit_identical"]
-  assert parity["logits"]["tower"]["max_abs"] < TOLERANCE
+  assert parity["logits"]["tower"]["relative"] < TOLERANCE
   import torch
 
   again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out")
@@ -378,7 +379,7 @@ def test_our_pytorch_model_gives_equal_logits_for_every_decoder(name, golden, tm
   parity = convert(checkpoint(tmp_path / "vr", cfg, golden), tmp_path / "out", "torch", **QUIET)
   assert parity["bit_identical"]
   found = parity["logits"]["videorefer"]
-  assert found["max_abs"] < TOLERANCE
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
 
 
@@ -389,13 +390,14 @@ def test_our_pytorch_model_has_every_connector(kind, golden, tmp_path):
   llm = decoder_like("gemma-2b", width=width, depth=1)
   cfg = dataclasses.replace(model(kind, heads=4, kv_heads=4), llm=llm)
   parity = convert(checkpoint(tmp_path / "vr", cfg, golden), tmp_path / "out", "torch", **QUIET)
-  assert parity["logits"]["videorefer"]["max_abs"] < TOLERANCE
+  assert parity["logits"]["videorefer"]["relative"] < TOLERANCE
 
 
 def test_the_published_folder_runs_in_pytorch_with_our_logits(golden, tmp_path):
   parity = convert(golden / "tiny_videorefer_qwen2", tmp_path / "vr", "vr", **QUIET)
   found = parity["logits"]["videorefer"]
-  assert found["max_abs"] < 2e-4
+  # Some 12 000 terms from pixels to logits come to 5e-5 of the largest (tests/rounding.py).
+  assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from data_pipes import check
+from data_pipes import check, check_report
 from data_pipes.check import DEFECTS, NOTICES, Checks
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
@@ -416,11 +416,11 @@ def test_threads_change_nothing(tmp_path, media):
 def test_wrong_use_is_said(tmp_path, media):
   file = write(tmp_path / "f.json", [item()])
   with pytest.raises(InputError, match="no such file"):
-    check.check([tmp_path / "none.json"], Checks())
+    check_report.check([tmp_path / "none.json"], Checks())
   with pytest.raises(InputError, match="no such folder of media"):
-    check.check([file], Checks(tmp_path / "none"))
+    check_report.check([file], Checks(tmp_path / "none"))
   with pytest.raises(InputError, match="would write over a source"):
-    check.check([file], Checks(media), fix=tmp_path)
+    check_report.check([file], Checks(media), check_report.Outputs(fix=tmp_path))
   with pytest.raises(InputError, match="reject 'blue'; accepted: null-mask, "):
     Checks(reject=("blue",))
 

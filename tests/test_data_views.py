@@ -121,7 +121,9 @@ def test_bench_names_the_time_of_every_stage(shown, golden):
   sizes = {"image_size": 56, "grid": 4, "tokens_per_object": 4, "scene_tokens": 32}
   shards = ShardSet(shown / "s")
   records = [shards[i] for i in range(len(shards)) if shards[i].turns]
-  result = loader_bench.bench(records, tokenizer, sizes, RowRules(), samples=8, batch_size=2)
+  result = loader_bench.bench(
+    records, tokenizer, sizes, RowRules(), loader_bench.Options(samples=8, batch_size=2)
+  )
   assert result["samples"] == 2
   assert set(result["cpu_ms_a_sample"]) == set(loader_bench.STAGES)
   assert all(ms >= 0 for ms in result["cpu_ms_a_sample"].values())

@@ -8,8 +8,10 @@ import pytest
 
 import vr_jax
 from data_pipes.errors import InputError
+from data_pipes.video import open_video, sample_scene, scene_ids
+from vr_jax.compiling import compilations
 from vr_jax.inference.placement import parse_mesh
-from vr_jax.inference.programs import compilations
+from vr_jax.inference.reading import Reader
 from vr_jax.sharding import make_mesh
 
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4}
@@ -86,8 +88,8 @@ def test_sharing_changes_the_work_and_not_the_answers(model, requests, answers):
 def test_the_same_frames_are_the_same_video_whatever_holds_them(model, monkeypatch):
   videos = np.random.default_rng(0).integers(0, 256, (2, 4, 20, 20, 3), np.uint8)
   read = []
-  monkeypatch.setattr(model, "_read", lambda asked, **o: read.append(asked) or kept(asked, **o))
-  kept = type(model)._read.__get__(model)
+  kept = Reader.read
+  monkeypatch.setattr(Reader, "read", lambda self, part: read.append(part) or kept(self, part))
   model.visual.forget()
   apart = [vr_jax.Request(videos[i % 2], "What happens?") for i in range(4)]
   wanted = model.ask_many(apart, share=False, **OPTIONS)
@@ -102,6 +104,46 @@ def test_the_same_frames_are_the_same_video_whatever_holds_them(model, monkeypat
   changed[0] = 0
   model.ask(changed, "What happens?", **OPTIONS)
   assert model.visual.counts["prefixes"] == 3
+
+
+def test_long_and_short_questions_share_the_frames_of_their_video(tiny, requests, golden):
+  """Rows of two sizes, more videos than prefixes are kept: each frame is encoded once."""
+  model, rng = vr_jax.load(tiny), np.random.default_rng(0)
+  videos = rng.integers(0, 256, (20, 4, 20, 20, 3), np.uint8)
+  mixed = [
+    vr_jax.Request(video, "Where is <region>? " + "Look well. " * (60 * (i % 2)), [region])
+    for i in range(2)
+    for video in videos
+    for region in [vr_jax.Region(box=(2, 2, 9, 9), frame=1)]
+  ]
+  shuffled = rng.permutation(len(mixed))
+  answers = dict(model.answer_each({int(i): mixed[i] for i in shuffled}, **OPTIONS))
+  assert len(model._engines) == 2
+  assert model.visual.counts == {"frames": 80, "prefixes": 20, "objects": 40}
+  for i in (0, 19, 20, 39):
+    assert answers[i] == model.ask_many([mixed[i]], **OPTIONS)[0]
+
+
+def test_a_request_for_a_part_of_a_video(model, requests):
+  film = requests[0].video
+  whole = vr_jax.Request(film, "What happens?")
+  part = dataclasses.replace(whole, seconds=(0.2, 0.7))
+  frames = sample_scene(open_video(film), 4, 0.2, 0.7)
+  first, second, third = model.ask_many(
+    [whole, part, vr_jax.Request(frames, "What happens?")], **OPTIONS
+  )
+  assert second.token_ids == third.token_ids
+  assert second.scene_frames == tuple(scene_ids(open_video(film), 4, 0.2, 0.7))
+  assert second.scene_frames != first.scene_frames
+  for video, seconds, says in (
+    (film, (60, 61), "no frame lies between 60 s and 61 s"),
+    (requests[3].video, (0, 1), "an image has no times"),
+    (frames, (0, 1), "has no times"),
+  ):
+    with pytest.raises(InputError, match=says):
+      model.ask_many([vr_jax.Request(video, "What happens?", seconds=seconds)], **OPTIONS)
+  with pytest.raises(InputError, match=r"seconds=\(1,\); accepted: two numbers"):
+    vr_jax.Request(film, "What happens?", seconds=(1,))
 
 
 def test_a_prefix_is_kept_for_the_next_call(model, requests, answers):

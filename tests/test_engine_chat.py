@@ -18,12 +18,14 @@ from types import SimpleNamespace
 import pytest
 from chat_server import ChatServer, Reply, sensible
 
+from data_pipes import chat
+from data_pipes.chat import Client, NoCompletion, retry_after
 from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
-from data_pipes.engine.backends import chat, chat_agents, probe, timed_http
-from data_pipes.engine.backends.chat import ChatClient, Endpoint, Unanswered, retry_after
+from data_pipes.engine.backends import chat_agents, probe
+from data_pipes.engine.backends.chat import ChatClient, Endpoint, Unanswered
 from data_pipes.engine.backends.chat_agents import ChatAnalyzer
 from data_pipes.engine.backends.probe import Probed, licence
 from data_pipes.engine.calls import ANSWERED, CUT_OFF, FAILED, Calls, Price, ledger
@@ -160,7 +162,7 @@ def test_a_call_ends_in_time_whatever_the_server_sends(calls, bad):
 
 
 def test_a_reply_without_end_is_not_kept_in_memory(calls, monkeypatch):
-  monkeypatch.setattr(timed_http, "LARGEST", 1 << 20)
+  monkeypatch.setattr(chat, "LARGEST", 1 << 20)
   huge = Reply(raw="x" * (2 << 20))
   with (
     ChatServer(sequence(huge)) as server,
@@ -192,6 +194,17 @@ def test_retry_after_is_honoured(calls):
   assert 8 < retry_after(formatdate(time.time() + 10, usegmt=True), 1.0) <= 10.2
   assert retry_after("soon", 1.0) == 1.0
   assert retry_after("1e9", 1.0) <= 600.1
+  assert retry_after(None, 1.0) == 1.0
+
+
+def test_a_key_is_in_no_message():
+  """Servers repeat what they were sent."""
+  for status in (401, 500, 200):
+    with ChatServer(sequence(Reply(status=status, raw="you sent Bearer abc-123"))) as server:
+      endpoint = Client(server.url, "abc-123", tries=1)
+      with pytest.raises(NoCompletion, match=r"^you sent Bearer \*\*\*$") as caught:
+        endpoint.complete(b"{}")
+    assert (caught.value.status, caught.value.calls) == (0 if status == 200 else status, 1)
 
 
 @pytest.mark.parametrize("raw", ["<html>hello</html>", "{}", '{"choices": []}', "null"])

@@ -19,11 +19,11 @@ from data_pipes.engine import command, stages
 from data_pipes.engine.agents.ingest import write_clip
 from data_pipes.engine.backends.builtin import AttributeJudge, NounPhrases, measure_object
 from data_pipes.engine.export import file_paths
+from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.quality import duplicates, masks, text
 from data_pipes.engine.quality.colours import NAMES, name_pixels
 from data_pipes.engine.quality.shots import find_shots, perceptual_hash
-from data_pipes.engine.roles import Claim, Clip, Context
-from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.roles import Claim, Clip, Context, backend_class
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
@@ -269,6 +269,19 @@ def test_the_whole_graph_runs_on_real_clips(media_dir, tmp_path):
   assert len(json.loads(made.read_text())) >= 5
 
 
+def test_both_names_of_our_own_model_are_one_agent(videos, tmp_path):
+  """Configs and runs made before name it vr_jax.engine:VideoReferAgent."""
+  prints = []
+  for target in ("vr_jax.agent:VideoReferAgent", "vr_jax.engine:VideoReferAgent"):
+    agent = {"kind": "python", "target": target}
+    assert backend_class("annotator", agent) is VideoReferAgent
+    c = config(videos).unlock()
+    c.roles = {**c.roles, "annotator": agent, "describer": agent, "judge": agent}
+    settings = stages.check_settings(c, tmp_path)
+    prints.append([stage.fingerprint for stage in stages.make_graph(settings).stages])
+  assert prints[0] == prints[1]  # a run goes on under either name
+
+
 @pytest.mark.slow
 def test_our_own_model_describes_objects(tmp_path):
   """The packaged vr-mini as Annotator and region describer, on its own little world."""
@@ -437,7 +450,7 @@ def test_benchmark_videos_never_get_in(videos, tmp_path):
   c.duplicates.benchmark = (str(bench),)
   ref = stages.graph_ref(stages.check_settings(c, tmp_path / "w"))
   store = Store(tmp_path / "w", 2)
-  run_tasks(ref, store, stages=["00_ingest", "05_shots", "06_unique"])
+  run_stages(ref, store, stages=["00_ingest", "05_shots", "06_unique"])
   assert manifest(store, ref.build())[2]["reasons"] == {"benchmark video": 1, "near-duplicate": 1}
   assert "7.mp4" not in {row["source"] for row in store.rows("06_unique")}
 

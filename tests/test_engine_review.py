@@ -14,12 +14,14 @@ from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, report, review, stages
-from data_pipes.engine.graph import KEPT
+from data_pipes.engine.graph import KEPT, StopRun
 from data_pipes.engine.roles import Verdict
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.evaluation.scoring import reviewer
+
+TESTS = Path(__file__).parent
 
 
 class EvenJudge:
@@ -273,20 +275,30 @@ def test_one_line_for_wrong_input(tmp_path, capsys, monkeypatch, words, message)
 
 
 @pytest.mark.ray
-def test_ray_writes_the_same_bytes(tmp_path):
+def test_ray_writes_the_same_bytes(tmp_path, monkeypatch):
+  """Stopped, gone on with; an actor opens each stage once for all of its shards."""
   import engine_toy
-  from test_engine_runner import files, run
+  from test_engine_runner import files, opened, run
 
-  from data_pipes.engine.runners.ray import run_on_ray
+  from data_pipes.engine.job import EngineJob
+  from data_pipes.jobs import run_ray
 
   (tmp_path / "ray").mkdir()
   (tmp_path / "local").mkdir()
-  store = Store(tmp_path / "ray" / "run", 2)
+  store = Store(tmp_path / "ray" / "run", 8)
   store.write_settings({})
-  ref = engine_toy.ref(tmp_path / "ray")
-  os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-  run_on_ray(ref, store, graph=ref.build())
-  assert files(store) == files(run(tmp_path / "local"))
+  ref = engine_toy.ref(tmp_path / "ray", stop_at=30)
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
+  with pytest.raises(StopRun, match="the budget is spent"):
+    run_ray(EngineJob(ref, store.folder))
+  (tmp_path / "ray" / "go").touch()
+  (tmp_path / "ray" / "opened.log").unlink()
+  run_ray(EngineJob(ref, store.folder))
+  assert files(store) == files(run(tmp_path / "local", shards=8))
+  assert set(opened(tmp_path / "ray").values()) == {1}
+  assert len({line.split()[1] for line in opened(tmp_path / "ray")}) < 8
+  with pytest.raises(InputError, match="no Ray node has the 9999 CPUs that a task takes"):
+    run_ray(EngineJob(ref, store.folder), cpus=9999)
 
 
 def test_the_engine_needs_no_jax():

@@ -15,9 +15,11 @@ import engine_toy
 import pytest
 
 from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, StopRun, digest
-from data_pipes.engine.runners.local import run_tasks
+from data_pipes.engine.job import EngineJob
+from data_pipes.engine.pipeline import run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
+from data_pipes.jobs import run_local
 
 TESTS = Path(__file__).parent
 
@@ -27,7 +29,7 @@ def run(folder: Path, shards: int = 2, store: Path | None = None, only=None, **s
   if not store_.settings():
     store_.write_settings({})
   options = {k: settings.pop(k) for k in ("retry_quarantined", "stages") if k in settings}
-  run_tasks(engine_toy.ref(folder, **settings), store_, shards=only, **options)
+  run_stages(engine_toy.ref(folder, **settings), store_, shards=only, **options)
   return store_
 
 
@@ -116,6 +118,41 @@ def kill_at_random(folder: Path, store: Path, times: int, rng: random.Random) ->
       process.wait()
   subprocess.run(command, check=True)
   return hits
+
+
+def opened(folder: Path) -> Counter:
+  """How often each (stage, process) was opened."""
+  return Counter((folder / "opened.log").read_text().splitlines())
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_worker_opens_a_stage_once_for_all_shards(tmp_path, where):
+  """A model may take minutes to load."""
+  run(tmp_path, shards=8, where=where, workers=2)
+  assert set(opened(tmp_path).values()) == {1}
+  processes = Counter(line.split()[0] for line in opened(tmp_path))
+  most = 2 if where == "process" else 1
+  assert all(1 <= processes[stage] <= most for stage in "abcd")
+
+
+def test_tasks_of_a_job_share_what_their_process_opened(tmp_path):
+  (tmp_path / "whole").mkdir()
+  store = Store(tmp_path / "run", 8)
+  store.write_settings({})
+  job = EngineJob(engine_toy.ref(tmp_path), store.folder)
+  assert job.stages == ("1", "2")  # d surveys all shards
+  run_local(job)
+  assert opened(tmp_path) == {f"{stage} {os.getpid()}": 1 for stage in "abcd"}
+  assert files(store) == files(run(tmp_path / "whole", shards=8))
+
+
+@pytest.mark.multiprocess
+def test_processes_of_a_job_keep_what_they_opened(tmp_path):
+  store = Store(tmp_path / "run", 8)
+  store.write_settings({})
+  run_local(EngineJob(engine_toy.ref(tmp_path), store.folder), workers=2)
+  assert set(opened(tmp_path).values()) == {1}
+  assert len(list(store.rows("a"))) == 40
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):

@@ -1,15 +1,21 @@
 """`vr eval` on the tiny published checkpoint: predictions, shards, resuming, defects."""
 
+import itertools
 import json
 import shutil
+from collections import Counter
 
+import numpy as np
 import pytest
 
 import vr_jax
+from data_pipes.embedded.make_set import make_set
 from data_pipes.errors import InputError
 from vr_jax import cli
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
+from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.results import read_predictions
-from vr_jax.evaluation.run import Settings, evaluate, shard_of
+from vr_jax.evaluation.run import Settings, evaluate, shard_of, share
 
 TOKENS = 16  # as recorded
 
@@ -29,6 +35,12 @@ def data(golden, tmp_path):
   for name in ("clip_dir", "clip_mp4.mp4"):
     (folder / name).symlink_to(golden / "media" / name)
   return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+  """vr-mini, and 36 questions on 12 clips."""
+  return vr_jax.load(), make_set(tmp_path_factory.mktemp("set"), 1, 12, 36, 1)
 
 
 def run(model, golden, name, data, out, mode="single", **options):
@@ -78,19 +90,95 @@ def test_shards_and_a_kill_give_the_same_file(model, golden, data, tmp_path):
   whole, apart = tmp_path / "whole", tmp_path / "apart"
   run(model, golden, "bench-q", data, whole)
   first = run(model, golden, "bench-q", data, apart, shard=(1, 3))
-  assert first["counts"]["answered"] == 1
+  assert first["counts"]["answered"] == 2
   with pytest.raises(InputError, match="only parts are done"):
     read_predictions(apart)
   run(model, golden, "bench-q", data, apart, shard=(0, 3))
   part = apart / "parts" / "0-of-3.jsonl"
-  part.write_text(part.read_text()[:-40])  # killed within its second line
-  asked = []
-  run(model, golden, "bench-q", data, apart, progress=asked.append)  # by another number of shards
-  assert asked[0].endswith("4 items, 2 done, 2 to ask here")
+  torn = part.read_text()[:-40]  # killed within its second line
+  part.write_text(torn)
+  (apart / "parts" / "1-of-2.jsonl").write_text('{"id": 0, "pre')  # another process is writing
+  messages = []
+  run(
+    model, golden, "bench-q", data, apart, progress=messages.append
+  )  # by another number of shards
+  assert messages[0].endswith("4 items, 3 done, 1 to ask here")
   for name in ("predictions.jsonl", "published.jsonl"):
     assert (apart / name).read_bytes() == (whole / name).read_bytes()
-  run(model, golden, "bench-q", data, apart, progress=asked.append)
-  assert asked[-1].endswith("4 done, 0 to ask here")
+  # No process writes over the file of another.
+  assert part.read_text() == torn
+  assert (apart / "parts" / "1-of-2.jsonl").read_text() == '{"id": 0, "pre'
+  run(model, golden, "bench-q", data, apart, progress=messages.append)
+  assert messages[-1].endswith("4 done, 0 to ask here")
+
+
+def test_a_torn_line_is_taken_out_before_the_next_is_written(model, golden, data, tmp_path):
+  out = tmp_path / "out"
+  run(model, golden, "bench-q", data, out)
+  part = out / "parts" / "0-of-1.jsonl"
+  whole = part.read_text()
+  before = (out / "predictions.jsonl").read_bytes()
+  part.write_text(whole[:-40])
+  run(model, golden, "bench-q", data, out)
+  assert len(lines(part)) == 4
+  assert part.read_text() == whole
+  assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_shard_is_whole_videos():
+  """No video is in two; a shard gets one only while it has the fewest questions."""
+  rng = np.random.default_rng(0)
+  items = [Item(i, "", f"{v}.mp4", "") for i, v in enumerate(rng.integers(0, 30, 400))]
+  for n in (1, 3, 7, 40):
+    shards = [share(items, k, n) for k in range(n)]
+    assert sorted(item.id for shard in shards for item in shard) == list(range(400))
+    videos = [{item.video for item in shard} for shard in shards]
+    assert sum(map(len, videos)) == len(set.union(*videos))
+    sizes = [len(shard) for shard in shards]
+    assert max(sizes) - min(sizes) <= max(Counter(item.video for item in items).values())
+
+
+def test_a_run_that_was_divided_by_items_goes_on(model, golden, data, tmp_path):
+  """Before shards were whole videos, shard k had every n-th item from the k-th on."""
+  whole, old = tmp_path / "whole", tmp_path / "old"
+  run(model, golden, "bench-q", data, whole)
+  shutil.copytree(whole / "parts", old / "parts")
+  done = lines(old / "parts" / "0-of-1.jsonl")
+  (old / "parts" / "0-of-1.jsonl").unlink()
+  part = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done if line["id"] % 2)
+  (old / "parts" / "1-of-2.jsonl").write_text(part, encoding="utf-8")
+  messages = []
+  for k in (0, 1):
+    run(model, golden, "bench-q", data, old, shard=(k, 2), progress=messages.append)
+  assert messages[0].endswith("4 items, 2 done, 1 to ask here")
+  assert (old / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_each_frame_is_encoded_once_whatever_the_order_of_the_file(order, embedded, tmp_path):
+  """vr-mini on twelve clips, more than prefixes are kept; no two neighbours on one clip."""
+  model, data = embedded
+  items = items_of(data)
+  by_clip = sorted(items, key=lambda item: item["video"])
+  shuffled = [item for k in range(3) for item in by_clip[k::3]]
+  assert all(a["video"] != b["video"] for a, b in itertools.pairwise(shuffled))
+  folder = tmp_path / "data"
+  folder.mkdir()
+  (folder / "videos").symlink_to(data / "videos")
+  write_items(folder, by_clip if order == "sorted" else shuffled)
+  model.visual.forget()
+  evaluate(model, "bench-q", folder, tmp_path / "out", Settings(max_new_tokens=2, scene_frames=4))
+  _, predictions = read_predictions(tmp_path / "out")
+  frames = {(p.video, f) for p in predictions for f in p.scene_frames}
+  frames |= {
+    (item["video"], int(f)) for item in items for marked in item["annotation"] for f in marked
+  }
+  assert model.visual.counts["frames"] == len(frames)
+  alone = {
+    item.id: model.ask_many([item.request(folder, "multi", 4)], max_new_tokens=2, scene_frames=4)
+    for item in read(benchmark("bench-q"), folder / "bench_q.json").items[:3]
+  }
+  assert {p.id: p.pred for p in predictions[:3]} == {i: a.text for i, (a,) in alone.items()}
 
 
 def test_what_cannot_be_asked_is_counted_and_asked_again_later(model, golden, data, tmp_path):
@@ -186,7 +274,7 @@ def test_the_mask_rule_is_a_choice_that_results_state(model, golden, data, tmp_p
 
 
 def test_the_command(model, golden, data, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr("vr_jax.inference.model.load", lambda path, **_: model)  # compiled already
+  monkeypatch.setattr("vr_jax.loading.load", lambda path, **_: model)  # compiled already
   command = ["eval", "bench-q", "--checkpoint", str(golden / "tiny_videorefer_qwen2")]
   command += ["--data", str(data), "--out", str(tmp_path / "out"), "--mode", "single"]
   command += ["--max-new-tokens", str(TOKENS), "--limit", "2", "--published", "--batch-size", "1"]

@@ -15,7 +15,7 @@ from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from data_pipes.video import open_video, sample_scene
 from vr_jax.evaluation.benchmarks import mvbench, perception, videomme
-from vr_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, read
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.benchmarks.videomme import read_srt, subtitle_text
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.run import Settings, evaluate
@@ -82,12 +82,13 @@ def test_mvbench(mv, clip):
   )
   # Only five tasks take the bounds.
   request = item.request(data.media, "multi", 4)
-  expected = sample_scene(open_video(clip), 4, 0.2, 0.7)
-  np.testing.assert_array_equal(request.video, expected)
-  assert by_task["Action Antonym"].request(data.media, "multi", 4).video.name == "a.mp4"
+  assert request.video.resolve() == clip.resolve()
+  assert request.seconds == (0.2, 0.7)
+  assert by_task["Action Antonym"].request(data.media, "multi", 4).seconds is None
   assert sum(item.seconds is not None for item in data.items) == 5
   # A folder of frames has 3 frames a second: 0.2 to 0.7 s is its first two.
-  frames = by_task["Episodic Reasoning"].request(data.media, "multi", 4).video
+  request = by_task["Episodic Reasoning"].request(data.media, "multi", 4)
+  frames = sample_scene(open_video(request.video), 4, *request.seconds)
   assert len(frames) == 4
   assert {int(f[0, 0, 0]) for f in frames} <= {20, 40}
 
@@ -144,7 +145,9 @@ def test_videomme_with_and_without_subtitles(mme, clip):
   assert said.startswith("Select the best answer")
   assert said.endswith("The best answer is: ")
   with_text = read(benchmark("videomme"), mme, subtitles=True)
-  spoken = with_text.items[0].request(with_text.media, "multi", 8).question
+  request = with_text.items[0].request(with_text.media, "multi", 8)
+  assert request.question == said
+  spoken = request.preface() + request.question
   video = open_video(clip)
   assert video.fps == 10
   # The older rule: of n frames into 8, each in the middle of its part; times are frame / fps.
@@ -156,8 +159,8 @@ def test_videomme_with_and_without_subtitles(mme, clip):
   text = "\n".join(line for line in lines if line)
   assert text.count("Hello") > 1  # not de-duplicated
   assert spoken == f"This video's subtitles are listed below:\n{text}\n{said}"
-  silent = with_text.items[3].request(with_text.media, "multi", 8).question
-  assert silent.startswith("This video's subtitles are listed below:\n\nSelect")
+  silent = with_text.items[3].request(with_text.media, "multi", 8)
+  assert silent.preface() == "This video's subtitles are listed below:\n\n"
   (mme / "videomme" / "test-00000-of-00001.parquet").unlink()
   (mme / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in videomme_rows()))
   assert [i.question for i in read(benchmark("videomme"), mme).items] == [
@@ -202,7 +205,7 @@ def test_perception_test(tmp_path):
   assert data.media == tmp_path / "videos"
   assert (item.id, item.video, item.type) == ("video_7/3", "video_7.mp4", "physics")
   assert (item.truth, item.slices["tag"]) == ("(B) down", "motion, place")
-  sent = json.loads(perception.submission([Prediction.of(item, "Down")]))
+  sent = json.loads(perception.submission([Prediction.for_item(item, "Down")]))
   assert sent == {"video_7": [{"id": 3, "answer_id": 1, "answer": "down"}]}
   del questions["video_7"]["mc_question"][0]["answer_id"]
   path.write_text(json.dumps(questions))
@@ -223,8 +226,10 @@ def test_hc_stvg(tmp_path):
   assert data.split == "v2-val"
   assert data.items[0].masks("single") == [{5: item["mask"]}]
   assert data.items[0].question.count("<region>") == 1
-  predictions = [Prediction.of(i, text) for i, text in zip(data.items, ("x", None), strict=True)]
-  files = BENCHMARKS["hc-stvg"].export(predictions)
+  predictions = [
+    Prediction.for_item(i, text) for i, text in zip(data.items, ("x", None), strict=True)
+  ]
+  files = benchmark("hc-stvg").export(predictions)
   assert json.loads(files["published.jsonl"]) == {
     "video": "a.mp4",
     "Answer": "A man walks.",
@@ -240,10 +245,12 @@ def test_published_files_read_back_to_the_same_scores(mv, mme, tmp_path):
   for name, folder in (("mvbench", mv), ("videomme", mme)):
     items = read(benchmark(name), folder).items
     predictions = [
-      Prediction.of(i, said[k % 6], error=None if said[k % 6] is not None else "missing media: x")
+      Prediction.for_item(
+        i, said[k % 6], error=None if said[k % 6] is not None else "missing media: x"
+      )
       for k, i in enumerate(items)
     ]
-    (text,) = BENCHMARKS[name].export(predictions).values()
+    (text,) = benchmark(name).export(predictions).values()
     path = tmp_path / f"{name}.json"
     path.write_text(text)
     ours = score_choice(benchmark(name), predictions, {}, "published")
@@ -260,7 +267,7 @@ def test_published_files_read_back_to_the_same_scores(mv, mme, tmp_path):
 
 def test_videomme_file_of_the_published_scorer(mme):
   items = read(benchmark("videomme"), mme).items
-  content = json.loads(videomme.published_json([Prediction.of(i, "B.") for i in items]))
+  content = json.loads(videomme.published_json([Prediction.for_item(i, "B.") for i in items]))
   assert [v["missing"] for v in content] == [False, False]
   assert content[1]["duration"] == "long"
   assert {q["response"] for v in content for q in v["questions"]} == {"B"}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vr_jax.inference.generate import Generator, bucket, extend, generate, prefill, stream
+from vr_jax.inference.generate import Generator, bucket, extend, generate, prefill
 from vr_jax.inference.sampling import Sampling, penalize, pick
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
 
@@ -94,16 +94,6 @@ def test_rows_stop_at_any_end_token_or_at_their_limit(params, plain):
   np.testing.assert_array_equal(lengths, stops)
   for row, full, stop in zip(tokens, free, stops, strict=True):
     np.testing.assert_array_equal(row, full[:stop] + [49] * (10 - stop))
-
-
-def test_stream_hands_out_what_generate_returns(params):
-  rows = prompts([12, 5])
-  tokens, lengths = run(params, rows)
-  parts = list(run(params, rows, method=stream, every=4))
-  assert [int(n.max()) for _, n in parts] == [1, 5, 9, 10]
-  for part, n in parts:
-    np.testing.assert_array_equal(part[:, : n[0]], tokens[:, : n[0]])
-  np.testing.assert_array_equal(parts[-1][1], lengths)
 
 
 def test_a_shared_prefix_gives_the_same_answers(params):

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipes.errors import InputError
 from vr_jax.interop import big_vision, hf_decoder, peft, torch_folder, videorefer
+from vr_jax.interop.adapter import Merged
 from vr_jax.interop.table import Mapped, Tree, arrays, outputs, slots
 from vr_jax.models.variants import DECODERS, VARIANTS, get_variant
 
@@ -36,12 +37,12 @@ FORMS = ("published", "torch", "big_vision", "big_vision unscanned")
 def test_every_parameter_is_covered_once_at_full_size(name, form):
   wanted, shapes = wanted_slots(name, form)
   assert len({(slot.theirs, slot.part) for slot in wanted}) == len(wanted)
-  assert len({(slot.ours, slot.index) for slot in wanted}) == len(wanted)
+  assert len({(slot.ours, slot.at) for slot in wanted}) == len(wanted)
   covered = dict.fromkeys(shapes, 0)
   for slot in wanted:
     shape = shapes[slot.ours]
-    assert all(0 <= i < n for i, n in zip(slot.index, shape, strict=False))
-    covered[slot.ours] += math.prod(shape[len(slot.index) :])
+    assert all(0 <= i < n for i, n in zip(slot.at, shape, strict=False))
+    covered[slot.ours] += math.prod(shape[len(slot.at) :])
   assert covered == {path: math.prod(shape) for path, shape in shapes.items()}
   total = sum(math.prod(output.shape) for output in outputs(wanted, shapes))
   assert total == sum(covered.values())
@@ -133,7 +134,7 @@ def test_adapters_survive_the_peft_format_and_merge_as_their_product(name, tmp_p
 
   rng = np.random.default_rng(1)
   base = {f"llm/{k}": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-  merged = peft.Merged(Tree(base), opened)
+  merged = Merged(Tree(base), opened)
   # In their layout an adapter is B @ A, whatever the matrix.
   theirs = {o.name: o.make(Tree(adapter)) for o in outputs(
     slots(Tree(adapter).shapes, peft.rows(cfg)), Tree(adapter).shapes)}  # fmt: skip

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from data_pipes.errors import InputError
 from vr_jax.interop import hf_tower, videorefer
+from vr_jax.interop.generation import Generation
 from vr_jax.interop.table import Safetensors, collect, slots
 from vr_jax.models.connector import KINDS, ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
@@ -58,7 +59,7 @@ def test_golden_config(golden, published):
   assert (llm.width, llm.depth, llm.heads, llm.kv_heads, llm.head_dim) == (128, 3, 4, 2, 32)
   assert (llm.mlp_dim, llm.vocab_size, llm.rope_base, llm.norm_eps) == (160, 1004, 1e6, 1e-6)
   assert (llm.qkv_bias, llm.tied_head, llm.norm_plus_one, llm.scale_embedding) == (1, 0, 0, 0)
-  assert published.generation == videorefer.Generation((1002, 1000), 1000, 1.05)
+  assert published.generation == Generation((1002, 1000), 1000, 1.05)
 
 
 def test_golden_parameters_go_back_to_the_same_tensors(golden, published):
@@ -261,7 +262,7 @@ def test_folders_of_other_shapes_load(tmp_path, cfg, how):
   loaded = videorefer.load(write(tmp_path / "published", cfg, params, **how))
   assert loaded.config == cfg
   assert_same(loaded.params, params)
-  assert loaded.generation == videorefer.Generation((7,))
+  assert loaded.generation == Generation((7,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,7 +274,7 @@ def test_the_table_covers_every_parameter_once(kind, kv_heads, tied):
   cover = {path: np.zeros(shape, int) for path, shape in shapes.items()}
   names = []
   for slot in videorefer.model_slots(cfg, shapes):
-    cover[slot.ours][slot.index] += 1
+    cover[slot.ours][slot.at] += 1
     names.append((slot.theirs, slot.part))
   assert all((array == 1).all() for array in cover.values())
   assert len(names) == len(set(names))

@@ -5,9 +5,10 @@ import json
 import threading
 import time
 from collections import Counter
-from email.utils import formatdate
 
 import pytest
+from chat_server import ChatServer
+from chat_server import Reply as Dripping
 
 from data_pipes.errors import InputError
 from vr_jax import cli
@@ -21,7 +22,6 @@ from vr_jax.evaluation.scoring.judge import (
   Sampling,
   open_judge,
   read_records,
-  retry_after,
   user_message,
 )
 from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
@@ -228,10 +228,19 @@ def test_retry_after_is_waited_for(server, tmp_path):
   score("bench-d", predictions(tmp_path, ["busy"]), judge=settings(server, first_pause=0.0))
   times = [at for _, _, _, at in server.requests]
   assert times[1] - times[0] >= 0.2
-  later = retry_after({"Retry-After": formatdate(time.time() + 30, usegmt=True)})
-  assert 25 < later <= 30
-  assert retry_after({"Retry-After": "soon"}) is None
-  assert retry_after({}) is None
+
+
+def test_a_reply_that_drips_ends_in_time():
+  """A byte now and then keeps a socket's own limit from ever passing."""
+  for start in (b"HTTP/1.1 200 OK\r\nx-slow: ", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"):
+    with ChatServer(lambda body, number, start=start: Dripping(trickle=start)) as server:
+      judge = Endpoint("m", server.url, timeout=0.5, tries=2, first_pause=0.01)
+      began = time.monotonic()
+      got = judge.ask([{"role": "user", "content": "hello"}], Sampling(), 0, 0)
+      assert (got.text, got.error, got.attempts) == (None, "no answer within 0.5 s", 2)
+      assert not got.permanent
+      assert 1.0 <= time.monotonic() - began < 5
+      assert len(server.bodies) == 2
 
 
 def test_a_restart_asks_only_what_has_no_reply(server, tmp_path):

@@ -9,9 +9,9 @@ from importlib import metadata
 import pytest
 
 import vr_jax
-from data_pipes.bench_prompts import DESCRIBE
+from data_pipes.prompts import DESCRIBE
 from vr_jax import cli
-from vr_jax.evaluation.benchmarks.videorefer import read_bench
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.lmms import (
   collect_descriptions,
   doc_to_text,
@@ -42,7 +42,7 @@ def test_task_files_hold_the_questions_and_masks(data, golden, tmp_path, mode):
   path = write_tasks("bench-q", data, tmp_path / "tasks", mode)
   assert str(tmp_path / "tasks" / "videorefer_bench_q.jsonl") in path.read_text()
   assert "QUESTIONS" not in path.read_text()
-  items = read_bench(golden / "data" / "bench_q.json")
+  items = read(benchmark("bench-q"), golden / "data" / "bench_q.json").items
   for doc, item in zip(documents(path.parent, "videorefer_bench_q"), items, strict=True):
     (visual,) = doc_to_visual(doc)
     assert visual["annotation"] == item.masks(mode)

@@ -1,12 +1,15 @@
 """The comparing core: what it lets pass, what it fails, and what it says of folders."""
 
 import json
+import logging
+import warnings
 
 import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax.parity import golden
+from vr_jax.cli import main
+from vr_jax.parity import forward, golden
 from vr_jax.parity.golden import (
   FAIL,
   PASS,
@@ -55,7 +58,7 @@ def test_equal_arrays_pass_and_inputs_need_not_be_produced():
     (produced(np.float32([0, 1, 2, np.nan])), "out differs by nan"),
     (produced(X[:3]), r"out has shape [3] instead of [4]"),
     (produced(ids=(1, 3)), "ids differs"),
-    (Produced({"out": X}), "ids is not produced"),
+    (Produced({}), "nothing was compared"),
   ],
 )
 def test_what_fails(ours, says):
@@ -88,6 +91,15 @@ def test_loose_arrays_are_named_but_do_not_fail():
   assert result.max_error == 0
   assert "fragile; out differs by 1.0e+00" in result.note
   assert compare(make_case(), produced(X + 1, (1, 3), loose=frozenset({"out"}))).status == FAIL
+
+
+def test_an_unknown_array_is_named_and_fails_only_a_case_without_others():
+  result = compare(make_case(), Produced({"out": X}))
+  assert (result.status, result.unknown) == (PASS, ("ids",))
+  assert "not known here, so not compared: ids" in str(result)
+  assert compare(make_case(), Produced({"out": X + 1})).status == FAIL
+  result = compare(make_case(), Produced({"other": X}))
+  assert (result.status, result.unknown) == (FAIL, ("out", "ids"))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,22 @@ def test_a_registered_stage_runs_and_is_reported(folder, monkeypatch):
   assert [(r.stage, r.case, r.status) for r in results] == [("00_double", "one", PASS)]
 
 
+def warn_and_double(golden: Golden):
+  logging.getLogger("data_pipes.samples").warning("object 0 vanishes in frame 3")
+  warnings.warn("donated buffers were not usable", stacklevel=1)
+  return double(golden)
+
+
+def test_no_warning_stands_between_the_rows(folder, monkeypatch, capfd):
+  monkeypatch.setitem(golden.STAGES, "00_double", f"{__name__}:warn_and_double")
+  assert main(["parity", str(folder)]) == 0
+  out, err = capfd.readouterr()
+  assert len(out.splitlines()) == 1
+  assert not err
+  with pytest.warns(UserWarning, match="donated"):  # the filter ends with the command
+    warn_and_double(Golden(folder))
+
+
 def test_a_stage_that_nothing_compares_fails(folder):
   (result,) = run_parity(folder)
   assert result.status == FAIL
@@ -151,3 +179,64 @@ def test_a_golden_folder_without_its_arrays(folder, monkeypatch):
   (folder / "a.npz").unlink()
   with pytest.raises(InputError, match=r"without a\.npz"):
     run_parity(folder)
+
+
+@pytest.fixture
+def forward_set(golden, tmp_path):
+  """A function: case -> its arrays -> the folder of a set that holds them, and those recorded."""
+  for name in ("tiny_videorefer_qwen2", "arrays"):
+    (tmp_path / name).symlink_to(golden / name)
+  index = json.loads((golden / "cases.json").read_text())
+  (stage,) = [s for s in index["stages"] if s["stage"] == "05_forward"]
+  recorded = dict(np.load(golden / "arrays/05_forward_complete.npz"))
+
+  def write(arrays):
+    held = [case for case in stage["cases"] if case["id"] in arrays]
+    for case in held:
+      case["arrays"] = {name: {"key": f"{case['id']}/{name}"} for name in arrays[case["id"]]}
+    changed = {"stages": [stage | {"npz": "set.npz", "cases": held}], "other_json": {}}
+    files = {f"{case}/{name}": array for case in arrays for name, array in arrays[case].items()}
+    np.savez(tmp_path / "set.npz", **files)
+    (tmp_path / "cases.json").write_text(json.dumps(index | changed))
+    return tmp_path
+
+  inputs = ("input_ids", "video_u8", "frame_u8", "masks")
+  cases = ("i_multi_frame", "i_two_regions")
+  return write, {c: {name: recorded[f"{c}/{name}"] for name in (*inputs, "logits")} for c in cases}
+
+
+def test_a_set_may_hold_the_last_logits_alone(forward_set, capfd):
+  write, cases = forward_set
+  for arrays in cases.values():
+    arrays["logits_last"] = arrays.pop("logits")[:, -1]
+  cases["i_two_regions"]["logits_last"] = cases["i_two_regions"]["logits_last"] + 0.01
+  assert main(["parity", str(write(cases))]) == 1
+  out, err = capfd.readouterr()
+  multi_frame, two_regions = out.splitlines()
+  assert multi_frame.split()[1:3] == ["i_multi_frame", "pass"]
+  assert "not compared" not in out
+  assert "logits_last differs by 1.0e-02" in two_regions
+  assert not err
+
+
+def test_arrays_that_nobody_knows(forward_set, capfd):
+  write, cases = forward_set
+  cases["i_multi_frame"]["hidden_7"] = X
+  del cases["i_two_regions"]["logits"]
+  assert main(["parity", str(write({"i_multi_frame": cases["i_multi_frame"]}))]) == 0
+  assert capfd.readouterr().out.rstrip().endswith("not known here, so not compared: hidden_7")
+  cases["i_two_regions"]["router"] = X
+  assert main(["parity", str(write(cases))]) == 1
+  assert "nothing was compared; not known here, so not compared: router" in capfd.readouterr().out
+
+
+def test_the_last_logits_are_those_of_each_rows_last_slot():
+  logits = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+  valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+  last = forward.logits_views(logits, valid)["logits_last"]
+  assert last.tolist() == [[3, 4, 5], [21, 22, 23]]
+
+
+@pytest.mark.parametrize("stage", ["01_siglip", "02_projectors", "03_region", "04_token_merge"])
+def test_no_array_of_the_golden_set_is_unknown(golden, stage):
+  assert not [str(r) for r in run_parity(golden, [stage]) if r.unknown]

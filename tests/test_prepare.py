@@ -153,6 +153,17 @@ def test_a_killed_run_ends_with_the_same_bytes(many, whole, tmp_path, jobs):
   assert contents(out) == whole
 
 
+def test_parts_that_an_earlier_version_left_are_in_nobodys_way(many, whole, tmp_path):
+  out = tmp_path / "s"
+  settings = Settings((str(many / "f.json"),), str(many), shards=3, size=56)
+  job = Prepare.start(out, settings)
+  for name in ("index/00000.jsonl", "frames-00001-of-00003.array_record", "rejects.jsonl"):
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / f"{name}.part").write_bytes(b"torn")
+  run_local(job)
+  assert contents(out) == whole
+
+
 def test_an_array_of_commands_gives_the_same_bytes(many, whole, tmp_path, capsys):
   out = tmp_path / "s"
   words = command(many, out, "--runner", "array")["args"][3:]

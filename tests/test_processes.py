@@ -20,7 +20,7 @@ from vr_jax.configs import load_config
 from vr_jax.interop import videorefer as published
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
-from vr_jax.training.processes import differences, found
+from vr_jax.training.processes import coordinator, differences
 
 TESTS = Path(__file__).parent
 CONFIG = str(TESTS / "toy_config.py")
@@ -31,19 +31,19 @@ EPOCHS = 3  # of shards_config.py
 
 def test_found_reads_the_environment():
   plain = {"VR_COORDINATOR": "10.0.0.1:80", "VR_PROCESSES": "4", "VR_PROCESS": "3"}
-  assert found({}) is None
-  assert found(plain) == {
+  assert coordinator({}) is None
+  assert coordinator(plain) == {
     "coordinator_address": "10.0.0.1:80",
     "num_processes": 4,
     "process_id": 3,
   }
-  assert found(plain | {"VR_PROCESSES": "1", "VR_PROCESS": "0"}) is None
-  assert found({"VR_COORDINATOR": "auto", "VR_PROCESSES": ""}) == {}
+  assert coordinator(plain | {"VR_PROCESSES": "1", "VR_PROCESS": "0"}) is None
+  assert coordinator({"VR_COORDINATOR": "auto", "VR_PROCESSES": ""}) == {}
   # A step of `srun`, a shell in an allocation, a pod of two hosts, a single TPU host.
-  assert found({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}) == {}
-  assert found({"SLURM_NTASKS": "2"}) is None
-  assert found({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
-  assert found({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+  assert coordinator({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}) == {}
+  assert coordinator({"SLURM_NTASKS": "2"}) is None
+  assert coordinator({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
+  assert coordinator({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_found_reads_the_environment():
 def test_settings_that_do_not_fit(changed, message):
   plain = {"VR_COORDINATOR": "localhost:80", "VR_PROCESSES": "2", "VR_PROCESS": "1"}
   with pytest.raises(InputError, match=message):
-    found(plain | changed)
+    coordinator(plain | changed)
 
 
 def test_differences_are_named():

@@ -1,11 +1,14 @@
 """Object tokens: golden cases, the merge against a plain loop, and what must not matter."""
 
+import fractions
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import assert_same_up_to_rounding
 
 from data_pipes.errors import InputError
 from vr_jax.models.region import (
@@ -70,8 +73,84 @@ def test_merge_is_the_plain_loop(u, room):
     wanted, runs = loop_merge(x[b, r, : k[b, r]], u)
     assert list(kept[b, r]) == [i < len(wanted) for i in range(u)]
     assert list(segment[b, r]) == runs + [-1] * (room - k[b, r])
-    np.testing.assert_allclose(tokens[b, r][: len(wanted)], np.reshape(wanted, (-1, 8)), atol=1e-5)
+    # A mean of at most `room` frames here, of as many there, and the quotients.
+    if len(wanted):
+      assert_same_up_to_rounding(tokens[b, r][: len(wanted)], np.array(wanted), 2 * room + 2)
     assert not tokens[b, r][len(wanted) :].any()
+
+
+# Rows whose similarities are 0, 0.6, 0.8, 0.96 or 1.
+FRAMES_345 = {
+  "a": (5, 0, 0),
+  "b": (3, 4, 0),
+  "c": (4, 3, 0),
+  "d": (0, 3, 4),
+  "e": (0, 4, 3),
+  "f": (0, 5, 0),
+  "z": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize(
+  ("frames", "u", "tokens"),
+  [("bbbdeeeaeaf", 10, 7), ("bfdeeeeecbddc", 12, 8), ("ddee", 3, 2)],
+)
+def test_ties_hold_in_a_compiled_merge(frames, u, tokens):
+  x = np.array([FRAMES_345[frame] for frame in frames], np.float32)
+  assert int(merge(x, np.ones(len(x), bool), u)[1].sum()) == tokens
+
+
+def signed_squares(x):
+  """cos·|cos| of neighbouring rows of integers, as exact fractions: they order as cosines do."""
+  squares = []
+  for a, b in itertools.pairwise(x):
+    dot, product = int(a @ b), int(a @ a) * int(b @ b)
+    squares.append(fractions.Fraction(dot * abs(dot), product) if product else 0)
+  return squares
+
+
+def pythagorean(rng, shape):
+  """Vectors of whole norms in any order, with any signs, once, twice or three times as long."""
+  norms = [(1, 2, 2, 0), (2, 3, 6, 0), (1, 4, 8, 0), (1, 1, 1, 1), (1, 1, 3, 5), (2, 4, 5, 6)]
+  rows = rng.permuted(np.array(norms)[rng.integers(len(norms), size=shape[0])], axis=1)
+  rows = rows * rng.choice([-1, 1], size=rows.shape) * rng.integers(1, 4, size=(shape[0], 1))
+  return np.pad(rows, ((0, 0), (0, shape[1] - 4)))
+
+
+EXACT_ROWS = {
+  "integers": (8, lambda rng, shape: rng.integers(-3, 4, size=shape)),
+  "345": (3, lambda rng, shape: rng.choice(list(FRAMES_345.values()), size=shape[0])),
+  "pythagorean": (8, pythagorean),
+  "tower width": (1152, lambda rng, shape: rng.integers(-3, 4, size=shape)),
+  # 21-bit integers: their products are not exact in float32, as those of any floats.
+  "floats": (64, lambda rng, shape: rng.integers(-(2**20), 2**20, size=shape)),
+}
+
+
+@pytest.mark.parametrize("u", [3, 7])
+@pytest.mark.parametrize("rows", EXACT_ROWS)
+def test_merges_with_repeated_neighbours_are_those_of_exact_arithmetic(rows, u):
+  rng, room, cases = np.random.default_rng(u), 16, 60 if rows == "tower width" else 250
+  width, draw = EXACT_ROWS[rows]
+  x, k = np.zeros((cases, room, width), np.float32), np.zeros(cases, int)
+  expected = np.full((cases, room), -1)
+  case = 0
+  while case < cases:
+    n = rng.integers(u + 1, room + 1)
+    frames = draw(rng, (n, width))[np.cumsum(rng.random(n) < 0.5) - 1]  # each stays or is new
+    similarity = signed_squares(frames)
+    # Only exact sums can tell similarities apart that float32 does not hold apart.
+    if rows == "floats" and 0 < np.diff(sorted(set(map(float, similarity)))).min(initial=1) < 1e-4:
+      continue
+    threshold = sorted(similarity)[u - 1]
+    x[case, :n], k[case] = frames, n
+    expected[case, :n] = np.cumsum([0, *(s < threshold for s in similarity)])
+    case += 1
+  valid = np.arange(room) < k[:, None]
+  together, _ = segments_of(x, valid, u)
+  np.testing.assert_array_equal(together, expected)
+  one_by_one = jax.jit(lambda rows: jax.lax.map(lambda row: merge_segments(*row, u)[0], rows))
+  np.testing.assert_array_equal(one_by_one((x, valid)), expected)
 
 
 def test_ties_and_empty_masks_of_the_specification():
@@ -131,7 +210,8 @@ def test_objects_on_different_frames(case):
     assert kept[b, r].sum() == len(merged)
     x = np.array(merged).reshape(-1, 10) @ params["fc1"]["kernel"] + params["fc1"]["bias"]
     x = jax.nn.gelu(x, approximate=False) @ params["fc2"]["kernel"] + params["fc2"]["bias"]
-    np.testing.assert_allclose(tokens[b, r][: len(merged)], x, atol=1e-5)
+    # Means of 9 cells and 6 frames, then sums of 10 and 14 terms; both sides round.
+    assert_same_up_to_rounding(tokens[b, r][: len(merged)], x, 2 * (9 + 6 + 10 + 14))
 
 
 def test_order_of_objects_and_padding_do_not_matter(case):
@@ -147,17 +227,31 @@ def test_order_of_objects_and_padding_do_not_matter(case):
   wide = np.concatenate([features, spare], axis=1)
   masks = np.concatenate([masks, np.ones((2, 3, 4, 9), np.uint8)], axis=2)
   again, kept_again = encode(encoder, params, wide, masks, more)
-  np.testing.assert_allclose(again, tokens, atol=1e-6)
+  assert_same_up_to_rounding(again, tokens, 2 * (9 + 6 + 10 + 14))  # as above
   np.testing.assert_array_equal(kept_again, kept)
 
 
-def test_scaling_by_a_power_of_two_keeps_the_segments():
+@pytest.mark.parametrize("exponent", [-30, 0, 60, 120])  # 2^60 is 1.2e18
+def test_scaling_by_a_power_of_two_keeps_every_bit(exponent):
   x = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
-  scale = 2.0 ** np.arange(-6, 6, dtype=np.float32)[:, None]
+  scale = 2.0 ** (exponent + np.arange(-6, 6, dtype=np.float32)[:, None])
   valid = np.ones(12, bool)
   (a, s), (b, t) = segments_of(x, valid, 4), segments_of(x * scale, valid, 4)
   np.testing.assert_array_equal(a, b)
-  np.testing.assert_allclose(s, t, atol=1e-6)
+  np.testing.assert_array_equal(s, t)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-12, 1e-18, 1e-20])
+def test_a_norm_below_1e_12_counts_as_1e_12(size):
+  x = (np.random.default_rng(0).normal(size=(9, 8)) * size).astype(np.float32)
+  _, similarity = segments_of(x, np.ones(9, bool), 4)
+  exact = x.astype(np.float64)
+  unit = exact / np.maximum(np.linalg.norm(exact, axis=-1, keepdims=True), 1e-12)
+  # Sums of 8 products, a root and a quotient: 16 roundings of what the norms can make of it.
+  norms = np.linalg.norm(unit, axis=-1)
+  error = np.abs(similarity - (unit[:-1] * unit[1:]).sum(-1))
+  assert (error <= 16 * 2**-24 * norms[:-1] * norms[1:]).all()
+  assert not segments_of(0 * x, np.ones(9, bool), 4)[1].any()
 
 
 def test_gradients_are_finite_and_reach_only_what_was_seen(case):

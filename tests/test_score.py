@@ -12,9 +12,9 @@ from vr_jax import cli
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.items import Prediction
 from vr_jax.evaluation.results import SCHEMA_FILE, Result, load, save, to_dict
-from vr_jax.evaluation.score import compare, score_reviewer
 from vr_jax.evaluation.scoring.choice import score as score_choice
-from vr_jax.evaluation.scoring.statistics import confusion
+from vr_jax.evaluation.scoring.comparison import compare
+from vr_jax.evaluation.scoring.reviewer import confusion, score_reviewer
 
 OPTIONS = ("(A) red", "(B) blue", "(C) green", "(D) none")
 RUN = {

@@ -98,6 +98,12 @@ def test_a_template_can_not_change_what_it_is_given(golden, tmp_path):
 
 
 def test_defective_folders_are_named(golden, tmp_path):
+  (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+  with pytest.raises(
+    InputError, match=r"tokenizer\.model \(sentencepiece\) alone is not read; put"
+  ):
+    Tokenizer.from_folder(tmp_path)
+  (tmp_path / "tokenizer.model").unlink()
   with pytest.raises(InputError, match=r"no tokenizer; tokenizer\.json, or vocab\.json"):
     Tokenizer.from_folder(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import vr_jax
-from data_pipes.bench_prompts import bench_q_prompt
 from data_pipes.embedded.make_set import TEST_SEED
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import COLOUR_NAMES, make_scene
+from data_pipes.prompts import bench_q_prompt
 from vr_jax import cli
 from vr_jax.assets import VR_MINI
 

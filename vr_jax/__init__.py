@@ -9,14 +9,20 @@ answer = model.ask("clip.mp4", "What is <region> doing?",
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from vr_jax.inference.model import Answer, Model, Request
+  from vr_jax.inference.model import Model
   from vr_jax.inference.regions import Region
+  from vr_jax.inference.requests import Answer, Request
   from vr_jax.loading import load
 
 __all__ = ["Answer", "Model", "Region", "Request", "load"]
 
-_HOMES = dict.fromkeys(("Answer", "Model", "Request"), "vr_jax.inference.model")
-_HOMES |= {"Region": "vr_jax.inference.regions", "load": "vr_jax.loading"}
+_HOMES = {
+  "Answer": "vr_jax.inference.requests",
+  "Model": "vr_jax.inference.model",
+  "Region": "vr_jax.inference.regions",
+  "Request": "vr_jax.inference.requests",
+  "load": "vr_jax.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,15 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import no_type_check
 
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 
+from vr_jax.arrays import Array
 from vr_jax.sharding import ActivationRules, act_spec
 
 MASKED = -2.0e38  # finite, so that a padding query with no visible key gives numbers, not NaN
@@ -26,6 +29,7 @@ XLA_BLOCKS = 8  # at most, so that long rows do not make long programs
 log = logging.getLogger(__name__)
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
 @flax.struct.dataclass
 class Causal:
   """A causal mask as kernels know it, for queries that are their own keys, slots in order.
@@ -168,20 +172,27 @@ def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
 
 
 def _masked(q, k, v, mask, scale, soft_cap):
-  B, L, N, H = q.shape
-  S, K = k.shape[1:3]
-  # One matmul for each key head: its G query heads stand above each other as G*L rows.
-  q = q.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  """One matmul for each key head.
+
+  Query heads come in groups: the G = N / K that share key head K follow each other among the N.
+  The queries of a group stand above each other as G * L rows of one matrix, so that a key head's
+  keys are read once, whether a group has one head (K = N) or all of them (K = 1):
+
+      q [B,L,(K G),H]  ──►  [B,K,(G L),H]  @  k [B,K,S,H]  ──►  scores [B,K,(G L),S]
+  """
+  L, K = q.shape[1], k.shape[2]
+  q = rearrange(q, "B L (K G) H -> B K (G L) H", K=K)
+  k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
   scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
   if soft_cap is not None:
     scores = jnp.tanh(scores / soft_cap) * soft_cap
-  if mask is not None:
-    scores = scores.reshape(B, K, -1, L, S)
-    scores = jnp.where(mask[:, None, None], scores, MASKED).reshape(B, K, -1, S)
+  if mask is not None:  # the same for all heads
+    scores = rearrange(scores, "B K (G L) S -> B K G L S", L=L)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scores = rearrange(scores, "B K G L S -> B K (G L) S")
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   y = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
-  return y.reshape(B, K, -1, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+  return rearrange(y, "B K (G L) H -> B L (K G) H", L=L)
 
 
 # --- splash -----------------------------------------------------------------------------------
@@ -222,10 +233,10 @@ def _splash(q, k, v, mask, causal, scale, soft_cap, rules, names, interpret=Fals
     interpret=interpret,
   )
   if rules and not jax.sharding.get_abstract_mesh().empty:
-    of_q, of_k = _specs(q, k, rules, names)
-    of_segments = jax.P(of_q[0], None)
+    q_spec, k_spec = _specs(q, k, rules, names)
+    segments_spec = jax.P(q_spec[0], None)
     run = jax.shard_map(
-      run, in_specs=(of_q, of_k, of_k, of_segments), out_specs=of_q, check_vma=False
+      run, in_specs=(q_spec, k_spec, k_spec, segments_spec), out_specs=q_spec, check_vma=False
     )
   return run(q, k, v, segments)[:, :L]
 
@@ -235,8 +246,7 @@ def _splash_local(q, k, v, segments, *, is_causal, window, soft_cap, interpret):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  B, L, N, H = q.shape
-  K = k.shape[2]
+  L, N, K = q.shape[1], q.shape[2], k.shape[2]
   if not is_causal:
     mask = masks.FullMask((L, L))
   elif window is None:
@@ -259,11 +269,12 @@ def _splash_local(q, k, v, segments, *, is_causal, window, soft_cap, interpret):
     attn_logits_soft_cap=soft_cap,
     interpret=interpret,
   )
-  q = q.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)  # B K G L H
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # B K L H
-  of_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-  y = jax.vmap(of_head)(q, k, v, kernels.SegmentIds(segments, segments))
-  return y.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H).astype(q.dtype)
+  # The kernel takes one key head and its G query heads; rows and key heads are mapped over it.
+  q = rearrange(q, "B L (K G) H -> B K G L H", K=K)
+  k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
+  key_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+  y = jax.vmap(key_heads)(q, k, v, kernels.SegmentIds(segments, segments))
+  return rearrange(y, "B K G L H -> B L (K G) H").astype(q.dtype)
 
 
 # --- cuDNN ------------------------------------------------------------------------------------

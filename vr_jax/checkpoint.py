@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.assets import ASSETS
 from vr_jax.params import Params
@@ -322,7 +322,10 @@ def make_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:
     for name, content in files.items():
       Path(folder, name).write_bytes(content)
-    return Tokenizer.from_folder(folder)
+    try:
+      return Tokenizer.from_folder(folder)
+    except InputError as error:  # it names a folder that is gone when the user looks for it
+      raise InputError(str(error).replace(folder, "tokenizer files")) from None
 
 
 def load_params(path: Path | str, shardings: Params | None = None) -> Params:
@@ -374,14 +377,13 @@ def _saved_shapes(path: Path, item: str) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> Damaged:
-  reason = " ".join(str(error).split())[:200]
   return Damaged(
     f"{path}: the checkpoint is truncated, damaged or not one of vr_jax "
-    f"({type(error).__name__}: {reason})"
+    f"({type(error).__name__}: {one_line(error)})"
   )
 
 
-def _check_tree(where: Path, found: Any, target: Any) -> None:
+def _check_tree(where: Path, saved: Any, target: Any) -> None:
   """Raises InputError with the first few leaves in which two trees differ."""
 
   def leaves(tree):
@@ -390,13 +392,13 @@ def _check_tree(where: Path, found: Any, target: Any) -> None:
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
-  found, expected = leaves(found), leaves(target)
-  problems = [f"{k} is missing" for k in expected if k not in found]
-  problems += [f"{k} is not expected" for k in found if k not in expected]
+  held, expected = leaves(saved), leaves(target)
+  problems = [f"{k} is missing" for k in expected if k not in held]
+  problems += [f"{k} is not expected" for k in held if k not in expected]
   problems += [
-    f"{k} is {found[k]} instead of {expected[k]}"
+    f"{k} is {held[k]} instead of {expected[k]}"
     for k in expected
-    if k in found and found[k] != expected[k]
+    if k in held and held[k] != expected[k]
   ]
   if problems:
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -8,7 +8,6 @@ are noted beside the field in `base_config`. A config file starts from `base_con
 locked: an unknown field is an error that names the nearest one.
 """
 
-import difflib
 import importlib.util
 import inspect
 import json
@@ -24,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, nearest
 from vr_jax.sharding import FSDP_RULES, FSDP_STRATEGY
 
 # The arguments that every stage of the recipe takes.
@@ -54,43 +53,13 @@ def base_config() -> ConfigDict:
   config.model_init = ()
   config.dont_load = ()
   config.tokenizer = placeholder(str)  # folder of tokenizer files; default: that of model_init
-  # Of the frozen parameters in memory: "float32", "bfloat16", or "int8": the decoder's matrices,
-  # with a scale for each column, the others in bfloat16 (QLoRA; extra [int8]).
+  # Frozen parameters in memory: "float32", "bfloat16", or "int8": the decoder's matrices with a
+  # scale for each column, the others in bfloat16 (QLoRA; extra [int8]).
   config.frozen_dtype = "float32"
 
-  config.input = ConfigDict()
-  # Annotation files in the published JSON format, or folders of shards (vr data prepare).
-  config.input.files = ()
-  config.input.media = "."  # folder that the videos and images of the files are relative to
-  config.input.features = ()  # caches of features, one for each of files (vr data features)
-  config.input.batch_size = 8  # examples of one optimizer step, over all devices
-  config.input.accum_steps = 1  # the step works through the batch in so many equal parts; 0: as
-  config.input.device_rows = 1  # many as leave each device this number of rows at a time
-  config.input.weights = ()  # shares in which to draw from the files; default: joined and shuffled
-  config.input.shuffle = True
-  config.input.threads = 4  # that decode
-  config.input.max_unreadable = 0.01  # share of unreadable samples above which the run fails
-  config.input.templated = True  # chat template, answers supervised; False: plain text (stage 1)
-  config.input.masks = "multi"  # frames of an object: "single", "multi", or "half" of the rows each
-  config.input.single_frame = "first"  # which frame in single mode: "first" or "random"
-  config.input.max_mask_frames = 32
-  # Masks on the tower's grid: "published", by which small objects vanish, or "keep": those keep the
-  # cells they cover most.
-  config.input.mask_rule = "keep"
-  # A row is one sample, all rows of one shape; or several samples, packed into so many slots, such
-  # as 8192; or one sample in the shortest of up to three lengths that holds it. batch_size and
-  # "examples" count rows.
-  config.input.pack = 0
-  config.input.buckets = ()
-  # Static sizes of a row; 0: what the largest record needs, or nine of ten packed rows (reads the
-  # text of all records once).
-  config.input.row_frames = 0
-  config.input.row_clips = 0  # of packed rows
-  config.input.row_objects = 0
-  config.input.row_object_frames = 0
-  config.input.row_length = 0
+  config.input = _input_config()
 
-  # One of them; a fraction of an epoch is fine.
+  # How long: one of these; a fraction of an epoch is fine.
   config.total_steps = placeholder(int)
   config.total_examples = placeholder(int)
   config.total_epochs = placeholder(float)
@@ -132,6 +101,42 @@ def base_config() -> ConfigDict:
   config.keep_ckpts = 1
   config.keep_ckpt_steps = placeholder(int)  # keep every so-many-th step's for good
   return config.lock()
+
+
+def _input_config() -> ConfigDict:
+  """The fields of `config.input`: what is read, and how it becomes rows of a batch."""
+  config = ConfigDict()
+  # Annotation files in the published JSON format, or folders of shards (vr data prepare).
+  config.files = ()
+  config.media = "."  # folder that the videos and images of the files are relative to
+  config.features = ()  # caches of features, one for each of files (vr data features)
+  config.batch_size = 8  # examples of one optimizer step, over all devices
+  config.accum_steps = 1  # the step works through the batch in so many equal parts; 0: as
+  config.device_rows = 1  # many as leave each device this number of rows at a time
+  config.weights = ()  # shares in which to draw from the files; default: joined and shuffled
+  config.shuffle = True
+  config.threads = 4  # that decode
+  config.max_unreadable = 0.01  # share of unreadable samples above which the run fails
+  config.templated = True  # chat template, answers supervised; False: plain text (stage 1)
+  config.masks = "multi"  # frames of an object: "single", "multi", or "half" of the rows each
+  config.single_frame = "first"  # which frame in single mode: "first" or "random"
+  config.max_mask_frames = 32
+  # Masks on the tower's grid: "published", by which small objects vanish, or "keep": those keep the
+  # cells they cover most.
+  config.mask_rule = "keep"
+  # A row is one sample, all rows of one shape; or several samples, packed into so many slots, such
+  # as 8192; or one sample in the shortest of up to three lengths that holds it. batch_size and
+  # "examples" count rows.
+  config.pack = 0
+  config.buckets = ()
+  # Static sizes of a row; 0: what the largest record needs, or nine of ten packed rows (reads the
+  # text of all records once).
+  config.row_frames = 0
+  config.row_clips = 0  # of packed rows
+  config.row_objects = 0
+  config.row_object_frames = 0
+  config.row_length = 0
+  return config
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -266,16 +271,6 @@ def check_keys(given: Mapping, known: Iterable[str], where: str) -> None:
   for key in given:
     if key not in known:
       raise InputError(f"{where}.{key} is not known{nearest(key, known)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-  """`; did you mean 'x'?` for the closest known name, or nothing."""
-  known = list(known)
-  by_tail = {k.rpartition(".")[2]: k for k in reversed(known)}
-  close = difflib.get_close_matches(name, known, 1, 0.6) or [
-    by_tail[k] for k in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1, 0.6)
-  ]
-  return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:

@@ -61,9 +61,9 @@ class Program:
     """How often each computation runs in a step."""
     current: list[Instruction] = []
     for line in text.splitlines():
-      if (found := _COMPUTATION.match(line)) is not None:
-        current = self.computations.setdefault(found[2], [])
-        self.entry = found[2] if found[1] else self.entry
+      if (begin := _COMPUTATION.match(line)) is not None:
+        current = self.computations.setdefault(begin[2], [])
+        self.entry = begin[2] if begin[1] else self.entry
       elif (instruction := _parse(line)) is not None:
         current.append(instruction)
     trips: dict[str, int] = defaultdict(int)
@@ -84,11 +84,11 @@ class Program:
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest):
       return int(noted[1])
     condition = re.search(r"condition=%?([\w.\-]+)", instruction.rest)
-    of = {i.name: i for i in self.computations.get(condition[1] if condition else "", [])}
-    for compare in of.values():
+    test = {i.name: i for i in self.computations.get(condition[1] if condition else "", [])}
+    for compare in test.values():
       if compare.operation == "compare" and "direction=LT" in compare.rest:
         names = re.findall(r"%([\w.\-]+)", compare.rest[: _closing(compare.rest)])
-        bounds = [of[n].rest for n in names if n in of and of[n].operation == "constant"]
+        bounds = [test[n].rest for n in names if n in test and test[n].operation == "constant"]
         if len(bounds) == 1:
           return int(bounds[0].partition(")")[0])
     return 1
@@ -105,13 +105,13 @@ class Program:
     The TPU compiler overlaps a collective with arithmetic by writing it down in its start, in each
     fusion that it runs beside and in its end: what has the same channel is one.
     """
-    sizes = {i.name: _bytes(i.type) for of in self.computations.values() for i in of}
-    found = {kind: [0, 0] for kind in KINDS}
+    sizes = {i.name: _bytes(i.type) for body in self.computations.values() for i in body}
+    totals = {kind: [0, 0] for kind in KINDS}
     channels = set()
     for instruction, times in self.instructions():
       kind = instruction.operation.removesuffix("-start")
       channel = re.search(r"channel_id=(\d+)", instruction.rest)
-      if kind not in found or (channel and channel[1] in channels):
+      if kind not in totals or (channel and channel[1] in channels):
         continue
       channels |= {channel[1]} if channel else set()
       operands = instruction.rest[: _closing(instruction.rest)]
@@ -122,9 +122,9 @@ class Program:
         moved = whole - taken if instruction.operation.endswith("-start") else whole
       else:
         moved = 2 * taken if kind == "all-reduce" else taken
-      found[kind][0] += times
-      found[kind][1] += times * moved
-    return {kind: Collectives(*pair) for kind, pair in found.items() if pair[0]}
+      totals[kind][0] += times
+      totals[kind][1] += times * moved
+    return {kind: Collectives(*pair) for kind, pair in totals.items() if pair[0]}
 
   def largest(self, *lengths: int) -> tuple[int, str]:
     """(bytes, type) of the largest array with an axis of one of these lengths; (0, "") if none.
@@ -137,14 +137,14 @@ class Program:
       if name in fused or not self._trips[name]:
         continue
       for instruction in instructions:
-        for found in _TYPE.finditer(instruction.type):
-          if any(int(n) in lengths for n in found[2].split(",") if n):
-            best = max(best, (_bytes(found[0]), found[0]))
+        for array in _TYPE.finditer(instruction.type):
+          if any(int(n) in lengths for n in array[2].split(",") if n):
+            best = max(best, (_bytes(array[0]), array[0]))
     return best
 
   def _fused(self) -> set[str]:
-    of = (i for instructions in self.computations.values() for i in instructions)
-    return {name for i in of if i.operation == "fusion" for name in _called(i)}
+    every = (i for instructions in self.computations.values() for i in instructions)
+    return {name for i in every if i.operation == "fusion" for name in _called(i)}
 
 
 def _parse(line: str) -> Instruction | None:
@@ -172,8 +172,8 @@ def _closing(text: str) -> int:
 def _called(instruction: Instruction) -> list[str]:
   return [
     name.strip().lstrip("%")
-    for found in _CALLED.findall(instruction.rest)
-    for name in found.strip("{}").split(",")
+    for names in _CALLED.findall(instruction.rest)
+    for name in names.strip("{}").split(",")
   ]
 
 

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 def keep_on_disk(folder: str | os.PathLike | None = None) -> Path:
   """Keeps compiled programs in `folder`, so that the next process need not compile them.
 
-  By default that of JAX_COMPILATION_CACHE_DIR, or else `vr_jax/programs` in the user's cache.
+  The default folder is that of JAX_COMPILATION_CACHE_DIR, or `vr_jax/programs` in the user's cache.
   """
   cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
   chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache / "vr_jax" / "programs"

@@ -81,9 +81,9 @@ def mesh_sizes(
   try:
     return names, np.empty(devices).reshape(sizes).shape
   except ValueError:
-    asked = " x ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
+    shape = " x ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
     raise InputError(
-      f"config.mesh: {asked} does not fit {devices} devices; the sizes must multiply to {devices} "
+      f"config.mesh: {shape} does not fit {devices} devices; the sizes must multiply to {devices} "
       "(one of them may be -1)"
     ) from None
 
@@ -162,8 +162,8 @@ def act_spec(shape: Sequence[int], rules: ActivationRules, *names: str | None) -
   if len(names) != len(shape):
     raise ValueError(f"shard_act: {len(names)} names {names} for an array of shape {shape}")
   sizes = jax.sharding.get_abstract_mesh().shape
-  asked = [None if name is None else _lookup(rules, name) for name in names]
-  spec = [_dividing(part, length, sizes) for part, length in zip(asked, shape, strict=True)]
+  axes = [None if name is None else _lookup(rules, name) for name in names]
+  spec = [_dividing(part, length, sizes) for part, length in zip(axes, shape, strict=True)]
   flat = [axis for part in spec for axis in _axes(part)]
   if len(set(flat)) < len(flat):
     raise ValueError(f"shard_act: {names} puts two axes of {shape} on one mesh axis: {spec}")

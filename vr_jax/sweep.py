@@ -18,7 +18,6 @@ W/<name>/failed.json  the command that did not, and its last line
 W/sweep.md, .html     the table (and plots) of all members
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.configs import fault_in, find_config, load_config, load_module, nearest, split_spec
+from vr_jax.configs import fault_in, find_config, load_config, load_module, split_spec
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.pages.page import render
 from vr_jax.evaluation.pages.results import Line, bar_rows, headline_table
@@ -70,47 +69,6 @@ class Member:
     return out
 
 
-def command(args: argparse.Namespace) -> int:
-  """`vr sweep`: 0, or the exit code of the first member that failed or was stopped."""
-  members = read_sweep(args.config, args.seeds)
-  path = find_config(split_spec(args.config)[0])
-  workdir = Path(args.workdir or Path("sweeps") / path.stem)
-  if min(args.jobs, args.seeds) < 1:
-    raise InputError("--jobs and --seeds: accepted: at least 1")
-  left = unfinished(members, workdir)
-  if args.via == "print":
-    for member in left:
-      print(f"# {member.name}")
-      print("\n".join(f"vr {shlex.join(words)}" for words in member.commands(workdir)))
-    return 0
-  if args.only:
-    names = [member.name for member in members]
-    if args.only not in names:
-      raise InputError(
-        f"--only {args.only}{nearest(args.only, names)}; members: {', '.join(names)}"
-      )
-    left = [member for member in left if member.name == args.only]
-    return next((code for code in run_local(left, workdir, 1, say) if code), 0)
-  codes = []
-  if not args.table:
-    say(f"{workdir}: {len(members)} members, {len(left)} of them to run")
-    if args.via == "slurm":
-      numbers = run_slurm(args.config, left, workdir, shlex.split(args.slurm), args.seeds)
-      say(f"jobs {', '.join(numbers) or 'none'}; the table follows them: {workdir / 'sweep.md'}")
-      if left:
-        return 0
-    else:
-      codes = run_local(left, workdir, args.jobs, say)
-  table, page = write_table(members, workdir)
-  print(table.read_text(encoding="utf-8"), end="")
-  say(f"{table}, {page}")
-  return next((code for code in codes if code), 0)
-
-
-def say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
-
-
 def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
   """The members of a sweep: its names are what was added, and `seed=` where there are several.
 
@@ -118,16 +76,16 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
     InputError: no sweep in the file, two members of one name, a member whose config does not
       resolve, a metric that is not one of `vr eval`.
   """
-  name, own = split_spec(spec)
+  name, spec_arg = split_spec(spec)
   path = find_config(name)
   module = load_module(path)
   if not callable(getattr(module, "sweep", None)):
     raise InputError(f"{path}: the file defines no sweep(add)")
   added: list[dict[str, Any]] = []
-  _call(path, module.sweep, own, lambda **values: added.append(values))
+  _call(path, module.sweep, spec_arg, lambda **values: added.append(values))
   if not added:
     raise InputError(f"{path}: sweep(add) added nothing")
-  metrics = _call(path, module.metrics, own) if hasattr(module, "metrics") else {}
+  metrics = _call(path, module.metrics, spec_arg) if hasattr(module, "metrics") else {}
   for key, args in metrics.items():
     if re.search(r"[^\w.-]", key) or not args or key in TAKEN:
       raise InputError(
@@ -138,13 +96,13 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
   for values in added:
     arg = values.pop("config_arg", "")
     words = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
-    base = load_config(_with_arg(path, own, arg), _overrides(values))
+    base = load_config(_with_arg(path, spec_arg, arg), _overrides(values))
     for n in range(seeds):
       both = {**values, "seed": base.seed + n} if seeds > 1 else values
       seed = [f"seed={base.seed + n}"] if seeds > 1 else []
       title = ",".join([*filter(None, [arg]), *words, *seed])
       title = re.sub(r"[^\w.,=+-]+", "_", title) or "base"
-      members.append(Member(title, _with_arg(path, own, arg), _overrides(both), dict(metrics)))
+      members.append(Member(title, _with_arg(path, spec_arg, arg), _overrides(both), dict(metrics)))
   names = [member.name for member in members]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise InputError(f"{path}: sweep(add) added {', '.join(twice)} twice")
@@ -292,8 +250,8 @@ def _slurm(command: Sequence[str]) -> str:
   except FileNotFoundError:
     raise InputError(f"--via slurm: no {command[0]} here; accepted: local, print") from None
   except subprocess.CalledProcessError as error:
-    said = " ".join(error.stderr.split())
-    raise InputError(f"--via slurm: {command[0]} ended with {error.returncode}: {said}") from None
+    reason = " ".join(error.stderr.split())
+    raise InputError(f"--via slurm: {command[0]} ended with {error.returncode}: {reason}") from None
 
 
 # --- The table.
@@ -308,7 +266,7 @@ class Section:
   columns: Sequence[str]
   lines: Sequence[Line]
   bars: Sequence[tuple[str, Sequence[Any]]]
-  top: str
+  axis: Sequence[str]
 
 
 def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
@@ -346,24 +304,23 @@ def _state(member: Member, workdir: Path) -> tuple[str, str, str]:
 
 
 def _section(metric: str, members: Sequence[Member], workdir: Path) -> Section | None:
-  found: list[tuple[str, Result]] = []
+  measured: list[tuple[str, Result]] = []
   for member in members:
     folders = sorted((workdir / member.name / metric).glob("*/result.json"))
     if folders and (workdir / member.name / "done.json").is_file():
-      found.append((member.name, load(folders[0].parent)))
-  if not found:
+      measured.append((member.name, load(folders[0].parent)))
+  if not measured:
     return None
-  labels, results = [name for name, _ in found], [result for _, result in found]
-  of = benchmark(results[0].benchmark)
-  columns, lines = headline_table(of, results, labels)
-  top = "5 points" if of.kind == "judged" else "100 %"
+  labels, results = [name for name, _ in measured], [result for _, result in measured]
+  task = benchmark(results[0].benchmark)
+  columns, lines = headline_table(task, results, labels)
   ours = [line for line in lines if not line.paper]
   # The paper's values are of other questions, or stand in the paper's own table.
   bars = [
     (name, [dataclasses.replace(bar, reference=None) for bar in row])
-    for name, row in bar_rows(of, results, labels)
+    for name, row in bar_rows(task, results, labels)
   ]
-  return Section(metric, of.title, columns, ours, bars, top)
+  return Section(metric, task.title, columns, ours, bars, task.kind.axis)
 
 
 def _markdown(

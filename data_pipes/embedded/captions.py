@@ -81,9 +81,8 @@ def detailed_caption(scene: Scene, index: int) -> str:
   if thing.change:
     sentences.append(f"It {thing.change}.")
   for other in (scene.actor, scene.target):
-    words = relation(scene, index, other)
-    if words:
-      sentences.append(f"It {words.replace(' it', ' the ' + scene.things[other].name, 1)}.")
+    if relative := relation(scene, index, other):
+      sentences.append(f"It {relative.replace(' it', ' the ' + scene.things[other].name, 1)}.")
   return " ".join(sentences)
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipes.bench_prompts import DESCRIBE, bench_q_prompt
 from data_pipes.embedded.captions import detailed_caption, scene_caption, short_caption
 from data_pipes.embedded.questions import TYPES, Balance, Choice, candidates
 from data_pipes.embedded.scenes import Scene
-from data_pipes.prompts import Turn
+from data_pipes.prompts import DESCRIBE, Turn, bench_q_prompt
 from data_pipes.tokenizer import REGION
 
 DESCRIBE_SCENE = "Describe the video."
@@ -28,7 +27,9 @@ class Dialogue:
 
 def dialogue(pairs: list[tuple[str, str]], things: list[int]) -> Dialogue:
   """Questions and answers as messages, the media tag in front of the first."""
-  turns = [turn for asked, said in pairs for turn in (Turn("human", asked), Turn("gpt", said))]
+  turns = [
+    Turn(role, text) for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)
+  ]
   turns[0] = Turn("human", f"<video>\n{turns[0].text}")
   return Dialogue(tuple(turns), tuple(things))
 
@@ -65,9 +66,10 @@ def question_dialogue(
   decoder as small as vr-mini's takes longer to learn which letter stands before given words than
   to see the objects.)
   """
-  found, pairs, things = candidates(scene), [], []
+  choices, pairs = candidates(scene), []
+  things: list[int] = []
   for k in rng.permutation(len(TYPES))[:questions]:
-    question = balance.pick(found, TYPES[k])
+    question = balance.pick(choices, TYPES[k])
     if question is None:
       continue
     choice = balance.choose(question)
@@ -75,17 +77,17 @@ def question_dialogue(
     if rng.random() < 0.75:
       text = bench_q_prompt(text, choice.options)
     else:
-      text = _asked_freely(text, rng)
+      text = _free_form(text, rng)
     pairs.append((text, question.answer))
     things.extend(question.things)
   for i in rng.permutation(len(scene.things))[:captions]:
-    asked = DESCRIBE_DETAIL if rng.random() < 0.5 else DESCRIBE
-    pairs.append((asked, detailed_caption(scene, int(i))))
+    request = DESCRIBE_DETAIL if rng.random() < 0.5 else DESCRIBE
+    pairs.append((request, detailed_caption(scene, int(i))))
     things.append(int(i))
   return dialogue(pairs, things)
 
 
-def _asked_freely(text: str, rng: np.random.Generator) -> str:
+def _free_form(text: str, rng: np.random.Generator) -> str:
   """A question without options, as people write the object: `[<region>]` or `<region>` alone."""
   if rng.random() < 0.5:
     text = re.sub(rf"<object\d+>(?={REGION})", "", text)

@@ -29,6 +29,7 @@ from data_pipes.embedded.dialogues import (
 from data_pipes.embedded.questions import TYPES, Balance, Choice, candidates
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import FRAMES, HEIGHT, WIDTH, Scene, make_scene
+from data_pipes.files import write_text
 from data_pipes.frame_rules import grid_frames
 from data_pipes.masks import encode_mask, segmentation_to_mask
 
@@ -98,7 +99,9 @@ def video_name(seed: int) -> str:
 
 
 def _training_items(seeds, annotations, dialogues) -> dict[str, list[dict]]:
-  files = {name: [] for name in ("scene_captions", "short_captions", "detailed_captions", "qa")}
+  files: dict[str, list[dict]] = {
+    name: [] for name in ("scene_captions", "short_captions", "detailed_captions", "qa")
+  }
   balance = Balance(0)
   for seed in seeds:
     scene, rng = make_scene(seed), np.random.default_rng((seed, 2))
@@ -143,7 +146,7 @@ def _area(segmentation: dict | None) -> int:
 
 def bench_d_items(scenes: list[Scene], annotations: dict[int, list[Annotation]]) -> list[dict]:
   """One thing of each scene with its detailed caption."""
-  items = []
+  items: list[dict] = []
   for scene in scenes:
     rng = np.random.default_rng((scene.seed, 4))
     i = int(rng.integers(len(scene.things)))
@@ -166,20 +169,21 @@ def bench_q_items(
   scenes: list[Scene], annotations: dict[int, list[Annotation]], count: int
 ) -> list[dict]:
   """`count` questions spread over the scenes, in the published shares of the five types."""
-  balance, items = Balance(1), []
-  of_scene = [candidates(scene) for scene in scenes]
-  asked: set[tuple] = set()
-  wanted = np.diff(np.round(np.cumsum((0, *BENCH_SHARES)) * count / sum(BENCH_SHARES))).astype(int)
+  balance = Balance(1)
+  items: list[dict] = []
+  questions = [candidates(scene) for scene in scenes]
+  used: set[tuple] = set()
+  counts = np.diff(np.round(np.cumsum((0, *BENCH_SHARES)) * count / sum(BENCH_SHARES))).astype(int)
   at = 0
-  for kind, number in zip(TYPES, wanted, strict=True):
+  for kind, number in zip(TYPES, counts, strict=True):
     made = tries = 0
     while made < number and tries < 20 * number:
-      scene, found = scenes[at % len(scenes)], of_scene[at % len(scenes)]
+      scene, choices = scenes[at % len(scenes)], questions[at % len(scenes)]
       at, tries = at + 1, tries + 1
-      question = balance.pick([q for q in found if (scene.seed, q) not in asked], kind)
+      question = balance.pick([q for q in choices if (scene.seed, q) not in used], kind)
       if question is None:
         continue
-      asked.add((scene.seed, question))
+      used.add((scene.seed, question))
       annotation = [annotations[scene.seed][i] for i in question.things]
       frame = clear_frame(annotation, np.random.default_rng((scene.seed, made)))
       if frame is not None:
@@ -204,6 +208,4 @@ def _bench_q_item(
 
 
 def _write(path: Path, content) -> None:
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(content), encoding="utf-8")
-  part.replace(path)
+  write_text(path, json.dumps(content))

@@ -336,13 +336,13 @@ PER_PAIR: dict[str, tuple[Callable, ...]] = {RELATIONSHIP: (relationship,), REAS
 
 def candidates(scene: Scene) -> list[Question]:
   """Every question that has a clear answer in a scene."""
-  found = []
+  questions = []
 
   def add(kind, things, made):
     for template, text, answer, near, pool in made:
       near = tuple(dict.fromkeys(n for n in near if n and n != answer))
       rest = tuple(p for p in pool if p != answer and p not in near)
-      found.append(Question(kind, template, text, things, answer, near, rest))
+      questions.append(Question(kind, template, text, things, answer, near, rest))
 
   count = range(len(scene.things))
   for kind, makers in PER_THING.items():
@@ -355,7 +355,7 @@ def candidates(scene: Scene) -> list[Question]:
         if i != j:
           for make in makers:
             add(kind, (i, j), make(scene, i, j))
-  return found
+  return questions
 
 
 class Balance:

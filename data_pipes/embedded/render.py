@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import einops
 import numpy as np
 
 from data_pipes.embedded.scenes import (
@@ -66,6 +67,12 @@ def background(rng: np.random.Generator) -> np.ndarray:
   return (tint + shade[..., None]).astype(np.float32)
 
 
+def _pixels(samples: np.ndarray) -> np.ndarray:
+  """The means of OVERSAMPLE x OVERSAMPLE samples of a pixel, [N, H, W]."""
+  k = OVERSAMPLE
+  return einops.reduce(samples, "n (h hk) (w wk) -> n h w", "mean", hk=k, wk=k)
+
+
 def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
   """Frames uint8 [N, H, W, 3] and visible masks bool [O, N, H, W] of a scene."""
   rng = np.random.default_rng((scene.seed, 1))
@@ -82,8 +89,7 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     radii = thing.radii[:, None, None]
     inside = coverage(thing.shape, u / radii, v / radii).astype(np.float32)
     marks = paint(thing.texture, u, v) * inside
-    cell = (FRAMES, 2 * reach, OVERSAMPLE, 2 * reach, OVERSAMPLE)
-    inside, marks = inside.reshape(cell).mean((2, 4)), marks.reshape(cell).mean((2, 4))
+    inside, marks = _pixels(inside), _pixels(marks)
     palette = np.array([COLOURS[c] for c in COLOUR_NAMES], np.float32)[thing.colours]
     for n in range(FRAMES):
       left, top = corner[n]

@@ -50,7 +50,7 @@ def in_picture(scene: Scene) -> np.ndarray:
   """Whether enough of each thing is in the picture to be seen: bool [O, N]."""
   centres = np.stack([t.centres for t in scene.things])
   reach = 0.4 * np.stack([t.radii for t in scene.things])[..., None]
-  return ((centres > -reach) & (centres < np.array([WIDTH, HEIGHT]) + reach)).all(-1)
+  return np.all((centres > -reach) & (centres < np.array([WIDTH, HEIGHT]) + reach), -1)
 
 
 def thing_states(scene: Scene) -> np.ndarray:

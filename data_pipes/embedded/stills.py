@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import av
+import einops
 import numpy as np
 
 from data_pipes.embedded.render import render, write_video
@@ -24,7 +25,7 @@ from data_pipes.embedded.scenes import (
   Scene,
   Thing,
 )
-from data_pipes.embedded.states import STATE, thing_states
+from data_pipes.embedded.states import thing_states
 from data_pipes.images import to_model
 from data_pipes.masks import mask_to_grid
 
@@ -65,10 +66,9 @@ def picture_rows(seed: int, image_size: int, grid: int) -> dict[str, np.ndarray]
     write_video(path, frames)
     with av.open(str(path)) as container:
       decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-  cells = mask_to_grid(masks.reshape(-1, HEIGHT, WIDTH), grid, rule="published")
-  cells = cells.reshape(THINGS, FRAMES, grid * grid)
+  cells = mask_to_grid(einops.rearrange(masks, "o x h w -> (o x) h w"), grid, rule="published")
   return {
     "frames": np.stack([to_model(frame, image_size) for frame in decoded]),
-    "masks": cells.transpose(1, 0, 2).astype(bool),
-    "states": thing_states(scene).transpose(1, 0, 2).astype(np.float16).reshape(-1, THINGS, STATE),
+    "masks": einops.rearrange(cells, "(o x) h w -> x o (h w)", o=THINGS).astype(bool),
+    "states": einops.rearrange(thing_states(scene), "o x s -> x o s").astype(np.float16),
   }

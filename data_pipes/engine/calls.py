@@ -49,7 +49,7 @@ class Calls:
   Args:
     folder: W/calls. name: of this process's file; files of others there are read.
     budget_usd: no call is begun when this is spent, or might be overspent by those in flight.
-    own: the budget is this process's alone; otherwise what others had spent counts too.
+    alone: the budget is this process's alone; otherwise what others had spent counts too.
   """
 
   def __init__(
@@ -57,7 +57,7 @@ class Calls:
     folder: Path,
     name: str = "local",
     budget_usd: float | None = None,
-    own: bool = False,
+    alone: bool = False,
   ):
     folder.mkdir(parents=True, exist_ok=True)
     self.folder, self.budget = folder, budget_usd
@@ -68,7 +68,7 @@ class Calls:
       self._others = [db for path in others if (db := _connect_to_read(path))]
       # Whoever had this name is gone: what it left open was cut off.
       self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
-    self._spent = sum(_sum_usd(db) for db in (self._db, *(() if own else self._others)))
+    self._spent = sum(_sum_usd(db) for db in (self._db, *(() if alone else self._others)))
     self._reserved = 0.0
     self._dearest: dict[str, float] = {}
 
@@ -88,11 +88,11 @@ class Calls:
     """The stored answer to a request (its `request_key`), None if there is none."""
     with self._lock, _stop_if_full(self.folder):
       for db in (self._db, *self._others):
-        found = db.execute(
+        row = db.execute(
           "select answer from calls where request = ? and status = ?", (request, ANSWERED)
         ).fetchone()
-        if found:
-          return json.loads(found[0])
+        if row:
+          return json.loads(row[0])
     return None
 
   def begin(self, request: str, stage: str, model: str, guess_usd: float) -> int:

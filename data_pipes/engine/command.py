@@ -11,34 +11,31 @@ from data_pipes.engine.backends.probe import Probed
 from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
 from data_pipes.engine.graph import Graph, GraphRef
-from data_pipes.engine.runners import array, local
+from data_pipes.engine.job import EngineJob, phases
+from data_pipes.engine.options import RunOptions
+from data_pipes.engine.pipeline import Progress, run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
+from data_pipes.jobs import RUNNERS, array_commands, run_ray
 
 VIDEOS_A_SHARD = 200
-RUNNERS = ("local", "array", "ray")
 
 
 def run(
   config: Mapping[str, Any],
   workdir: str | Path,
   *,
-  budget_usd: float | None = None,
-  retry_quarantined: bool = False,
-  runner: str = "local",
-  address: str | None = None,
-  only: tuple[str, int] | None = None,
   command: str = "vr engine run",
   report: Callable[[str], None] = lambda line: None,
+  **options: Any,
 ) -> dict[str, Any]:
   """Runs the engine, or goes on with a run that was stopped, and writes the published files.
 
   Args:
     config: `stages.engine_config()` with changes.
-    runner: "local"; "ray" (Ray Core actors at `address`); "array" prints a job array instead.
-    only: (phase, shard) of a job array, instead of everything; writes no published files.
     command: how this was called, for the job array.
     report: takes a line about the progress now and then.
+    **options: those of `RunOptions`.
 
   Returns the summary that `status` gives.
 
@@ -46,30 +43,40 @@ def run(
     InputError: something in the config or the work directory is not usable.
     StopRun: budget spent, endpoint down, disk full; the same command goes on from there.
   """
+  chosen = RunOptions(**options)
+  only = parse_only(chosen.only) if chosen.only else None
   settings = stages.check_settings(config, workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)
   if only and only[1] >= store.shards:
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
-  if runner not in RUNNERS:
-    raise InputError(f"--runner {runner}: accepted: {', '.join(RUNNERS)}")
-  if runner == "array":
-    return {"commands": array.job_array(graph, store, command)}
+  if chosen.runner not in RUNNERS:
+    raise InputError(f"--runner {chosen.runner}: accepted: {', '.join(RUNNERS)}")
+  job = EngineJob(
+    ref,
+    workdir,
+    line=command,
+    retry_quarantined=chosen.retry_quarantined,
+    budget_usd=chosen.budget_usd,
+  )
+  if chosen.runner == "array":
+    return {"commands": _array(job)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
-  stages.set_calls(settings["workdir"], name, budget_usd)
-  options: dict[str, Any] = {"retry_quarantined": retry_quarantined}
+  stages.set_calls(settings["workdir"], name, chosen.budget_usd)
   try:
-    if runner == "ray":
-      from data_pipes.engine.runners.ray import run_on_ray
-
-      options |= {"address": address, "budget_usd": budget_usd, "num_gpus": settings["ray_gpus"]}
-      run_on_ray(ref, store, graph=graph, **options)
+    if chosen.runner == "ray":
+      run_ray(job, chosen.address, gpus=settings["ray_gpus"])
     else:
-      if only:
-        options |= {"stages": phase(graph, only[0]), "shards": [only[1]]}
-      local.run_tasks(
-        ref, store, graph=graph, name=name, report=lambda p: report(progress_line(p)), **options
+      run_stages(
+        ref,
+        store,
+        stages=phase(graph, only[0]) if only else None,
+        shards=[only[1]] if only else None,
+        graph=graph,
+        retry_quarantined=chosen.retry_quarantined,
+        name=name,
+        report=lambda progress: report(progress_line(progress)),
       )
     if only is None:
       for part in (store.folder / "media").rglob(".*.tmp"):
@@ -100,9 +107,19 @@ def open_store(settings: Mapping[str, Any], workdir: str | Path, graph: Graph) -
   return store
 
 
+def _array(job: EngineJob) -> list[str]:
+  """Lines of a shell script: phases with their commands, then the one that writes the files."""
+  return [
+    "# All commands of a phase may run at once; a phase begins when the one before is done.",
+    *array_commands(job, job.heading),
+    "# at the end: writes the published files",
+    job.line,
+  ]
+
+
 def phase(graph: Graph, name: str) -> list[str]:
   """The stages of a job array's phase."""
-  every = array.phases(graph)
+  every = phases(graph)
   if not 1 <= int(name) <= len(every):
     raise InputError(f"--only {name}: no such phase; accepted: 1 to {len(every)}")
   return every[int(name) - 1]
@@ -130,10 +147,10 @@ def status(workdir: str | Path) -> dict[str, Any]:
   live = []
   for path in sorted((store.folder / "progress").glob("*.json")):
     try:
-      found = json.loads(path.read_text(encoding="utf-8"))
+      progress = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
       continue  # being replaced
-    live.append({"name": path.stem, "running": _is_running(found), **found})
+    live.append({"name": path.stem, "running": _is_running(progress), **progress})
   calls = ledger(store.folder / "calls")
   return {
     "workdir": str(store.folder),
@@ -146,9 +163,9 @@ def status(workdir: str | Path) -> dict[str, Any]:
   }
 
 
-def _is_running(found: Mapping[str, Any]) -> bool:
-  ended = found["finished"] or found["stopped"]
-  return not ended and time.time() - found["updated"] < 15
+def _is_running(progress: Mapping[str, Any]) -> bool:
+  ended = progress["finished"] or progress["stopped"]
+  return not ended and time.time() - progress["updated"] < 15
 
 
 def projected(entries, calls, config) -> dict[str, Any]:
@@ -161,11 +178,11 @@ def projected(entries, calls, config) -> dict[str, Any]:
   return {"videos": total, "usd": round(spent * total / done, 2)}
 
 
-def status_lines(found: Mapping[str, Any]) -> list[str]:
+def status_lines(summary: Mapping[str, Any]) -> list[str]:
   """The status as a table for people."""
-  out = [f"{found['workdir']}: {found['shards']} shards"]
+  out = [f"{summary['workdir']}: {summary['shards']} shards"]
   out.append(f"{'stage':14}{'shards':>12}{'inputs':>9}{'kept':>9}{'dropped':>9}{'failed':>8}  why")
-  for e in found["stages"]:
+  for e in summary["stages"]:
     why = "; ".join(f"{reason} {count}" for reason, count in list(e["reasons"].items())[:3])
     outdated = f" ({e['outdated']} outdated)" if e["outdated"] else ""
     shards = f"{e['shards']}/{e['of']}"
@@ -173,25 +190,25 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
       f"{e['stage']:14}{shards:>12}{e['inputs']:>9}{e['kept']:>9}"
       f"{e['rejected']:>9}{e['quarantined']:>8}  {why}{outdated}"
     )
-  for p in found["progress"]:
+  for p in summary["progress"]:
     state = "running" if p["running"] else p["stopped"] or ("done" if p["finished"] else "killed")
     out.append(f"{p['name']}: {state}, {p['seconds']:g} s")
     if p["running"]:
       out += [f"  {line}" for line in _live_lines(p["stages"])]
-  for c in found["calls"]:
+  for c in summary["calls"]:
     out.append(
       f"calls {c['stage']} {c['model']} {c['status']}: {c['calls']}, {c['input_tokens']} + "
       f"{c['output_tokens']} tokens, {c['usd']:.4f} USD, {c['mean_seconds']:g} s each"
     )
-  if found["projected"]:
-    p = found["projected"]
+  if summary["projected"]:
+    p = summary["projected"]
     out.append(f"all {p['videos']} videos would cost about {p['usd']:.2f} USD")
   return out
 
 
-def _live_lines(of_stage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _live_lines(progress: Mapping[str, Mapping[str, Any]]) -> list[str]:
   out = []
-  for name, c in of_stage.items():
+  for name, c in progress.items():
     new = c["done"] - c["reused"]
     if c["seconds"] and new:
       rate = new / c["seconds"]
@@ -200,7 +217,7 @@ def _live_lines(of_stage: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return out
 
 
-def progress_line(progress: local.Progress) -> str:
+def progress_line(progress: Progress) -> str:
   """One line about all stages: items done and kept."""
   parts = [
     f"{name[3:]} {c['done']}/{c['total']}" for name, c in progress.stages.items() if c["total"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from data_pipes.engine.agents.assemble import FILES
 from data_pipes.engine.stages import ASSEMBLE
-from data_pipes.engine.store import Store, atomic, stop_if_full
+from data_pipes.engine.store import Store, stop_if_full
+from data_pipes.files import replaced
 
 
 def export(store: Store) -> dict[str, int]:
@@ -25,8 +26,8 @@ def export(store: Store) -> dict[str, int]:
       continue
     with (
       stop_if_full(path),
-      atomic(path) as part,
-      atomic(provenance) as beside,
+      replaced(path) as part,
+      replaced(provenance) as beside,
       open(part, "w", encoding="utf-8") as samples,
       open(beside, "w", encoding="utf-8") as sources,
     ):

@@ -1,7 +1,8 @@
 """A graph of stages: what each reads, what decides its rows, and how its rows are fingerprinted.
 
-The unit of work is a task (stage, shard). Nothing here knows about videos: `store` keeps the rows,
-`runners` schedule the tasks, the engine's own stages are made in `stages`.
+Nothing here knows about videos: `store` keeps the rows, `open_shard` has one shard of a stage in
+work, `pipeline` takes items through the stages, `job` spreads shards over processes and machines,
+and the engine's own stages are made in `stages`.
 """
 
 import hashlib

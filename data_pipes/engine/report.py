@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
+from data_pipes import page
 from data_pipes.engine.agents.assemble import FILES
 from data_pipes.engine.command import status
 from data_pipes.engine.export import file_paths
@@ -29,15 +30,14 @@ def write_report(workdir: str | Path) -> tuple[Path, dict[str, Any]]:
     raise InputError(f"{workdir}: no samples yet; accepted: a run that has finished")
   numbers["status"] = status(workdir)
   numbers["config"] = store.settings()["config"]
-  numbers["plots"] = {title: _bars(pairs) for title, pairs in _plots(numbers)}
-  loader = jinja2.FileSystemLoader(Path(__file__).parent)
-  for name, escape in (("card.md", False), ("report.html", True)):
-    environment = jinja2.Environment(
-      loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template(f"{name}.j2").render(**numbers)
-    path = store.write(f"out/{name}", text)
-  del numbers["plots"]
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+  )
+  store.write("out/card.md", environment.get_template("card.md.j2").render(**numbers))
+  plots = {title: page.count_bars(counts) for title, counts in _plots(numbers)}
+  path = store.write(
+    "out/report.html", page.render("engine_report.html.j2", plots=plots, **numbers)
+  )
   return path, numbers
 
 
@@ -99,7 +99,7 @@ def _summary(counts: Mapping[int, int]) -> dict[str, float]:
   }
 
 
-def _plots(numbers: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
+def _plots(numbers: Mapping[str, Any]) -> list[tuple[str, dict[Any, int]]]:
   out = [("Samples of each kind", numbers["files"]), ("Questions of each type", numbers["types"])]
   for name, counts in numbers["word_counts"].items():
     out.append((f"Words of an answer, {name}", _binned(counts)))
@@ -110,7 +110,7 @@ def _plots(numbers: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int]]]
     ("Share of the frame that an object covers", numbers["areas"]),
     ("Rounds of a dialogue", numbers["rounds"]),
   ]
-  return [(title, [(str(k), v) for k, v in counts.items()]) for title, counts in out if counts]
+  return [(title, counts) for title, counts in out if counts]
 
 
 def _binned(counts: Mapping[int, int], bins: int = 12) -> dict[str, int]:
@@ -122,12 +122,3 @@ def _binned(counts: Mapping[int, int], bins: int = 12) -> dict[str, int]:
     out[(value - low) // step] += count
   names = {b: (low + b * step, low + (b + 1) * step - 1) for b in sorted(out)}
   return {(f"{a}" if a == b else f"{a} to {b}"): out[k] for k, (a, b) in names.items()}
-
-
-def _bars(pairs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-  """Bars of a plot: label, value and length in percent of the longest."""
-  most = max(value for _, value in pairs)
-  return [
-    {"label": label, "value": value, "percent": round(100 * value / most, 2)}
-    for label, value in pairs
-  ]

@@ -6,7 +6,6 @@ W/review/label_studio.json  tasks to import; export as JSON
 W/review/cvat.xml           CVAT-for-images 1.1 with the drawn frames in W/review/frames
 """
 
-import html
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.drawing import data_url, outline
+from data_pipes import page
+from data_pipes.drawing import FOR_MODELS, data_uri, outline
 from data_pipes.engine.agents.objects import masks_of
 from data_pipes.engine.graph import KEPT, REJECTED, digest
 from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE
@@ -79,8 +79,8 @@ def _decisions(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  wanted = {item["key"] for item in items}
-  objects = {row["key"]: row for row in store.rows(SEGMENT) if row["key"] in wanted}
+  keys = {item["key"] for item in items}
+  objects = {row["key"]: row for row in store.rows(SEGMENT) if row["key"] in keys}
   clips = {row["key"]: row for row in store.rows(UNIQUE)}
   out = []
   for item in items:
@@ -97,24 +97,23 @@ def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, 
 
 def _page(items: list[dict[str, Any]]) -> str:
   """One file without outside parts; verdicts stay in the browser until they are saved as a file."""
-  cards = []
-  for i, item in enumerate(items):
-    pictures = "".join(f'<img src="{data_url(image)}" alt="">' for image in item["images"])
-    cards.append(
-      f'<article data-key="{html.escape(item["key"], quote=True)}"><header>{i + 1} / {len(items)} '
-      f"<b>{html.escape(item['noun'])}</b></header><div>{pictures}</div>"
-      f"<p>{html.escape(item['annotator_text'])}</p>"
-      '<button value="good">y: the text is about the outlined object</button> '
-      '<button value="bad">n: it is not</button></article>'
-    )
-  return Path(__file__).with_suffix(".html").read_text("utf-8").replace("CARDS", "\n".join(cards))
+  cards = [
+    {
+      "key": item["key"],
+      "noun": item["noun"],
+      "text": item["annotator_text"],
+      "pictures": [data_uri(image, FOR_MODELS) for image in item["images"]],
+    }
+    for item in items
+  ]
+  return page.render("engine_review.html.j2", items=cards)
 
 
 def _label_studio(item: Mapping[str, Any]) -> dict[str, Any]:
   """A task for a labelling config with <Choices name="verdict" toName="image">: good, bad."""
   data = {"key": item["key"], "noun": item["noun"], "text": item["annotator_text"]}
   for number, image in enumerate(item["images"]):
-    data[f"image{number}"] = data_url(image)
+    data[f"image{number}"] = data_uri(image, FOR_MODELS)
   return {"data": data}
 
 
@@ -130,7 +129,7 @@ def _write_cvat(store: Store, folder: Path, items: Iterable[Mapping[str, Any]]) 
     outline(frame, item["masks"][best], max(frame.shape[:2])).save(folder / "frames" / name)
     height, width = frame.shape[:2]
     image = ET.SubElement(root, "image", id=str(i), name=name, width=str(width), height=str(height))
-    mask = ET.SubElement(image, "mask", label="object", **_cvat_rle(item["masks"][best]))
+    mask = ET.SubElement(image, "mask", {"label": "object", **_cvat_rle(item["masks"][best])})
     for attribute, value in (
       ("key", item["key"]), ("text", item["annotator_text"]), ("verdict", "unset")
     ):  # fmt: skip
@@ -169,7 +168,7 @@ def read_verdicts(workdir: str | Path, path: str | Path) -> tuple[list[tuple[boo
   path = Path(path)
   if not path.is_file():
     raise InputError(f"{path}: no such file; accepted: .jsonl of the page, .json, .xml")
-  found: dict[str, bool] = {}
+  decisions: dict[str, bool] = {}
   for where, key, word in _entries(path):
     if key not in kept:
       raise InputError(f"{where}: key {str(key)[:80]!r} was not drawn; another run or sample?")
@@ -177,9 +176,9 @@ def read_verdicts(workdir: str | Path, path: str | Path) -> tuple[list[tuple[boo
       continue  # not judged
     if word not in _WORDS:
       raise InputError(f"{where}: verdict {word!r}; accepted: good, bad")
-    if found.setdefault(key, _WORDS[word]) != _WORDS[word]:
+    if decisions.setdefault(key, _WORDS[word]) != _WORDS[word]:
       raise InputError(f"{where}: {key!r} has two verdicts that contradict each other")
-  return [(kept[key], good) for key, good in found.items()], sample["accept_rate"]
+  return [(kept[key], good) for key, good in decisions.items()], sample["accept_rate"]
 
 
 _WORDS = {"good": True, "accept": True, "bad": False, "reject": False}

@@ -229,10 +229,10 @@ def backend_class(role: str, options: Mapping[str, Any]) -> type:
     )
   module, _, name = target.partition(":")
   try:
-    found = getattr(importlib.import_module(module), name)
+    backend = getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as error:
     raise InputError(f"roles.{role}: {target}: {error}") from error
-  accepted = inspect.signature(found).parameters
+  accepted = inspect.signature(backend).parameters
   given = {key for key in options if key not in ("kind", "target")}
   for key in sorted(given - set(accepted)):
     names = ", ".join(name for name in accepted if name != "context")
@@ -244,7 +244,7 @@ def backend_class(role: str, options: Mapping[str, Any]) -> type:
   ]
   if missing:
     raise InputError(f"roles.{role}: kind {kind!r} needs {', '.join(missing)}")
-  return found
+  return backend
 
 
 def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,16 +254,16 @@ def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def identity(role: str, options: Mapping[str, Any], context: Context) -> dict[str, Any]:
   """What decides the results of a backend: its own word for it, or all its options."""
-  found = backend_class(role, options)
-  own = getattr(found, "identity", None)
-  named = own(arguments(options), context) if own else {"options": arguments(options)}
-  return {"kind": options.get("kind", "builtin"), "class": found.__name__, **named}
+  backend = backend_class(role, options)
+  identify = getattr(backend, "identity", None)
+  named = identify(arguments(options), context) if identify else {"options": arguments(options)}
+  return {"kind": options.get("kind", "builtin"), "class": backend.__name__, **named}
 
 
 def make_backend(role: str, options: Mapping[str, Any], context: Context) -> Any:
   """Opens a backend: loads its model or makes its client."""
-  found = backend_class(role, options)
-  return found(context=context, **arguments(options))
+  backend = backend_class(role, options)
+  return backend(context=context, **arguments(options))
 
 
 def model_version(name: str | os.PathLike) -> str:

@@ -110,18 +110,18 @@ def check_settings(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
     options = settings["roles"].get(role)
     if options is None:
       raise InputError(f"config.roles.{role} is missing; path {settings['path']!r} needs it")
-    found = backend_class(role, options)
-    if settings["order"] == "paper" and role == "annotator" and _needs_masks(found, settings):
+    backend = backend_class(role, options)
+    if settings["order"] == "paper" and role == "annotator" and _needs_masks(backend, settings):
       raise InputError(
-        f"config.roles.annotator: {found.__name__} works on masks; accepted: order 'mask_first'"
+        f"config.roles.annotator: {backend.__name__} works on masks; accepted: order 'mask_first'"
       )
   settings["workdir"] = str(Path(workdir).absolute())
   settings["input"]["videos"] = str(Path(settings["input"]["videos"]).absolute())
   return settings
 
 
-def _needs_masks(found: type, settings: Mapping[str, Any]) -> bool:
-  return settings["path"] == "detailed" and getattr(found, "needs_masks", False)
+def _needs_masks(backend: type, settings: Mapping[str, Any]) -> bool:
+  return settings["path"] == "detailed" and getattr(backend, "needs_masks", False)
 
 
 def _plain(value: Any) -> Any:
@@ -244,7 +244,7 @@ def _analyze(build: "_Builder", settings: Mapping[str, Any], clips: str) -> str:
 
 def _objects(build: "_Builder", settings: Mapping[str, Any], nouns: str, clips: str) -> str:
   """Segmentor and mask gate."""
-  found = build(
+  objects_ = build(
     SEGMENT,
     ObjectRow,
     lambda: objects.make_segment(build.backend("segmentor"), settings, clips),
@@ -257,7 +257,7 @@ def _objects(build: "_Builder", settings: Mapping[str, Any], nouns: str, clips: 
     MASKS,
     GateRow,
     lambda: objects.make_mask_gate(settings),
-    found,
+    objects_,
     group="clip_id",
     keys=("masks",),
   )
@@ -267,7 +267,7 @@ def _texts(
   build: "_Builder", settings: Mapping[str, Any], after: str, clips: str, objects_: str | None
 ) -> str:
   """Annotator and text gate."""
-  said = build(
+  described = build(
     ANNOTATE,
     TextRow,
     lambda: texts.make_annotate(build.backend("annotator"), settings, clips, objects_),
@@ -280,7 +280,7 @@ def _texts(
     TEXTS,
     TextRow,
     lambda: texts.make_text_gate(settings),
-    said,
+    described,
     keys=("drop_static", "language"),
   )
 
@@ -333,11 +333,11 @@ class _Builder:
     """Adds a stage; `keys` are the settings that decide its rows."""
     who: dict[str, Any] = {"code": VERSION, "settings": {k: self.settings[k] for k in keys}}
     who |= more or {}
-    found = [identity(r, self.settings["roles"][r], self._context(r)) for r in roles]
-    if found:
-      who["roles"] = found
-      who["backend"] = " + ".join(f["backend"] if "backend" in f else f["class"] for f in found)
-      prompts = {k: v for f in found for k, v in f.get("prompts", {}).items()}
+    backends = [identity(r, self.settings["roles"][r], self._context(r)) for r in roles]
+    if backends:
+      who["roles"] = backends
+      who["backend"] = " + ".join(f["backend"] if "backend" in f else f["class"] for f in backends)
+      prompts = {k: v for f in backends for k, v in f.get("prompts", {}).items()}
       if prompts:
         who["prompts"] = prompts
     else:
@@ -348,8 +348,8 @@ class _Builder:
 
   def _width(self, roles: tuple[str, ...], cpu: bool) -> tuple[str, int]:
     """Threads for endpoints, one for a model, processes to compute."""
-    own = getattr(os, "sched_getaffinity", None)  # of this process; Linux tells
-    cores = self.settings["workers"] or (len(own(0)) if own else os.cpu_count() or 1)
+    allowed = getattr(os, "sched_getaffinity", None)  # of this process; Linux tells
+    cores = self.settings["workers"] or (len(allowed(0)) if allowed else os.cpu_count() or 1)
     everyone = [self.settings["roles"][role] for role in roles]
     limits = [
       threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
@@ -386,10 +386,10 @@ def calls_of(workdir: str) -> Calls:
 _calls_options: dict[str, tuple[str, float | None, bool]] = {}
 
 
-def set_calls(workdir: str, name: str, budget_usd: float | None, own: bool = False) -> None:
+def set_calls(workdir: str, name: str, budget_usd: float | None, alone: bool = False) -> None:
   """Names this process's file of calls and sets its budget (calls.Calls), before the first call."""
   close_calls(workdir)
-  _calls_options[workdir] = (name, budget_usd, own)
+  _calls_options[workdir] = (name, budget_usd, alone)
 
 
 def close_calls(workdir: str) -> None:

@@ -7,7 +7,7 @@ and says why.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data_pipes.errors import InputError
@@ -32,33 +32,6 @@ class Graded:
   problem: str | None = None
 
 
-def grade(
-  prediction: str, answer: str, options: Sequence[str] = (), parser: str = "strict"
-) -> Graded:
-  """Grades one multiple-choice answer.
-
-  Args:
-    prediction: the model's text.
-    answer: the right option, "(A) ...", its letter, or (strict) its text.
-    options: all options, with or without "(A)" in front; the published parser ignores them.
-    parser: one of PARSERS.
-  """
-  if parser not in PARSERS:
-    raise InputError(f"parser={parser!r}; accepted: {', '.join(PARSERS)}")
-  if parser == "published":
-    wanted, read = published_truth(answer), published_letter(prediction)
-    # Where nothing is read, upstream stops with an IndexError.
-    correct = bool(read) and read.lower() == wanted.lower()
-    return Graded(read or None, wanted, correct, None if read else "empty")
-  truth = strict_letter(answer, options)
-  if truth is None:
-    known = "; ".join(options) or "a letter such as (A)"
-    raise InputError(f"Answer: found {answer!r}; accepted: one of the options ({known})")
-  letter = strict_letter(prediction, options)
-  problem = None if letter else "unparsed" if prediction.strip() else "empty"
-  return Graded(letter, truth, letter == truth, problem)
-
-
 def published_letter(prediction: str) -> str:
   """Bench-Q's extraction: `(A)`, else `A)`, else the first character that is no dot, else "".
 
@@ -74,6 +47,40 @@ def published_truth(answer: str) -> str:
   return match[1] if match else answer
 
 
+def grade(
+  prediction: str,
+  answer: str,
+  options: Sequence[str] = (),
+  parser: str = "strict",
+  published: Callable[[str, Sequence[str]], str] = lambda text, options: published_letter(text),
+) -> Graded:
+  """Grades one multiple-choice answer.
+
+  Args:
+    prediction: the model's text.
+    answer: the right option, "(A) ...", its letter, or (strict) its text.
+    options: all options, with or without "(A)" in front.
+    parser: one of PARSERS.
+    published: reads the letter as the benchmark's published script does; without options Bench-Q's
+      way stands for all.
+  """
+  if parser not in PARSERS:
+    raise InputError(f"parser={parser!r}; accepted: {', '.join(PARSERS)}")
+  if parser == "published":
+    expected = published_truth(answer)
+    letter = published(prediction, options) if options else published_letter(prediction)
+    # Where nothing is read, upstream stops with an IndexError.
+    correct = bool(letter) and letter.lower() == expected.lower()
+    return Graded(letter or None, expected, correct, None if letter else "empty")
+  truth = strict_letter(answer, options)
+  if truth is None:
+    known = "; ".join(options) or "a letter such as (A)"
+    raise InputError(f"Answer: found {answer!r}; accepted: one of the options ({known})")
+  choice = strict_letter(prediction, options)
+  problem = None if choice else "unparsed" if prediction.strip() else "empty"
+  return Graded(choice, truth, choice == truth, problem)
+
+
 # A letter that is marked as a label: (A) [A] A) A. A: or alone.
 _BRACKETED = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]")
 _ALONE = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:,;!]?")
@@ -87,30 +94,35 @@ _CUES = tuple(
 )
 
 
-def strict_letter(text: str, options: Sequence[str] = ()) -> str | None:
+def strict_letter(text: str, options: Sequence[str] | Mapping[str, str] = ()) -> str | None:
   """The one option that `text` names, as a capital letter; None if it names none or several.
 
   In this order: the whole text is one option; it is a letter, bracketed or not; "the answer is B",
   then "option B"; a label in front, or in brackets anywhere, if no other label is there; the words
   of exactly one option.
+
+  Args:
+    options: texts of the options, with or without "(A)" in front, or letter -> text.
   """
+  if isinstance(options, Mapping):
+    options = [f"({letter}) {option}" for letter, option in options.items()]
   labels, bare = labelled(options)
   texts = [_plain(t) for t in bare]
-  said = " ".join(re.sub(r"[*_`\"“”]+", "", text).split())
-  plain = _plain(said)
-  whole = {label for label, o in zip(labels, options, strict=False) if plain == _plain(o)}
+  line = " ".join(re.sub(r"[*_`\"“”]+", "", text).split())
+  plain = _plain(line)
+  whole = {label for label, o in zip(labels, options, strict=True) if plain == _plain(o)}
   whole |= {label for label, t in zip(labels, texts, strict=True) if plain == t}
   if len(whole) == 1:
     return whole.pop()
-  alone = _ALONE.fullmatch(said)
+  alone = _ALONE.fullmatch(line)
   if alone:
     return _known(alone[1], labels)
   for cue in _CUES:
-    found = {next(filter(None, match.groups())).upper() for match in cue.finditer(said)}
-    if found:
-      return _known(found.pop(), labels) if len(found) == 1 else None
-  marked = {letter.upper() for letter in _BRACKETED.findall(said)}
-  front = _IN_FRONT.match(said)
+    cued = {next(filter(None, match.groups())).upper() for match in cue.finditer(line)}
+    if cued:
+      return _known(cued.pop(), labels) if len(cued) == 1 else None
+  marked = {letter.upper() for letter in _BRACKETED.findall(line)}
+  front = _IN_FRONT.match(line)
   if front:
     marked.add((front[1] or front[2]).upper())
   if marked:
@@ -125,7 +137,7 @@ def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:
   labels, texts = [], []
   for i, option in enumerate(options):
     match = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.)])\s*", option)
-    labels.append(match[1] or match[2] if match else chr(ord("A") + i))
+    labels.append(match[1] or match[2] if match else letter_at(i))
     texts.append(option[match.end() :] if match else option)
   return labels, texts
 
@@ -139,76 +151,15 @@ def _known(letter: str, labels: Sequence[str]) -> str | None:
   return letter if not labels or letter in labels else None
 
 
-# --- General video QA, as published: an option's index; where nothing is found, the third option's.
+# --- General video QA, as published: the letter of an option's place.
 
-_FALLBACK = 2
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-def mvbench_index(prediction: str, options: Sequence[str]) -> int:
-  """MVBench: the first capital within the options' letters wherever it stands ("A man ..." is A).
-
-  "A," with its comma counts as not found, as in videorefer/eval/inference_video_mcqa_mvbench.py.
-  """
-  text = _without_answer(prediction)
-  last = chr(ord("A") + len(options) - 1)
-  match = re.search(rf"[\(, ]*[A-{last}][\), ]*", text)
-  if match:
-    letter = match[0].strip().strip("()")
-    return ord(letter) - ord("A") if len(letter) == 1 else _FALLBACK
-  return next((i for i, o in enumerate(options) if o.lower() in text.lower()), _FALLBACK)
+FALLBACK = 2  # the place of the option that is taken where nothing is understood
 
 
-def perception_index(prediction: str, options: Sequence[str]) -> int:
-  """Perception-Test (three options): the first of A, B, C anywhere, else an option's exact text."""
-  text = _without_answer(prediction)
-  match = re.search(r"[A-C]", text)
-  if match:
-    return ord(match[0]) - ord("A")
-  lowered = [o.lower() for o in options]
-  return lowered.index(text.lower()) if text.lower() in lowered else _FALLBACK
+def letter_at(index: int) -> str:
+  return chr(ord("A") + index)
 
 
-def videomme_index(prediction: str, choices: Sequence[str]) -> int:
-  """VideoMME: the first of A-D anywhere, else an option's text or its number as a word.
-
-  `choices` carry letters, "A. Two.". Unlike upstream, whose pattern cuts off the last character of
-  an option whatever it is (B20 in the model specification), only a closing dot is cut.
-  """
-  text = _without_answer(prediction)
-  match = re.search(r"[A-D]", text)
-  if match:
-    return ord(match[0]) - ord("A")
-  for i, choice in enumerate(choices):
-    option = re.sub(r"^\s*[A-D]\. ?", "", choice).removesuffix(".").lower()
-    spelt = _WORDS[int(option)] if re.fullmatch("[0-9]", option) else option
-    if option in text.lower() or spelt in text.lower():
-      return i
-  return _FALLBACK
-
-
-# The published list lacks two commas, so these are the strings it really removes.
-_VIDEOMME_PREFIXES = (
-  "The best answer is",
-  "The correct answer is",
-  "The answer is",
-  "The answer",
-  "The best option isThe correct option is",
-  "Best answer:Best option:",
-)
-
-
-def videomme_letter(response: str) -> str:
-  """What VideoMME's scorer reads from a stored response: the first of A-D after known openings.
-
-  "" counts as not answered there (it leaves the denominator).
-  """
-  text = response.strip()
-  for prefix in _VIDEOMME_PREFIXES:
-    text = text.replace(prefix, "")
-  match = re.search(r"[ABCD]", text)
-  return match[0] if match else ""
-
-
-def _without_answer(text: str) -> str:
+def without_answer(text: str) -> str:
+  """The text without the word "answer", whose A the published scripts would take for a letter."""
   return text.replace("answer", "").replace("Answer", "")

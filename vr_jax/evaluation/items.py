@@ -1,16 +1,16 @@
 """One question of any benchmark, how it is asked, and what came back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipes.clips import choose_mask_frames, media_path
 from data_pipes.errors import InputError
-from data_pipes.video import open_video, sample_scene
 
 if TYPE_CHECKING:  # scoring needs no model code
-  from vr_jax.inference.model import Request
+  from vr_jax.inference.requests import Request
 
 MODES = ("single", "multi")
 
@@ -22,8 +22,9 @@ class Item:
   Attributes:
     where: file and item, for messages.
     video: path of the media file or folder, from the media folder.
-    question: the text after the media tag, byte for byte as the published scripts ask.
-    asked: the question alone, without options and instructions, for people to read.
+    bare_question: the question alone, without options and instructions, for people to read.
+    question: the text after the media tag, byte for byte as the published scripts ask; the
+      benchmark's `prompt` makes it of the bare question and the options.
     type: what its results are listed under ("" for none), `slices` further such groupings by name.
     truth: the right option or the reference caption, as the file has it; None if it is hidden.
     options: of a multiple-choice question.
@@ -37,8 +38,8 @@ class Item:
   id: str | int
   where: str
   video: str
-  question: str
-  asked: str = ""
+  bare_question: str = ""
+  question: str = ""
   type: str = ""
   truth: str | None = ""
   options: tuple[str, ...] = ()
@@ -69,20 +70,22 @@ class Item:
   def request(self, media: Path | str, mode: str, scene_frames: int) -> "Request":
     """The item as a question to a model that takes `scene_frames` frames of the scene.
 
-    `media` is the folder its video path starts from. Where only a part of the video is asked about,
-    its frames are read here, by the uniform rule.
+    `media` is the folder its video path starts from. Nothing is read here.
 
     Raises:
       InputError: the video's path leads out of the folder, or see `masks`.
     """
-    from vr_jax.inference.model import Request
+    from vr_jax.inference.requests import Request
 
     path = media_path(media, self.video)
-    video: Any = path
-    if self.seconds is not None:
-      video = sample_scene(open_video(path), scene_frames, *self.seconds)
-    before = self.preface(path, scene_frames) if self.preface else ""
-    return Request(video, before + self.question, annotation=self.masks(mode))
+    preface = functools.partial(self.preface, path, scene_frames) if self.preface else None
+    return Request(
+      path,
+      self.question,
+      annotation=self.masks(mode),
+      seconds=self.seconds,
+      preface=preface,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Prediction:
   error: str | None = None
 
   @classmethod
-  def of(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
+  def for_item(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
+    """What a model answered to `item`."""
     names = ("id", "video", "truth", "type", "question", "options", "slices")
     return cls(pred=pred, **{name: getattr(item, name) for name in names}, **fields)
 
@@ -130,7 +134,44 @@ class Prediction:
 MISSING = "missing media"
 
 
-def check_ids(items: Sequence[Item] | Sequence[Prediction], what: str) -> None:
+def counts(predictions: Sequence[Prediction]) -> dict[str, int]:
+  """How many predictions there are, and how many are no answer for which reason."""
+  answers = [p.pred for p in predictions if p.pred is not None]
+  return {
+    "total": len(predictions),
+    "answered": len(answers),
+    "missing_media": sum(p.missing for p in predictions),
+    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
+    "empty": sum(not answer.strip() for answer in answers),
+  }
+
+
+def item_record(
+  prediction: Prediction,
+  *,
+  parsed: Any = None,
+  gt: str | None = None,
+  score: float | None = None,
+  problem: str | None = None,
+  **more: Any,
+) -> dict[str, Any]:
+  """The line of items.jsonl: what was asked, what was read from the answer, its score."""
+  return {
+    "id": prediction.id,
+    "video": prediction.video,
+    "type": prediction.type,
+    "prompt": prediction.question,
+    "raw": prediction.pred,
+    "parsed": parsed,
+    "gt": gt,
+    "score": score,
+    **more,
+    "problem": problem,
+    "error": prediction.error,
+  }
+
+
+def check_ids(items: Sequence[Item | Prediction], what: str) -> None:
   """InputError if two items have one id: their answers could not be told apart."""
   seen: dict[Any, int] = {}
   for i, item in enumerate(items):

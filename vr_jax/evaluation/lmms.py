@@ -9,17 +9,17 @@ and parsers; VideoRefer-Bench is not among them, so `write_tasks` makes task fil
 
 import argparse
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.files import json_line, write_text
 from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.results import write
 from vr_jax.evaluation.scoring.choice import grade_one
 
-TASKS = {"bench-q": "videorefer_bench_q", "bench-d": "videorefer_bench_d"}
 TEMPLATES = Path(__file__).parent / "lmms_tasks"
 
 
@@ -35,11 +35,15 @@ def write_tasks(name: str, data: Path | str, folder: Path | str, mode: str = "si
 
   Masks travel as text: the table reader of lmms-eval would give every item every frame number.
   """
-  of = registry.benchmark(name)
-  dataset = registry.read(of, data)
-  folder, task = Path(folder).resolve(), TASKS[name]
+  benchmark = registry.benchmark(name)
+  task = benchmark.lmms_task
+  if not task:
+    raise InputError(f"{benchmark.title} has no task here; accepted: {', '.join(tasks())}")
+  dataset = registry.read(benchmark, data)
+  folder = Path(folder).resolve()
   documents = [
     {
+      "benchmark": name,
       "id": str(item.id),
       "video": str((dataset.media / item.video).resolve()),
       "question": item.question,
@@ -50,13 +54,25 @@ def write_tasks(name: str, data: Path | str, folder: Path | str, mode: str = "si
     }
     for item in dataset.items
   ]
-  lines = (json.dumps(document, ensure_ascii=False) for document in documents)
   questions = folder / f"{task}.jsonl"
-  write(questions, "".join(f"{line}\n" for line in lines))
-  template = (TEMPLATES / f"{task}.yaml").read_text(encoding="utf-8")
-  write(folder / f"{task}.yaml", template.replace("QUESTIONS", str(questions)))
-  write(folder / "lmms_tasks.py", "from vr_jax.evaluation.lmms import *  # noqa: F403\n")
+  write_text(questions, "".join(map(json_line, documents)))
+  template = (TEMPLATES / f"{benchmark.kind.name}.yaml").read_text(encoding="utf-8")
+  text = string.Template(template).substitute(
+    title=benchmark.title,
+    benchmark=name,
+    task=task,
+    questions=questions,
+    new_tokens=benchmark.new_tokens,
+  )
+  write_text(folder / f"{task}.yaml", text)
+  write_text(folder / "lmms_tasks.py", "from vr_jax.evaluation.lmms import *  # noqa: F403\n")
   return folder / f"{task}.yaml"
+
+
+def tasks() -> dict[str, str]:
+  """The task of each benchmark that lmms-eval does not have itself."""
+  benchmarks = map(registry.benchmark, registry.names())
+  return {b.name: b.lmms_task for b in benchmarks if b.lmms_task}
 
 
 # --- What the task files name.
@@ -75,12 +91,12 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -
 
 def process_choice(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
   """Right or wrong by both parsers."""
-  of = registry.benchmark("bench-q")
+  benchmark = registry.benchmark(doc["benchmark"])
   prediction = Prediction(
     doc["id"], doc["video"], results[0], doc["truth"], doc["type"], options=tuple(doc["options"])
   )
   return {
-    f"accuracy_{parser}": float(grade_one(of, prediction, parser).correct)
+    f"accuracy_{parser}": float(grade_one(benchmark, prediction, parser).correct)
     for parser in ("strict", "published")
   }
 
@@ -88,21 +104,26 @@ def process_choice(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, 
 def process_description(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
   """The record that `vr score bench-d` judges; there is no score without a judge."""
   record = {"id": doc["id"], "video": doc["video"], "caption": doc["truth"], "pred": results[0]}
-  return {"predictions": record}
+  return {"predictions": {"benchmark": doc["benchmark"], **record}}
 
 
 def collect_descriptions(records: Sequence[Mapping[str, Any]], args: Any = None) -> int:
   """Writes the predictions beside lmms-eval's results; returns how many there are."""
   folder = Path(getattr(args, "output_path", None) or ".")
-  lines = (json.dumps(record, ensure_ascii=False) for record in records)
-  write(folder / "videorefer_bench_d.published.jsonl", "".join(f"{line}\n" for line in lines))
+  by_name: dict[str, list[dict[str, Any]]] = {}
+  for record in records:
+    kept = {key: value for key, value in record.items() if key != "benchmark"}
+    by_name.setdefault(record["benchmark"], []).append(kept)
+  for name, answers in by_name.items():
+    task = registry.benchmark(name).lmms_task
+    write_text(folder / f"{task}.published.jsonl", "".join(map(json_line, answers)))
   return len(records)
 
 
 def main() -> None:
   """Writes the task files of one benchmark, and prints where."""
   parser = argparse.ArgumentParser(prog="python -m vr_jax.evaluation.lmms")
-  parser.add_argument("benchmark", choices=list(TASKS))
+  parser.add_argument("benchmark", choices=list(tasks()))
   parser.add_argument("data", metavar="DIR")
   parser.add_argument("tasks", metavar="TASKS")
   parser.add_argument("mode", nargs="?", choices=["single", "multi"], default="single")

@@ -11,7 +11,7 @@ from loguru import logger
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import REGION
-from vr_jax.inference.model import Request
+from vr_jax.inference.requests import Request
 from vr_jax.loading import load
 
 
@@ -40,10 +40,10 @@ class VRJax(lmms):
     answers: list[str] = []
     refused = 0
     for (tokens, stops), group in itertools.groupby(requests, lambda r: _settings(r.args[1])):
-      asked = [self._request(*r.args) for r in group]
-      texts = [""] * len(asked)
+      questions = [self._request(*r.args) for r in group]
+      texts = [""] * len(questions)
       for i, answer in self.model.answer_each(
-        asked,
+        questions,
         max_new_tokens=tokens,
         scene_frames=self.scene_frames,
         mask_rule=self.mask_rule,

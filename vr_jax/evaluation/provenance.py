@@ -43,12 +43,12 @@ def code_version() -> dict[str, Any]:
 
   def git(*arguments: str) -> str | None:
     try:
-      found = subprocess.run(
+      done = subprocess.run(
         ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
       )
     except (OSError, subprocess.TimeoutExpired):
       return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
   commit = git("rev-parse", "HEAD")
   dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
@@ -74,5 +74,5 @@ def java_version() -> str | None:
   """First line of `java -version`; None without Java."""
   if not shutil.which("java"):
     return None
-  found = subprocess.run(["java", "-version"], capture_output=True, text=True)
-  return found.stderr.splitlines()[0] if found.returncode == 0 and found.stderr else None
+  done = subprocess.run(["java", "-version"], capture_output=True, text=True)
+  return done.stderr.splitlines()[0] if done.returncode == 0 and done.stderr else None

@@ -6,46 +6,18 @@ S/items.jsonl    id, video, type, prompt, raw, parsed, gt, score(s), error of ev
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.files import json_line, read_json_lines, replaced
 from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.scoring.statistics import Interval
+from vr_jax.evaluation.metrics import Metric
 
 SCHEMA = "vr_jax.result/1"
 RUN_SCHEMA = "vr_jax.run/1"
-BY_VIDEO = "cluster-bootstrap by video"
 SCHEMA_FILE = Path(__file__).parent / "schemas" / "result.schema.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-  """One number.
-
-  Attributes:
-    slice: "All", a type, or "<grouping>: <group>".
-    value: None where it cannot be computed; `note` says why.
-    unit: "share" (0 to 1), "points" (0 to 5) or "score" (of a caption metric).
-    n: the items it is over; `n_failed` those it leaves out.
-  """
-
-  name: str
-  slice: str
-  value: float | None
-  unit: str
-  n: int
-  n_failed: int = 0
-  ci_low: float | None = None
-  ci_high: float | None = None
-  ci_method: str | None = None
-  note: str | None = None
-
-  @classmethod
-  def of(cls, interval: Interval, method: str, **fields: Any) -> "Metric":
-    return cls(ci_low=interval.low, ci_high=interval.high, ci_method=method, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +43,9 @@ class Result:
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   printed: str = ""
 
-  def metric(self, name: str, of: str = "All") -> Metric:
-    return next(m for m in self.metrics if m.name == name and m.slice == of)
+  def metric(self, name: str, part: str = "All") -> Metric:
+    """The first metric of a name and slice."""
+    return next(m for m in self.metrics if m.name == name and m.slice == part)
 
   @property
   def label(self) -> str:
@@ -108,8 +81,7 @@ def to_dict(result: Result) -> dict[str, Any]:
 
 def save(result: Result, folder: Path) -> Path:
   """Writes both files; returns the path of result.json."""
-  lines = (json.dumps(item, ensure_ascii=False) for item in result.items)
-  write(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
+  write(folder / "items.jsonl", "".join(map(json_line, result.items)))
   text = json.dumps(to_dict(result), indent=2, ensure_ascii=False, allow_nan=False)
   write(folder / "result.json", f"{text}\n")
   return folder / "result.json"
@@ -128,7 +100,6 @@ def load(folder: Path | str) -> Result:
   content = json.loads(path.read_text(encoding="utf-8"))
   if content.get("schema") != SCHEMA:
     raise InputError(f"{path}: schema {content.get('schema')!r}; accepted: {SCHEMA!r}")
-  lines = (folder / "items.jsonl").read_text(encoding="utf-8").split("\n")
   keys = ("run_id", "task", "model", "code", "env", "inference", "timing", "files")
   return Result(
     benchmark=content["task"]["name"],
@@ -136,7 +107,7 @@ def load(folder: Path | str) -> Result:
     parser=content["parser"],
     metrics=[Metric(**m) for m in content["metrics"]],
     counts=content["counts"],
-    items=[json.loads(line) for line in lines if line],
+    items=read_json_lines(folder / "items.jsonl"),
     warnings=content["warnings"],
     judge=content["judge"],
     extra=content.get("extra", {}),
@@ -155,13 +126,11 @@ def read_predictions(folder: Path | str) -> tuple[dict[str, Any], list[Predictio
     hint = f"; only parts are done ({', '.join(parts)}): run vr eval again" if parts else ""
     raise InputError(f"{folder}: no finished run of vr eval{hint}")
   run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-  lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-  return run, [Prediction.from_dict(json.loads(line)) for line in lines if line]
+  records = read_json_lines(folder / "predictions.jsonl")
+  return run, [Prediction.from_dict(record) for record in records]
 
 
 def write(path: Path, text: str) -> None:
-  """Writes a file in one step, its folder too if need be."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  part.write_text(text, encoding="utf-8")
-  part.replace(path)
+  """Writes a file whole; shards of one run may write the same one at the same time."""
+  with replaced(path, alone=False) as part:
+    part.write_text(text, encoding="utf-8")

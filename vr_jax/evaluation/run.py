@@ -5,10 +5,11 @@
     O/published.jsonl ...  the same in the published shape
     O/parts/K-of-N.jsonl   what shard K has done; a further call goes on from there
 
-The first three are written by whichever shard finds all items done.
+The first three are written by whichever shard finds all items done. A shard is whole videos, and
+answers them in any order, so that each is read and encoded once.
 """
 
-import dataclasses
+import collections
 import datetime
 import hashlib
 import json
@@ -20,54 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.files import JsonLines, json_line, read_json_lines
 from vr_jax.checkpoint import sha256_of
-from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark, read
-from vr_jax.evaluation.items import MISSING, MODES, Item, Prediction
+from vr_jax.evaluation.benchmark import Benchmark, Dataset
+from vr_jax.evaluation.benchmarks import registry
+from vr_jax.evaluation.items import MISSING, Item, Prediction, counts
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
-from vr_jax.inference.model import Answer, Model
-
-PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
-PUBLISHED_TOKENS = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How the questions are asked; with what is None left to `resolve`.
-
-  Attributes:
-    mode: "single" or "multi" mask frames; no difference where no objects are named.
-    scene_frames: frames of the scene; None for as many as in training.
-    mask_rule: of `inference.model.Options`.
-    published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
-      new tokens, their mask rule.
-  """
-
-  mode: str = "multi"
-  scene_frames: int | None = None
-  max_new_tokens: int | None = None
-  batch_size: int = 8
-  mask_rule: str | None = None
-  published: bool = False
-  subtitles: bool = False
-
-  def resolve(self, of: Benchmark, model: Model) -> "Settings":
-    if self.mode not in MODES:
-      raise InputError(f"mode {self.mode!r}; accepted: {', '.join(MODES)}")
-    frames, tokens = self.scene_frames, self.max_new_tokens
-    rule = self.mask_rule or ("published" if self.published else "keep")
-    if frames is None:
-      frames = PUBLISHED_FRAMES if self.published and of.regions else model.cfg.num_frames
-    if tokens is None:
-      tokens = PUBLISHED_TOKENS if self.published else of.new_tokens
-    for name, value, least in (
-      ("scene_frames", frames, 2),
-      ("max_new_tokens", tokens, 1),
-      ("batch_size", self.batch_size, 1),
-    ):
-      if value < least:
-        raise InputError(f"{name}={value}; accepted: {least} or more")
-    return dataclasses.replace(self, scene_frames=frames, max_new_tokens=tokens, mask_rule=rule)
+from vr_jax.evaluation.settings import Settings
+from vr_jax.inference.model import Model
 
 
 def evaluate(
@@ -89,7 +51,7 @@ def evaluate(
   Args:
     checkpoint: where the model came from, for its hash.
     media, split: see `benchmarks.read`.
-    shard: (k, n): every n-th item from the k-th on; by default `shard_of` this process.
+    shard: (k, n): part k of n, see `share`; by default `shard_of` this process.
     limit: only the first items.
     progress: called with a line of text now and then.
 
@@ -97,50 +59,34 @@ def evaluate(
     InputError: the files cannot be read, `out` holds a run of other settings, or not a single item
       could be asked.
   """
-  of, out = benchmark(name), Path(out)
-  settings = (settings or Settings()).resolve(of, model)
-  dataset = read(of, data, media, split, settings.subtitles)
+  benchmark, out = registry.benchmark(name), Path(out)
+  settings = (settings or Settings()).resolve(benchmark, model)
+  dataset = registry.read(benchmark, data, media, split, settings.subtitles)
   items = list(dataset.items)[: limit or None]
   k, n = shard or shard_of(os.environ)
   if not 0 <= k < n:
     raise InputError(f"--shard {k}/{n}; accepted: K from 0 to N-1, as in 0/4")
-  run = _describe(of, dataset, items, settings, model, checkpoint)
+  run = _describe(benchmark, dataset, items, settings, model, checkpoint)
   _claim(out, run)
-  done = _answered(out, {item.id for item in items})
-  todo = [item for item in items[k::n] if item.id not in done]
-  progress(f"{of.title}: {len(items)} items, {len(done)} done, {len(todo)} to ask here")
+  ids = {item.id for item in items}
+  done = {i for i, p in _read_parts(out).items() if i in ids and p.error is None}
+  todo = [item for item in share(items, k, n) if item.id not in done]
+  progress(f"{benchmark.title}: {len(items)} items, {len(done)} done, {len(todo)} to ask here")
   started = time.perf_counter()
   if todo:
-    with open(out / "parts" / f"{k}-of-{n}.jsonl", "a", encoding="utf-8") as file:
-      for count, prediction in enumerate(_answers(model, todo, dataset.media, settings), 1):
-        file.write(json.dumps(prediction.to_dict(), ensure_ascii=False) + "\n")
-        file.flush()
-        if prediction.error:
-          progress(f"  {prediction.error}")
-        if count % 50 == 0 or count == len(todo):
-          rate = count / (time.perf_counter() - started)
-          progress(f"  {count} of {len(todo)}, {rate:.2f} a second")
+    _answer(model, todo, dataset.media, settings, out / "parts" / f"{k}-of-{n}.jsonl", progress)
   seconds = time.perf_counter() - started
-  found = _read_parts(out)
-  predictions = [found[item.id] for item in items if item.id in found]
+  answers = _read_parts(out)
+  predictions = [answers[item.id] for item in items if item.id in answers]
   run |= {
-    "counts": counts(items, predictions),
+    "counts": counts(predictions) | {"total": len(items)},
     "timing": {"wall": seconds, "items_per_s": len(todo) / seconds if todo else None},
     "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   if len(predictions) < len(items):
     progress(f"{len(items) - len(predictions)} items are left to other shards")
     return run
-  failed = [p for p in predictions if p.error]
-  if len(failed) == len(predictions):
-    raise InputError(f"none of {len(failed)} items could be asked; the first: {failed[0].error}")
-  lines = (json.dumps(p.to_dict(), ensure_ascii=False) for p in predictions)
-  files = {"predictions.jsonl": "".join(f"{line}\n" for line in lines), **of.export(predictions)}
-  for file_name, text in files.items():
-    write(out / file_name, text)
-  run["files"] = [{"path": f, "sha256": sha256_of([out / f])} for f in files]
-  run["run_id"] = f"{name}-{run['files'][0]['sha256'][:12]}"
-  write(out / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+  _finish(out, benchmark, run, predictions)
   return run
 
 
@@ -161,6 +107,21 @@ def shard_of(environ: Mapping[str, str]) -> tuple[int, int]:
   return 0, 1
 
 
+def share(items: Sequence[Item], k: int, n: int) -> list[Item]:
+  """The items of shard k of n: whole videos, so that no two shards read and encode the same one.
+
+  Every shard deals alike: the video with the most questions first, each to the shard that has the
+  fewest questions so far.
+  """
+  questions = collections.Counter(item.video for item in items)
+  loads, shard_of_video = [0] * n, {}
+  for video, count in questions.most_common():
+    shard = loads.index(min(loads))
+    shard_of_video[video] = shard
+    loads[shard] += count
+  return [item for item in items if shard_of_video[item.video] == k]
+
+
 def parse_shard(text: str | None) -> tuple[int, int] | None:
   """ "K/N" as numbers; None as it is."""
   if text is None:
@@ -171,67 +132,85 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
   return int(k), int(n)
 
 
-def counts(items: Sequence[Item], predictions: Sequence[Prediction]) -> dict[str, int]:
-  """How many items there are, and how many of them have no answer for which reason."""
-  return {
-    "total": len(items),
-    "answered": sum(p.error is None for p in predictions),
-    "missing_media": sum(p.missing for p in predictions),
-    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
-    "empty": sum(p.error is None and not (p.pred or "").strip() for p in predictions),
-  }
+def _finish(
+  out: Path, benchmark: Benchmark, run: dict[str, Any], predictions: Sequence[Prediction]
+) -> None:
+  """Writes the predictions of all items in their shapes, and run.json, which gets their hashes."""
+  failed = [p for p in predictions if p.error]
+  if len(failed) == len(predictions):
+    raise InputError(f"none of {len(failed)} items could be asked; the first: {failed[0].error}")
+  lines = "".join(json_line(p.to_dict()) for p in predictions)
+  files = {"predictions.jsonl": lines, **benchmark.export(predictions)}
+  for file_name, text in files.items():
+    write(out / file_name, text)
+  run["files"] = [{"path": f, "sha256": sha256_of([out / f])} for f in files]
+  run["run_id"] = f"{benchmark.name}-{run['files'][0]['sha256'][:12]}"
+  write(out / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
 def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def _answers(
+def _answer(
+  model: Model,
+  items: Sequence[Item],
+  media: Path,
+  settings: Settings,
+  part: Path,
+  progress: Callable[[str], None],
+) -> None:
+  """Writes a prediction of each item into a shard's file as soon as it is there."""
+  encoded = model.visual.counts["frames"]
+  started = time.perf_counter()
+  with JsonLines(
+    part, lambda record: record["id"], lambda record: not record.get("error")
+  ) as lines:
+    for count, prediction in enumerate(_predictions(model, items, media, settings), 1):
+      lines.add(prediction.to_dict())
+      if prediction.error:
+        progress(f"  {prediction.error}")
+      if count % 50 == 0 or count == len(items):
+        rate = count / (time.perf_counter() - started)
+        frames = model.visual.counts["frames"] - encoded
+        progress(f"  {count} of {len(items)}, {rate:.2f} a second, {frames} frames encoded")
+
+
+def _predictions(
   model: Model, items: Sequence[Item], media: Path, settings: Settings
 ) -> Iterator[Prediction]:
-  """Predictions of the items; one without media or with a defect has the reason instead."""
-  there = []
-  for item in items:
-    # A path that leads out of the folder is refused when the item is asked.
-    if (media / item.video).exists():
-      there.append(item)
-    else:
-      yield Prediction.of(item, None, error=f"{MISSING}: {item.where}: {media / item.video}")
-  for first in range(0, len(there), settings.batch_size):
-    chunk = there[first : first + settings.batch_size]
+  """Predictions as they come; an item without media or with a defect has the reason instead."""
+  requests = {}
+  for i, item in enumerate(items):
+    # A path that leads out of the folder is refused when the request is made.
+    if not (media / item.video).exists():
+      yield Prediction.for_item(item, None, error=f"{MISSING}: {item.where}: {media / item.video}")
+      continue
     try:
-      answers: list[Answer | InputError] = _ask(model, chunk, media, settings)
-    except InputError:
-      answers = [_ask_one(model, item, media, settings) for item in chunk]  # which one is it?
-    for item, answer in zip(chunk, answers, strict=True):
-      if isinstance(answer, InputError):
-        where = "" if str(answer).startswith(item.where) else f"{item.where}: "
-        yield Prediction.of(item, None, error=f"unusable: {where}{answer}")
-      else:
-        yield Prediction.of(
-          item, answer.text, scene_frames=answer.scene_frames, warnings=answer.warnings
-        )
-
-
-def _ask_one(model: Model, item: Item, media: Path, settings: Settings) -> Answer | InputError:
-  try:
-    return _ask(model, [item], media, settings)[0]
-  except InputError as error:
-    return error
-
-
-def _ask(model: Model, items: Sequence[Item], media: Path, settings: Settings) -> list[Answer]:
-  return model.ask_many(
-    [item.request(media, settings.mode, settings.scene_frames or 0) for item in items],
+      requests[i] = item.request(media, settings.mode, settings.scene_frames or 0)
+    except InputError as error:
+      yield _unusable(item, error)
+  for i, answer in model.answer_each(
+    requests,
     max_new_tokens=settings.max_new_tokens or 0,
     scene_frames=settings.scene_frames,
     batch_size=settings.batch_size,
     mask_rule=settings.mask_rule or "keep",
-  )
+  ):
+    if isinstance(answer, InputError):
+      yield _unusable(items[i], answer)
+    else:
+      frames, warnings = answer.scene_frames, answer.warnings
+      yield Prediction.for_item(items[i], answer.text, scene_frames=frames, warnings=warnings)
+
+
+def _unusable(item: Item, error: InputError) -> Prediction:
+  where = "" if str(error).startswith(item.where) else f"{item.where}: "
+  return Prediction.for_item(item, None, error=f"unusable: {where}{error}")
 
 
 def _describe(
-  of: Benchmark,
+  benchmark: Benchmark,
   dataset: Dataset,
   items: Sequence[Item],
   settings: Settings,
@@ -243,8 +222,8 @@ def _describe(
     "schema": RUN_SCHEMA,
     "run_id": None,  # once it is complete
     "task": {
-      "name": of.name,
-      "title": of.title,
+      "name": benchmark.name,
+      "title": benchmark.title,
       "version": 1,
       "split": dataset.split,
       "n": len(items),
@@ -254,17 +233,17 @@ def _describe(
     },
     "model": model_facts(model, checkpoint),
     "inference": {
-      "mode": settings.mode if of.regions else None,
+      "mode": settings.mode if benchmark.regions else None,
       "u": model.cfg.region.tokens,
       "frames": settings.scene_frames,
-      "mask_rule": settings.mask_rule if of.regions else None,
+      "mask_rule": settings.mask_rule if benchmark.regions else None,
       "weights": model.weights,
       "sampler": "uniform",
-      "prompt_template": "published" if of.name != "hc-stvg" else "published, later edition",
+      "prompt_template": benchmark.prompt_template,
       "prompt_sha": questions,
       "decoding": "greedy",
       "max_new_tokens": settings.max_new_tokens,
-      "subtitles": settings.subtitles if of.name == "videomme" else None,
+      "subtitles": settings.subtitles if benchmark.subtitles else None,
       "seed": None,
     },
     "code": code_version(),
@@ -295,21 +274,14 @@ def _claim(out: Path, run: Mapping[str, Any]) -> None:
 
 
 def _read_parts(out: Path) -> dict[Any, Prediction]:
-  """The latest prediction of each id; a line cut off by a kill is left out."""
-  found: dict[Any, Prediction] = {}
+  """The latest prediction of each id, whichever shard made it; an answer stays before an error.
+
+  Reads alone: another process may be writing its part at this moment.
+  """
+  latest: dict[Any, Prediction] = {}
   for path in sorted((out / "parts").glob("*.jsonl")):
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-      text = text[: text.rfind("\n") + 1]
-      write(path, text)
-    for line in text.split("\n"):
-      if line:
-        prediction = Prediction.from_dict(json.loads(line))
-        if not (prediction.error and prediction.id in found and not found[prediction.id].error):
-          found[prediction.id] = prediction
-  return found
-
-
-def _answered(out: Path, ids: set) -> set:
-  """Ids with an answer; items without media or with a defect are tried again."""
-  return {i for i, p in _read_parts(out).items() if i in ids and p.error is None}
+    for record in read_json_lines(path):
+      prediction = Prediction.from_dict(record)
+      if not (prediction.error and prediction.id in latest and not latest[prediction.id].error):
+        latest[prediction.id] = prediction
+  return latest

@@ -7,7 +7,6 @@ line runs through the tracks with the frame, whose number and time stand below.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -17,13 +16,14 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipes.drawing import colour_of, draw_objects, luminance, shortened
+from data_pipes.drawing import colour_of, draw_objects, ink_on, shortened
 from data_pipes.errors import InputError
+from data_pipes.files import replaced
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.tokenizer import REGION
 from data_pipes.video import open_video
-from vr_jax.inference.model import Answer, Request
 from vr_jax.inference.regions import objects_of
+from vr_jax.inference.requests import Answer, Request
 
 WIDTHS = (480, 960)  # pixels that the picture is at least and at most wide
 HELD = 0.5  # seconds that a mask stays on show after its frame
@@ -42,6 +42,8 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
   path = Path(path)
   if path.suffix.lower() != ".mp4":
     raise InputError(f"{path}: accepted: a file that ends in .mp4")
+  if not path.parent.is_dir():
+    raise InputError(f"{path}: cannot be written; accepted: a file in a folder that is there")
   video = open_video(request.video)
   objects = [dict(marked.masks) for marked in objects_of(request.regions, video)]
   for annotation in request.annotation:
@@ -51,19 +53,18 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
   numbers = range(len(video))
   ticks, unit = video.pts(numbers) or (list(numbers), 1 / fps)
   seconds = [float((tick - ticks[0]) * unit) for tick in ticks]
-  names = [told["name"] for told in answer.objects]
+  names = [entry["name"] for entry in answer.objects]
   plates = {i: "" if name == f"object {i}" else name for i, name in enumerate(names)}
   width = min(max(video.size[1], WIDTHS[0]), WIDTHS[1]) // 2 * 2
   height = round(video.size[0] * width / video.size[1])
   panel = _Panel(width, height, _question(request.question, names), answer, seconds)
   shown = _held(objects, seconds)
 
-  beside = path.with_name(path.name + ".tmp")
-  try:
-    container = av.open(str(beside), "w", format="mp4", options={"movflags": "faststart"})
-  except (av.FFmpegError, OSError) as error:
-    raise InputError(f"{path}: cannot be written ({error})") from None
-  try:
+  with replaced(path) as part:
+    try:
+      container = av.open(str(part), "w", format="mp4", options={"movflags": "faststart"})
+    except (av.FFmpegError, OSError) as error:
+      raise InputError(f"{path}: cannot be written ({error})") from None
     with container:
       stream = container.add_stream("libx264", rate=fps)
       stream.pix_fmt = "yuv420p"
@@ -84,20 +85,17 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
 
       video.frames(numbers, add)
       container.mux(stream.encode(None))
-    os.replace(beside, path)
-  finally:
-    beside.unlink(missing_ok=True)
 
 
 def segments(answer: Answer) -> list[str]:
   """A line for each object: the frames that each of its tokens stands for."""
   lines = []
-  for told in answer.objects:
+  for entry in answer.objects:
     spans = [
       f"{number}: {frames[0]}" + (f"-{frames[-1]}" if len(frames) > 1 else "")
-      for number, frames in enumerate(told["tokens"], 1)
+      for number, frames in enumerate(entry["tokens"], 1)
     ]
-    lines.append(f"{told['name']}: frames of its tokens: {', '.join(spans)}")
+    lines.append(f"{entry['name']}: frames of its tokens: {', '.join(spans)}")
   return lines
 
 
@@ -169,11 +167,11 @@ class _Panel:
     self._left = round(2 * self._margin + longest)
     step = round(1.35 * self._size)
     lines = [(line, FAINT) for line in _wrapped(self.question, room, self._font)]
-    said = _wrapped(self.answer.text, room, self._font) or ["(no answer)"]
+    text = _wrapped(self.answer.text, room, self._font) or ["(no answer)"]
     most = max(LINES, self.height // step - len(lines))
-    if len(said) > most:
-      said = [*said[: most - 1], f"… and {len(said) - most + 1} more lines"]
-    lines += [(line, INK) for line in said]
+    if len(text) > most:
+      text = [*text[: most - 1], f"… and {len(text) - most + 1} more lines"]
+    lines += [(line, INK) for line in text]
     self._top = self._margin + step * len(lines) + self._margin // 2
     self._track = round(1.6 * self._size)
     self._end = self._top + self._track * len(names)
@@ -192,7 +190,7 @@ class _Panel:
     top = self._top + index * self._track
     bottom, middle = top + round(0.8 * self._track), top + 0.4 * self._track
     colour = colour_of(index)
-    ink = "black" if luminance(colour) > 0.35 else "white"
+    ink = ink_on(colour)
     draw.text((self._margin, middle), name, INK, self._small, anchor="lm")
     draw.rectangle((self._left, top, self.width - self._margin, bottom), fill="#2a2a2a")
     tokens = self.answer.objects[index]["tokens"]

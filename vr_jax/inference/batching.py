@@ -1,4 +1,4 @@
-"""Many answers at once: rows of fixed shape, refilled as answers end.
+"""The engine: many answers at once in rows of fixed shape, refilled as answers end.
 
 Letters: B row (an answer under way), S cache slot, M new token, Q row of one extend, K slot of one
 extend, E decoder width, W vocabulary.
@@ -8,8 +8,7 @@ extend, E decoder width, W vocabulary.
     state ─ decode until a row ends or some steps are done ─► new tokens ─► free rows
 
 All programs are compiled before the first request and none later. Their shapes do not depend on
-the requests, and each row is computed by itself, so an answer is the same whatever else is asked
-with it.
+the requests, and each row is computed by itself, so an answer does not depend on the others.
 """
 
 import dataclasses
@@ -33,6 +32,7 @@ from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
 CHUNK, CPU_CHUNK = 64, 16  # K on accelerators and on CPUs
+WAITING = 8  # the most prefixes that wait for rows of another size, see `Model._run`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Prompt:
   """One question, ready for the decoder.
 
   Attributes:
-    index: what the caller calls it; with the seed it decides what is sampled.
+    index: the caller's number; sampled tokens are a function of it and the seed.
     prefix: of its video.
     tokens: i32 [n], what follows the scene; 0 where an object token stands.
     visual: [n,E], the object tokens; anything elsewhere.
@@ -70,9 +70,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """New token ids of one prompt, and whether its answer is complete."""
+  """New token ids of the prompt `index`, and whether its answer is complete."""
 
-  prompt: Prompt
+  index: int
   tokens: tuple[int, ...]
   done: bool
 
@@ -119,8 +119,8 @@ class Engine:
       InputError: the sizes do not fit the memory; the message holds the numbers.
     """
     self.sizes, self._params = sizes, params
-    # Every weight is read for each extend, so several questions share one. To a CPU the padding of
-    # slots is work, and that of rows where there are few.
+    # Each extend reads every weight, so several questions share one. A CPU pays for the padding of
+    # slots, and for that of rows where there are few.
     cpu = jax.default_backend() == "cpu"
     self._chunk = CPU_CHUNK if cpu else CHUNK
     self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
@@ -150,26 +150,27 @@ class Engine:
     """
     waiting = _Waiting(prompts)
     state = self._empty()
-    rows: list[Prompt | None] = [None] * self.sizes.rows
-    told = [0] * len(rows)
+    # By index, so that no row keeps its prompt's prefix on the device.
+    rows: list[int | None] = [None] * self.sizes.rows
+    reported = [0] * len(rows)  # tokens
     while True:
       while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
-        free = [i for i, prompt in enumerate(rows) if prompt is None][: len(batch)]
+        free = [i for i, index in enumerate(rows) if index is None][: len(batch)]
         state = self._fill(state, batch, free, limit, seed)
         for i, prompt in zip(free, batch, strict=True):
-          rows[i], told[i] = prompt, 0
-      if not any(rows):
+          rows[i], reported[i] = prompt.index, 0
+      if all(index is None for index in rows):
         return
       steps = np.int32(limit if every is None else every)
       state = self._decode(self._params, state, steps, np.bool_(not waiting.empty))
       tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
-      for i, prompt in enumerate(rows):
-        if prompt is None or (every is None and not done[i]):
+      for i, index in enumerate(rows):
+        if index is None or (every is None and not done[i]):
           continue
-        new = tuple(int(t) for t in tokens[i, told[i] : lengths[i]])
-        told[i] = int(lengths[i])
-        rows[i] = None if done[i] else prompt
-        yield Progress(prompt, new, bool(done[i]))
+        new = tuple(int(t) for t in tokens[i, reported[i] : lengths[i]])
+        reported[i] = int(lengths[i])
+        rows[i] = None if done[i] else index
+        yield Progress(index, new, bool(done[i]))
 
   def _fill(
     self, state: Decoding, batch: list[Prompt], free: list[int], limit: int, seed: int
@@ -244,13 +245,13 @@ class Engine:
       return dataclasses.replace(cache, fresh=False)
 
     Q, B = self._together, self.sizes.rows
-    of_prefix = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
-    of_rows = jax.eval_shape(self._opened, (of_prefix,) * Q)
+    prefix_shapes = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
+    row_shapes = jax.eval_shape(self._opened, (prefix_shapes,) * Q)
     state = jax.eval_shape(lambda: self._state(sampling, 0))
     return (
       placed(state, placement.state(self._llm, B, sampling)),
-      placed(of_rows, placement.cache(self._llm, Q)),
-      of_prefix,
+      placed(row_shapes, placement.cache(self._llm, Q)),
+      prefix_shapes,
     )
 
   def _planned(self, programs, placement, sampling, limit: int, scratch: bool) -> Plan:
@@ -258,7 +259,7 @@ class Engine:
     return Plan(
       weights=bytes_of(self._params),
       rows=bytes_of(state) + bytes_of(rows),
-      prefixes=(KEPT + 1) * bytes_of(prefix),
+      prefixes=(KEPT + WAITING + 1) * bytes_of(prefix),
       scratch=programs.scratch() if scratch else 0,
       limit=limit,
     )
@@ -269,10 +270,10 @@ class Engine:
     state_placed = placement.state(llm, self.sizes.rows, sampling)
     rows_placed = placement.cache(llm, self._together)
     Q, K, W = self._together, self._chunk, llm.vocab_size
-    of_rows = placement.rows(Q)
+    axis = placement.rows(Q)
 
     def per_row(dtype, *shape):
-      return array((Q, *shape), dtype, of_rows)
+      return array((Q, *shape), dtype, axis)
 
     def extend(params, rows, logits, *slots):
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")

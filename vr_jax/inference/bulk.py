@@ -1,13 +1,14 @@
-"""Many questions from a JSON-lines file, answers into another: one line each, resumable.
+"""Questions from a file of JSON lines, answers into another: one line each, resumable.
 
-A line of the requests, its regions SPECs of the command line or the fields of a Region:
+A line of the requests; its regions are SPECs as on the command line, or the fields of a Region:
 
     {"id": "a1", "video": "a.mp4", "question": "What is <region> doing?", "regions": ["box:…@12"]}
     {"video": "dog.jpg", "question": "Describe <region>.", "regions": [{"point": [40, 60]}]}
 
-`id` is by default the number of the line. A line of the answers holds id, video, question, the hash
-of the request, the settings, and either what an Answer holds or, under "error", why the request
-could not be answered. That of a line which is no request holds its number under "line", and no id.
+`id` is by default the number of the line; "seconds": [start, end] takes the scene from that part of
+the video. A line of the answers holds id, video, question, the hash of the request, the settings,
+and either what an Answer holds or, under "error", why the request could not be answered. That of a
+line which is no request holds its number under "line", and no id.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,44 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipes.errors import InputError
+from data_pipes.files import JsonLines, read_json_lines
 from vr_jax.checkpoint import checkpoint_sha256
-from vr_jax.inference.model import Model, Options, Request
+from vr_jax.inference.model import Model
+from vr_jax.inference.options import Options
 from vr_jax.inference.regions import Region, parse_regions
+from vr_jax.inference.requests import Request
 
-KEYS = {"id": (str, int), "video": (str,), "question": (str,), "regions": (list,)}
+KEYS = {
+  "id": (str, int),
+  "video": (str,),
+  "question": (str,),
+  "regions": (list,),
+  "seconds": (list,),
+}
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal for a bar
 FREE = ("batch_size", "share")  # options that change no answer
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """A request and the line it stands on; `regions` as they stand there."""
+class RequestLine:
+  """A request and the number of its line; `regions` and `seconds` as they stand there."""
 
   line: int
   id: str | int
   video: str
   question: str
   regions: tuple[Any, ...]
+  seconds: tuple[Any, ...] | None = None
 
   @property
   def sha256(self) -> str:
-    """Hash of what is asked, so that an answer to another request is known as such."""
-    content = json.dumps([self.video, self.question, self.regions], sort_keys=True)
+    """Hash of the request, so that an answer to another request is known as such."""
+    seconds = [] if self.seconds is None else [self.seconds]
+    content = json.dumps([self.video, self.question, self.regions, *seconds], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def request(self) -> Request:
-    """Raises InputError where a region is none."""
+    """Raises InputError where a region is none, or the seconds are not two numbers."""
     parts = []
     for region in self.regions:
       if isinstance(region, str):
@@ -61,7 +73,7 @@ class Asked:
         parts.append(Region(**region))
       except TypeError as error:
         raise InputError(f"region {region!r}: {error}; accepted: a SPEC or a Region") from None
-    return Request(self.video, self.question, parts)
+    return Request(self.video, self.question, parts, seconds=self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +99,8 @@ def run(
 ) -> Summary:
   """Answers the requests that `out` does not answer yet, each written as soon as it is there.
 
-  A line that is no request costs a line of the answers, as a request that is refused does; both are
-  tried again by the next run.
+  A line that is no request gets a line of the answers, and so does a request that is refused; the
+  next run tries both again.
 
   Args:
     load: gives the model, once the files are known to be usable.
@@ -99,41 +111,40 @@ def run(
     InputError: not one line is a request; `out` cannot be written, or holds answers to other
       requests, of another checkpoint or with other options.
   """
-  asked, refused = read_requests(requests)
+  lines, refused = read_requests(requests)
   out = Path(out)
   if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)) or out.is_dir():
     raise InputError(f"--out {out}: cannot be written; accepted: a file in a folder that is there")
   model = load()
   settings = _settings(model, checkpoint, Options(**options))
-  known = _answered(out, {one.id: one for one in asked}, settings)
-  remaining = [one for one in asked if one.id not in known]
+  answered = _check_answers(out, {line.id: line for line in lines}, settings)
+  remaining = [line for line in lines if line.id not in answered]
   counts = {True: 0, False: 0}
-  total = len(asked) + len(refused)
-  with open(out, "a", encoding="utf-8") as file, _progress(total, len(known)) as advance:
+  total = len(lines) + len(refused)
+  with _open_answers(out) as file, _progress(total, len(answered)) as advance:
 
-    def write(record: Mapping[str, Any]) -> None:
-      file.write(json.dumps(record) + "\n")
-      file.flush()
+    def write(record: dict[str, Any]) -> None:
+      file.add(record)
       counts["error" not in record] += 1
       advance()
 
-    for line, error in refused.items():
-      write({"id": None, "line": line, "settings": settings, "error": error})
-    for one, result in _results(model, remaining, options):
+    for number, error in refused.items():
+      write({"id": None, "line": number, "settings": settings, "error": error})
+    for line, result in _results(model, remaining, options):
       write(
         {
-          "id": one.id,
-          "video": one.video,
-          "question": one.question,
-          "request": one.sha256,
+          "id": line.id,
+          "video": line.video,
+          "question": line.question,
+          "request": line.sha256,
           "settings": settings,
           **result,
         }
       )
-  return Summary(counts[True], counts[False], len(known))
+  return Summary(counts[True], counts[False], len(answered))
 
 
-def read_requests(path: Path | str) -> tuple[list[Asked], dict[int, str]]:
+def read_requests(path: Path | str) -> tuple[list[RequestLine], dict[int, str]]:
   """The requests of a file, and by line number what is wrong with lines that are none.
 
   Their media are not opened yet.
@@ -146,27 +157,27 @@ def read_requests(path: Path | str) -> tuple[list[Asked], dict[int, str]]:
     lines = path.read_bytes().split(b"\n")
   except OSError as error:
     raise InputError(f"{path}: cannot be read ({error})") from None
-  asked: dict[str | int, Asked] = {}
+  requests: dict[str | int, RequestLine] = {}
   refused: dict[int, str] = {}
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     try:
-      one = _asked(line, number)
-      if one.id in asked:
-        earlier = asked[one.id].line
+      request = _parse(line, number)
+      if request.id in requests:
+        earlier = requests[request.id].line
         raise InputError(
-          f"id {one.id!r} was given to line {earlier}; accepted: one line of each id"
+          f"id {request.id!r} was given to line {earlier}; accepted: one line of each id"
         )
-      asked[one.id] = one
+      requests[request.id] = request
     except InputError as error:
       refused[number] = f"{path}: line {number}: {error}"
-  if refused and not asked:
+  if refused and not requests:
     raise InputError(f"{next(iter(refused.values()))}; no other line is a request either")
-  return list(asked.values()), refused
+  return list(requests.values()), refused
 
 
-def _asked(line: bytes, number: int) -> Asked:
+def _parse(line: bytes, number: int) -> RequestLine:
   try:
     fields = json.loads(line)
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -181,12 +192,13 @@ def _asked(line: bytes, number: int) -> Asked:
   for key in ("video", "question"):
     if key not in fields:
       raise InputError(f"no key {key!r}; accepted: {', '.join(KEYS)}")
-  return Asked(
+  return RequestLine(
     number,
     fields.get("id", number),
     fields["video"],
     fields["question"],
     tuple(fields.get("regions", ())),
+    tuple(fields["seconds"]) if "seconds" in fields else None,
   )
 
 
@@ -199,26 +211,19 @@ def _settings(model: Model, checkpoint: Path | str | None, options: Options) -> 
   return {"checkpoint": sha256 and sha256[:16], "weights": model.weights, **given}
 
 
-def _answered(
-  out: Path, asked: Mapping[str | int, Asked], settings: Mapping[str, Any]
+def _check_answers(
+  out: Path, requests: Mapping[str | int, RequestLine], settings: Mapping[str, Any]
 ) -> set[str | int]:
-  """Ids that `out` answers. Refusals, and a last line that was cut off, are taken out of it."""
-  if not out.exists():
-    return set()
-  try:
-    text = out.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{out}: cannot be read ({error})") from None
-  kept: dict[str | int, str] = {}
-  for number, line in enumerate(text.split("\n")[:-1], 1):
+  """Ids that `out` answers; InputError where it holds anything else than answers to `requests`."""
+  answered: set[str | int] = set()
+  for number, record in enumerate(read_json_lines(out), 1):
     where = f"{out}: line {number}"
     try:
-      record = json.loads(line)
       key, held = record["id"], dict(record["settings"])
       if "error" in record:
         continue
-      other = key not in asked or record["request"] != asked[key].sha256
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+      other = key not in requests or record["request"] != requests[key].sha256
+    except (KeyError, TypeError, ValueError):
       raise InputError(f"{where}: not a line that vr ask wrote; give another --out") from None
     if other:
       raise InputError(
@@ -231,29 +236,33 @@ def _answered(
           f"{where}: answered with {name}={held.get(name)!r}, not {settings[name]!r}; accepted: "
           "the same to go on, or another --out"
         )
-    if key in kept:
+    if key in answered:
       raise InputError(f"{where}: id {key!r} was answered by an earlier line; give another --out")
-    kept[key] = line
-  whole = "".join(line + "\n" for line in kept.values())
-  if whole != text:
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_text(whole, encoding="utf-8")
-    os.replace(beside, out)
-  return set(kept)
+    answered.add(key)
+  return answered
 
 
-def _results(model: Model, asked: list[Asked], options) -> Iterator[tuple[Asked, dict[str, Any]]]:
+def _open_answers(out: Path) -> JsonLines:
+  """The answers file, to be gone on with; refusals are taken out, since they are tried again."""
+  return JsonLines(
+    out, lambda record: (record["id"], record.get("line")), lambda record: "error" not in record
+  )
+
+
+def _results(
+  model: Model, lines: Sequence[RequestLine], options: Mapping[str, Any]
+) -> Iterator[tuple[RequestLine, dict[str, Any]]]:
   # By line, not by what is left: sampled answers are those of a run that was not stopped.
   requests: dict[int, Request] = {}
-  by_line = {one.line: one for one in asked}
-  for one in asked:
+  by_number = {line.line: line for line in lines}
+  for line in lines:
     try:
-      requests[one.line] = one.request()
+      requests[line.line] = line.request()
     except InputError as error:
-      yield one, {"error": str(error)}
-  for line, answer in model.answer_each(requests, **options):
+      yield line, {"error": str(error)}
+  for number, answer in model.answer_each(requests, **options):
     failed = isinstance(answer, InputError)
-    yield by_line[line], {"error": str(answer)} if failed else answer.to_dict()
+    yield by_number[number], {"error": str(answer)} if failed else answer.to_dict()
 
 
 @contextlib.contextmanager
@@ -263,16 +272,16 @@ def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
   console = Console(file=sys.stderr)
   with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
     task = bar.add_task("answers", total=total, completed=done)
-    started = told = time.monotonic()
+    started = printed = time.monotonic()
     count = 0
 
     def advance() -> None:
-      nonlocal told, count
+      nonlocal printed, count
       count += 1
       bar.advance(task)
       now = time.monotonic()
-      if not console.is_terminal and now - told >= EVERY:
-        told = now
+      if not console.is_terminal and now - printed >= EVERY:
+        printed = now
         rate = count / (now - started)
         print(f"{done + count} of {total}, {rate:.2f} a second", file=sys.stderr, flush=True)
 

@@ -1,7 +1,7 @@
 """Compiled generation: prefill, then one `lax.while_loop` on the device with a donated cache.
 
-`generate` and `stream` answer one batch of rows; the engine (engine.py) refills rows of the same
-state as they end.
+`generate` answers one batch of rows; the engine (batching.py) refills rows of the same state as
+they end.
 
 Letters: B row, M new token, W vocabulary. A model is a Linen module with the methods
 `prefill(batch, cache) -> (logits [B,W], cache)` and
@@ -9,7 +9,7 @@ Letters: B row, M new token, W vocabulary. A model is a Linen module with the me
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -27,11 +27,18 @@ GREEDY = Sampling()
 
 @flax.struct.dataclass
 class Decoding:
-  """Rows between two steps; but for a cache with one `end`, every leaf has the axis B in front.
+  """Rows between two steps; every leaf has the axis B in front, but for a cache with one `end`.
 
-  tokens i32 [B,M], pad beyond each row's `lengths` [B]; `done` rows write nothing more; `start` [B]
-  is the position of a row's first new token, `limits` [B] the most tokens it may get; `keys` [B]
-  random keys; `seen` [B,W] generated tokens (None where no penalty is asked).
+  Attributes:
+    cache: keys and values of prompt and answer, without those of the newest token: the next step
+      writes them.
+    tokens: the answer so far; padding beyond the row's length.
+    lengths: tokens that each row has.
+    done: the row has met an end token or its limit, and writes nothing more.
+    start: position of the row's first new token, which follows its prompt.
+    limits: the most tokens of the row.
+    keys: the row's random key; token i is drawn with `fold_in(key, i)`.
+    seen: tokens that the row has generated; None where there is no repetition penalty.
   """
 
   cache: KVCache
@@ -93,29 +100,6 @@ def generate(
   return np.asarray(state.tokens)[:, :most], np.asarray(state.lengths)
 
 
-def stream(
-  model: nn.Module,
-  params: Any,
-  logits: Float[Array, "B W"],
-  cache: KVCache,
-  *,
-  max_new_tokens: int | Sequence[int],
-  eos_ids: Sequence[int],
-  pad_id: int = 0,
-  sampling: Sampling = GREEDY,
-  keys: Array | None = None,
-  every: int = 8,
-) -> Iterator[tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]]:
-  """As `generate`, handing out (tokens, lengths) so far after every `every` steps."""
-  state = _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys)
-  most = int(np.max(max_new_tokens))
-  while True:
-    yield np.array(state.tokens)[:, :most], np.array(state.lengths)
-    if bool(state.done.all()):
-      return
-    state = decode(model, params, state, every, False, tuple(eos_ids), pad_id, sampling)
-
-
 class Generator:
   """A model and its parameters, ready to answer batches of rows.
 
@@ -133,27 +117,12 @@ class Generator:
     return prefill(self.model, self.params, batch, cache)
 
   def __call__(
-    self,
-    batch: Any,
-    *,
-    max_new_tokens: int | Sequence[int],
-    eos_ids: Sequence[int],
-    pad_id: int = 0,
-    sampling: Sampling = GREEDY,
-    keys: Array | None = None,
+    self, batch: Any, *, max_new_tokens: int | Sequence[int], **decoding: Any
   ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]:
-    """New tokens of each row and their number, as `generate`."""
+    """New tokens of each row and their number; `decoding` are the other keywords of `generate`."""
     logits, cache = self.prefill(batch, int(np.max(max_new_tokens)))
     return generate(
-      self.model,
-      self.params,
-      logits,
-      cache,
-      max_new_tokens=max_new_tokens,
-      eos_ids=eos_ids,
-      pad_id=pad_id,
-      sampling=sampling,
-      keys=keys,
+      self.model, self.params, logits, cache, max_new_tokens=max_new_tokens, **decoding
     )
 
 

@@ -1,13 +1,9 @@
-"""Asking a model about objects in a video: `load`, then `ask`, `ask_many`, `describe`, `stream`."""
+"""A model that answers questions about objects in videos: one by one, in a list, as a stream."""
 
 import collections
 import dataclasses
-import functools
-import hashlib
 import itertools
-import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,134 +11,62 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipes import batch as batches
-from data_pipes.batch import Clip, RowShape
-from data_pipes.bench_prompts import DESCRIBE
-from data_pipes.clips import read_clip
+from data_pipes.batch import fit_shape
 from data_pipes.errors import InputError
-from data_pipes.masks import GRID_RULES
-from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
-from data_pipes.tokenizer import REGION, Tokenizer
-from data_pipes.video import open_video
-from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
+from data_pipes.prompts import DESCRIBE, question_prompt
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.inference.batching import CHUNK, WAITING, Engine, Prompt, Sizes
+from vr_jax.inference.options import WEIGHTS, Options
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
 from vr_jax.inference.programs import Programs
-from vr_jax.inference.regions import Region, objects_of, warnings_of
+from vr_jax.inference.reading import Group, Question, Reader, Refused, around_media
+from vr_jax.inference.regions import Region
+from vr_jax.inference.requests import Answer, Request
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.decoder import fuse, quantize
+from vr_jax.models.fused import fuse
+from vr_jax.models.quantize import quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import path_names
 
-WEIGHTS = ("float32", "bfloat16", "int8")
-TOGETHER = 32  # questions about one video that are read and encoded together
-READERS = min(8, os.cpu_count() or 1)  # threads that decode videos ahead
+
+@dataclasses.dataclass
+class _UnderWay:
+  """A question between its prompt and its answer; `ids` are its new tokens so far."""
+
+  question: Question
+  scene: Sequence[int]
+  objects: Sequence[ObjectTokens]
+  ids: list[int] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One question about one video; the first three fields are those of `Model.ask`.
-
-  `annotation` takes the place of `regions` where the objects are annotated as in the published
-  files: {frame number: COCO segmentation or None} of each object, in merge order. There an object
-  may be empty.
-  """
-
-  video: Any
-  question: str
-  regions: Sequence[Region] = ()
-  annotation: Sequence[Mapping[int, Any]] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """What the model said, and what it rests on.
+@dataclasses.dataclass
+class _Call:
+  """One call's requests, from reading to answers.
 
   Attributes:
-    text: the answer, which `str(answer)` gives too.
-    token_ids: what was generated, the end token included.
-    scene_frames: frame numbers of the scene in the source video (negative: black filling).
-    objects: per object its name and, for each of its tokens, the frames that the token stands for.
-    warnings: one line each, such as an object too small for the model's grid.
+    groups: videos with their questions, as they are read.
+    lanes: prompts that wait for a row, by the question slots of the row.
+    engines: what answers each lane; InputError where such rows do not fit the memory.
+    under_way: by the request's place in the list.
+    refused: requests that cannot be answered, until the caller has them.
   """
 
-  text: str
-  token_ids: tuple[int, ...]
-  scene_frames: tuple[int, ...]
-  objects: tuple[Mapping[str, Any], ...]
-  warnings: tuple[str, ...]
+  groups: Iterator[Group | Refused]
+  options: Options
+  sampling: Sampling
+  lanes: dict[int, collections.deque[Prompt]] = dataclasses.field(default_factory=dict)
+  engines: dict[int, Engine | InputError] = dataclasses.field(default_factory=dict)
+  under_way: dict[int, _UnderWay] = dataclasses.field(default_factory=dict)
+  refused: list[Refused] = dataclasses.field(default_factory=list)
 
-  def __str__(self) -> str:
-    return self.text
-
-  def to_dict(self) -> dict[str, Any]:
-    """The answer as JSON-ready values."""
-    return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How to answer; the keywords of `ask`, `ask_many`, `answer_each`, `stream` and `warm_up`.
-
-  Attributes:
-    max_new_tokens: the most tokens of an answer.
-    temperature, top_k, top_p: of `Sampling`; temperature 0 is greedy.
-    seed: sampled answers are a function of it and of the request's place in the list.
-    scene_frames: frames of the scene; None is as many as in training.
-    batch_size: answers under way at once. Greedy answers do not depend on what else is asked, nor
-      on how many requests there are; with 1 a single answer comes soonest.
-    share: questions about one video share what is computed of it. Off, each is computed by itself;
-      the answers are the same.
-    mask_rule: how masks come onto the tower's grid, as `input.mask_rule` in training: "keep"
-      (default) leaves every object at least one cell, "published" may lose small ones, "area".
-  """
-
-  max_new_tokens: int = 256
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-  scene_frames: int | None = None
-  batch_size: int = 8
-  share: bool = True
-  mask_rule: str = "keep"
-
-  def __post_init__(self):
-    if self.mask_rule not in GRID_RULES:
-      raise InputError(f"mask_rule={self.mask_rule!r}; accepted: {', '.join(GRID_RULES)}")
-    for name in ("max_new_tokens", "batch_size"):
-      if getattr(self, name) < 1:
-        raise InputError(f"{name}={getattr(self, name)}; accepted: 1 or more")
-
-  def sampling(self, default: Sampling) -> Sampling:
-    try:
-      return dataclasses.replace(
-        default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-      )
-    except ValueError as error:
-      raise InputError(str(error)) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-  """A request as read on the host; the frames are in the Clip that its group shares."""
-
-  index: int
-  text: Text
-  names: tuple[str, ...]
-  objects: Sequence[Mapping[int, np.ndarray]]
-  warnings: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-  """Requests about one video, read; and those that could not be."""
-
-  video: bytes | None  # the hash of its content, where it may be shared
-  clip: Clip | None
-  read: Sequence[_Read]
-  refused: Sequence[tuple[int, InputError]]
+  def others_are_full(self, slots: int) -> bool:
+    """The prompts of other lanes than this hold as many prefixes as may wait."""
+    prefixes = {
+      id(prompt.prefix) for lane in self.lanes if lane != slots for prompt in self.lanes[lane]
+    }
+    return len(prefixes) >= WAITING
 
 
 class Model:
@@ -151,9 +75,9 @@ class Model:
   Attributes:
     cfg, params, tokenizer: the model; its decoder is in the fused layout.
     weights: "float32", "bfloat16" or "int8", of the decoder.
-    eos_ids, pad_id, sampling: how it decodes unless asked otherwise.
+    eos_ids, pad_id, sampling: how it decodes by default.
     notice: a warning that goes with every answer ("" for none).
-    visual: what is computed of videos; `visual.counts` says how much of it.
+    visual: encodes videos; `visual.counts` are the frames, objects and prefixes so far.
   """
 
   def __init__(
@@ -232,7 +156,7 @@ class Model:
     every: int = 4,
     **options: Any,
   ) -> Iterator[str]:
-    """As `ask`, yielding the text as it comes, every few tokens; the Answer is what it returns."""
+    """As `ask`, yielding the text as it comes, every few tokens; returns the Answer."""
     ids: list[int] = []
     sent = ""
     request = Request(video, question, regions)
@@ -271,8 +195,9 @@ class Model:
   ) -> Iterator[tuple[int, Answer | InputError]]:
     """(place in the list, answer) of each request as it is done; an InputError where it cannot be.
 
-    Videos are read by threads ahead of the device. `options` are those of `Options`. Of a list that
-    is answered in parts, a mapping gives the rest with their places.
+    Videos are read by threads ahead of the device, each once for all questions about it, whatever
+    their order. `options` are those of `Options`. Where a list is answered in parts, a mapping
+    gives the rest with their places.
     """
     for index, _, result in self._run(requests, Options(**options), None):
       if result is not None:
@@ -280,13 +205,13 @@ class Model:
 
   def warm_up(self, *, question_slots: int = CHUNK, **options: Any) -> None:
     """Compiles everything that questions of up to so many tokens need, with these options."""
-    asked = Options(**options)
-    scene = self._scene(asked)
+    settings = Options(**options)
+    scene = self._scene(settings)
     for media in ("video", "image"):
-      head, _ = _around_media(question_prompt("", self.tokenizer, media)[1])
+      head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
       self.visual.compile(scene, len(head))
       for slots in _classes(question_slots):
-        self._engine(self._sizes(asked, len(head), slots), asked.sampling(self.sampling))
+        self._engine(self._sizes(settings, len(head), slots), settings.sampling(self.sampling))
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
     """How the tokens of each object came about (Fig. 7 of the paper).
@@ -294,155 +219,112 @@ class Model:
     Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
     that each frame was merged into, int32 [F].
     """
-    (group,) = self._read([(0, request)], Options(share=False), self.cfg.num_frames)
-    for _, error in group.refused:
-      raise error
-    _, objects = self._see(group)
-    found = []
+    (group,) = self._reader(Options(share=False)).read([(0, request)])
+    if not isinstance(group, Group):
+      raise group[1]
+    _, objects = self._see(group, group.questions)
+    similarities = []
     for one in objects:
       unit = one.pooled / np.maximum(np.linalg.norm(one.pooled, axis=-1, keepdims=True), 1e-12)
-      found.append((unit @ unit.T, one.segments))
-    return found
+      similarities.append((unit @ unit.T, one.segments))
+    return similarities
 
   # --- From requests to answers ---------------------------------------------------------------
 
   def _run(
     self, requests: Sequence[Request] | Mapping[int, Request], options: Options, every: int | None
   ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None]]:
-    """(place, new tokens, the result once it is there); new tokens only every so many steps."""
-    options.sampling(self.sampling)
-    self._scene(options)
-    lanes: dict[int, list[int]] = collections.defaultdict(list)  # by the slots of the question
-    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    for i, request in places.items():
-      try:
-        lanes[_classes(self._question_slots(request))[-1]].append(i)
-      except InputError as error:
-        yield i, (), error
-    for slots, members in sorted(lanes.items()):
-      yield from self._run_lane([(i, places[i]) for i in members], slots, options, every)
+    """(place, new tokens, the result once it is there); new tokens only every so many steps.
 
-  def _run_lane(self, asked, slots: int, options: Options, every: int | None):
-    """As `_run`, of requests that fit rows of one size."""
-    scene = self._scene(options)
-    refused: list[tuple[int, InputError]] = []
-    under_way: dict[int, tuple[_Read, Clip, list[ObjectTokens], list[int]]] = {}
+        requests ─ Reader, in threads ─► group: a video and its questions
+        group ─ _take_up: each frame encoded once ─► prefix, object tokens ─► a prompt a question
+        prompts ─► lanes, by the size of their rows ─ Engine.run, one lane at a time ─► answers
 
-    def prompts() -> Iterator[Prompt]:
-      for group in self._read_ahead(asked, options, scene):
-        refused.extend(group.refused)
-        if not group.read:
-          continue
-        prefix, objects = self._see(group)
-        remaining = iter(objects)
-        for read in group.read:
-          own = list(itertools.islice(remaining, len(read.objects)))
-          under_way[read.index] = (read, group.clip, own, [])
-          yield self._prompt(read, prefix, own)
-
-    def refusals():
-      while refused:
-        index, error = refused.pop(0)
-        yield index, (), error
-
-    head, _ = _around_media(question_prompt("", self.tokenizer, "video")[1])
-    try:
-      engine = self._engine(self._sizes(options, len(head), slots), options.sampling(self.sampling))
-    except InputError as error:
-      refused.extend((i, error) for i, _ in asked)
-      yield from refusals()
-      return
-    limit, seed = options.max_new_tokens, options.seed
-    for progress in engine.run(prompts(), limit=limit, seed=seed, every=every):
-      yield from refusals()
-      index = progress.prompt.index
-      under_way[index][-1].extend(progress.tokens)
-      done = self._finish(*under_way.pop(index)) if progress.done else None
-      yield index, progress.tokens, done
-    yield from refusals()
-
-  def _read_ahead(self, asked, options: Options, scene: int) -> Iterator[_Group]:
-    """The requests in groups of one video, read by threads ahead of their use."""
-    groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
-    for i, request in asked:
-      video = _identity(request.video)
-      groups[video if options.share else (video, i)].append((i, request))
-    parts = (
-      members[at : at + TOGETHER]
-      for members in groups.values()
-      for at in range(0, len(members), TOGETHER)
-    )
-    read = functools.partial(self._read, options=options, scene=scene)
-    with ThreadPoolExecutor(READERS) as threads:
-      reading = collections.deque(
-        threads.submit(read, part) for part in itertools.islice(parts, READERS + 1)
-      )
-      while reading:
-        groups_of_part = reading.popleft().result()
-        for part in itertools.islice(parts, 1):
-          reading.append(threads.submit(read, part))
-        yield from groups_of_part
-
-  def _read(
-    self, asked: Sequence[tuple[int, Request]], options: Options, scene: int
-  ) -> list[_Group]:
-    """Reads requests about one video, each frame once: one group, if no request spoils the others.
-
-    Runs in a thread, without jax.
+    A program has one size of row, so long questions cannot join the rows of short ones. But a
+    video is encoded for all its questions at once; those of the other lanes wait until this lane
+    has no more prompts. Each waiting prompt holds its video's prefix on the device, therefore no
+    video is taken up while the other lanes hold WAITING of them: this lane then runs dry.
     """
-    try:
-      source = open_video(asked[0][1].video)
-    except InputError as error:
-      return [_Group(None, None, (), [(i, error) for i, _ in asked])]
-    image = source.kind == "image"
-    shape = self._row_shape(scene)
-    prepared, refused = [], []
-    for i, request in asked:
+    sampling = options.sampling(self.sampling)
+    reader = self._reader(options)
+    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
+    call = _Call(reader.ahead(places.items()), options, sampling)
+    limit, seed = options.max_new_tokens, options.seed
+    more = True
+    while more or any(call.lanes.values()):
+      if not any(call.lanes.values()):
+        more = self._take_up(call)
+        yield from _refusals(call)
+        continue
+      slots = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
+      engine = call.engines[slots]
+      assert isinstance(engine, Engine)  # a lane without one holds no prompts
+      for progress in engine.run(self._prompts(call, slots), limit=limit, seed=seed, every=every):
+        yield from _refusals(call)
+        entry = call.under_way[progress.index]
+        entry.ids += progress.tokens
+        answer = None
+        if progress.done:
+          answer = self._finish(entry)
+          del call.under_way[progress.index]
+        yield progress.index, progress.tokens, answer
+      yield from _refusals(call)
+
+  def _prompts(self, call: _Call, slots: int) -> Iterator[Prompt]:
+    """The prompts of a lane, taking up further videos as long as the other lanes have room."""
+    lane = call.lanes[slots]
+    while True:
+      while lane:
+        yield lane.popleft()
+      if call.others_are_full(slots) or not self._take_up(call):
+        return
+
+  def _take_up(self, call: _Call) -> bool:
+    """Encodes the next group and puts its prompts into their lanes; False if there is none."""
+    group = next(call.groups, None)
+    if group is None:
+      return False
+    if not isinstance(group, Group):
+      call.refused.append(group)
+      return True
+    questions = []
+    for question in group.questions:
+      slots = self._question_slots(question)
+      engine = self._engine_of_lane(call, slots)
+      if isinstance(engine, InputError):
+        call.refused.append((question.index, engine))
+      else:
+        questions.append((slots, question))
+    if not questions:
+      return True
+    prefix, objects = self._see(group, [question for _, question in questions])
+    remaining = iter(objects)
+    for slots, question in questions:
+      tokens = list(itertools.islice(remaining, len(question.objects)))
+      call.under_way[question.index] = _UnderWay(question, group.clip.scene, tokens)
+      call.lanes[slots].append(self._prompt(question, prefix, tokens))
+    return True
+
+  def _engine_of_lane(self, call: _Call, slots: int) -> Engine | InputError:
+    if slots not in call.engines:
+      head, _ = around_media(question_prompt("", self.tokenizer, "video")[1])
       try:
-        marked = objects_of(request.regions, source)
-        objects = [m.masks for m in marked] + list(request.annotation)
-        text = self._text_of(request, len(objects), "image" if image else "video")
-        warnings = warnings_of(
-          marked, self.cfg.img.grid, self.cfg.image_aspect_ratio, options.mask_rule
-        )
-        names = [m.name for m in marked]
-        names += [f"object {n}" for n in range(len(names), len(objects))]
-        prepared.append((i, text, objects, names, filter(None, [self.notice, *warnings])))
+        sizes = self._sizes(call.options, len(head), slots)
+        call.engines[slots] = self._engine(sizes, call.sampling)
       except InputError as error:
-        refused.append((i, error))
-    try:
-      clip = read_clip(
-        asked[0][1].video if image else source,
-        shape,
-        [masks for _, _, objects, _, _ in prepared for masks in objects],
-        image=image,
-        aspect_ratio=self.cfg.image_aspect_ratio,
-        mask_rule=options.mask_rule,
-      )
-      if len(clip.scene) != scene:
-        raise InputError(
-          f"{source.name}: {len(clip.scene)} frames, which are all taken as the scene; accepted: "
-          f"up to {scene}, or scene_frames={len(clip.scene)}"
-        )
-    except InputError as error:
-      if len(asked) == 1:
-        return [_Group(None, None, (), [(asked[0][0], error)])]
-      return [group for one in asked for group in self._read([one], options, scene)]
-    cells = iter(clip.objects)
-    read = [
-      _Read(i, text, tuple(names), list(itertools.islice(cells, len(objects))), tuple(warnings))
-      for i, text, objects, names, warnings in prepared
-    ]
-    return [_Group(_content(clip) if options.share else None, clip, read, refused)]
+        call.engines[slots] = error
+      call.lanes[slots] = collections.deque()
+    return call.engines[slots]
 
-  def _see(self, group: _Group) -> tuple[Prefix, list[ObjectTokens]]:
-    head, _ = _around_media(group.read[0].text)
-    objects = [masks for read in group.read for masks in read.objects]
-    return self.visual.see(group.clip.frames, group.clip.scene, objects, head, group.video)
+  def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
+    """The prefix of the group's video, and the tokens of the questions' objects, in order."""
+    objects = [masks for question in questions for masks in question.objects]
+    clip = group.clip
+    return self.visual.see(clip.frames, clip.scene, objects, group.head, group.video)
 
-  def _prompt(self, read: _Read, prefix: Prefix, objects: Sequence[ObjectTokens]) -> Prompt:
+  def _prompt(self, question: Question, prefix: Prefix, objects: Sequence[ObjectTokens]) -> Prompt:
     """What follows the scene: text, and each object's tokens in the place of its `<region>`."""
-    _, tail = _around_media(read.text)
+    _, tail = around_media(question.text)
     is_region = tail == self.tokenizer.region_id
     slots = np.ones(len(tail), np.int64)
     slots[is_region] = [len(o.tokens) for o in objects]
@@ -452,23 +334,22 @@ class Model:
     if objects:
       visual[is_visual] = np.concatenate([o.tokens for o in objects])
     tokens = np.where(is_visual, 0, tail[source]).astype(np.int32)
-    return Prompt(read.index, prefix, tokens, visual, is_visual)
+    return Prompt(question.index, prefix, tokens, visual, is_visual)
 
-  def _finish(
-    self, read: _Read, clip: Clip, objects: Sequence[ObjectTokens], ids: Sequence[int]
-  ) -> Answer:
-    told = []
-    for name, masks, seen in zip(read.names, read.objects, objects, strict=True):
+  def _finish(self, entry: _UnderWay) -> Answer:
+    question = entry.question
+    objects = []
+    for name, masks, seen in zip(question.names, question.objects, entry.objects, strict=True):
       tokens: dict[int, list[int]] = {}
       for number, segment in zip(masks, seen.segments, strict=True):
         tokens.setdefault(int(segment), []).append(int(number))
-      told.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
+      objects.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
     return Answer(
-      text=self._text(ids),
-      token_ids=tuple(ids),
-      scene_frames=tuple(int(n) for n in clip.scene),
-      objects=tuple(told),
-      warnings=read.warnings,
+      text=self._text(entry.ids),
+      token_ids=tuple(entry.ids),
+      scene_frames=tuple(int(n) for n in entry.scene),
+      objects=tuple(objects),
+      warnings=question.warnings,
     )
 
   # --- Sizes ----------------------------------------------------------------------------------
@@ -505,8 +386,9 @@ class Model:
   def _scene_tokens(self, scene: int) -> int:
     return scene_token_count(self.cfg.connector, scene, self.cfg.img.grid)
 
-  def _row_shape(self, scene: int) -> RowShape:
-    return batches.fit_shape(
+  def _reader(self, options: Options) -> Reader:
+    scene = self._scene(options)
+    shape = fit_shape(
       [],
       image_size=self.cfg.img.image_size,
       grid=self.cfg.img.grid,
@@ -514,21 +396,13 @@ class Model:
       scene_tokens=self._scene_tokens(scene),
       scene=scene,
     )
+    aspect_ratio = self.cfg.image_aspect_ratio
+    return Reader(self.tokenizer, shape, options, aspect_ratio=aspect_ratio, notice=self.notice)
 
-  def _question_slots(self, request: Request) -> int:
-    """The most slots that the question and its objects can take."""
-    regions = request.question.count(REGION)
-    _, tail = _around_media(question_prompt(request.question, self.tokenizer, "video")[1])
-    return len(tail) + regions * (self.cfg.region.tokens - 1)
-
-  def _text_of(self, request: Request, objects: int, media: str) -> Text:
-    found = request.question.count(REGION)
-    if found != objects:
-      raise InputError(
-        f"question {request.question!r}: found {found} {REGION} but {objects} objects; "
-        f"accepted: one {REGION} for each object"
-      )
-    return question_prompt(request.question, self.tokenizer, media)[1]
+  def _question_slots(self, question: Question) -> int:
+    """The slots of its row: a size that holds what the question and its objects can take."""
+    _, tail = around_media(question.text)
+    return _classes(len(tail) + len(question.objects) * (self.cfg.region.tokens - 1))[-1]
 
   def _text(self, ids: Sequence[int]) -> str:
     return self.tokenizer.decode(ids, skip_special=True).strip()
@@ -542,31 +416,10 @@ def _classes(question_slots: int) -> list[int]:
   return sizes
 
 
-def _around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
-  """Ids before and after the one media tag."""
-  tags = np.flatnonzero(np.isin(text.ids, list(MEDIA_IDS.values())))
-  if len(tags) != 1:
-    raise InputError(
-      f"found {len(tags)} media tags in the text; accepted: exactly one, which is put before the "
-      "question"
-    )
-  return text.ids[: tags[0]], text.ids[tags[0] + 1 :]
-
-
-def _identity(video: Any) -> Hashable:
-  """What tells a video from the others of one call."""
-  if isinstance(video, np.ndarray):  # views of the same memory are the same video
-    memory = video.__array_interface__
-    return memory["data"][0], video.shape, video.strides, video.dtype.str
-  return str(video) if isinstance(video, str | os.PathLike) else id(video)
-
-
-def _content(clip: Clip) -> bytes:
-  """A hash of the scene frames: what tells a video from all others, whatever held it."""
-  content = hashlib.blake2b(digest_size=16)
-  for number in dict.fromkeys(clip.scene):
-    content.update(np.ascontiguousarray(clip.frames[number]))
-  return content.digest()
+def _refusals(call: _Call) -> Iterator[tuple[int, tuple[int, ...], InputError]]:
+  while call.refused:
+    index, error = call.refused.pop(0)
+    yield index, (), error
 
 
 def _for_inference(

@@ -1,12 +1,12 @@
-"""What a video and its objects become on the device, each computed once for all questions.
+"""Prefixes of videos and tokens of objects, each computed once for all questions.
 
 Letters: C frame of a call, S pixel, N patch, D tower width, T scene frame, V scene token, O object
 of a call, F frame of an object, U token of an object, K text slot, E decoder width.
 
 The text before the media and the scene tokens are the causal prefix that all questions about a
 video have in common: their keys and values are computed once. Object tokens come behind it, so
-of an object only the features under its masks are needed. Every call has a fixed shape, so that
-what comes out for one frame or object does not depend on what else was computed with it.
+only the features under an object's masks are needed. Every call has a fixed shape, so that the
+result for one frame or object does not depend on what else was computed with it.
 """
 
 import collections
@@ -20,7 +20,6 @@ import numpy as np
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.programs import Programs
 from vr_jax.models.decoder import KVCache
-from vr_jax.models.region import pool_regions
 from vr_jax.models.videorefer import VideoRefer
 
 FRAMES = 4  # C
@@ -101,13 +100,14 @@ class Visual:
   def _encode(self, frames, numbers, objects, keep):
     """Features of the first `keep` frames, by chunks of C, and {(object, frame): pooled [D]}."""
     encode, pool, _ = self._programs_of_objects(OBJECT_FRAMES)
+    region = {"region": self._params["region"]}
     N, C = self._module.cfg.img.grid**2, self._frames
     size = self._module.cfg.img.image_size
     marks: dict[int, list[tuple[int, np.ndarray]]] = collections.defaultdict(list)
     for i, masks in enumerate(objects):
       for number, mask in masks.items():
         marks[number].append((i, mask))
-    chunks, found = [], []
+    chunks, pooled_chunks = [], []
     for first in range(0, len(numbers), C):
       part = numbers[first : first + C]
       pixels = np.zeros((C, size, size, 3), np.uint8)
@@ -123,9 +123,12 @@ class Visual:
         for place, number in enumerate(part):
           for j, (i, mask) in enumerate(marks[number][turn : turn + OBJECTS]):
             masks[place, j], names[i, number] = mask, (place, j)
-        found.append((names, pool(features, masks)))
+        pooled_chunks.append((names, pool(region, features, masks)))
     pooled = {}
-    for names, values in found:  # fetched last, so that the device need not wait for the host
+    for (
+      names,
+      values,
+    ) in pooled_chunks:  # fetched last, so that the device need not wait for the host
       values = np.asarray(values)
       pooled |= {name: values[at] for name, at in names.items()}
     return chunks, pooled
@@ -171,8 +174,8 @@ class Visual:
     def encode(params, pixels):
       return self._apply(params, pixels[None], method="encode_frames")[0]
 
-    def pool(features, masks):
-      return pool_regions(features[:, None], masks[:, :, None])[:, :, 0]
+    def pool(params, features, masks):
+      return self._apply(params, features, masks, method="pool_objects")
 
     def merge(params, pooled, valid):
       return self._apply(params, pooled, valid, method="object_tokens")
@@ -183,7 +186,7 @@ class Visual:
     programs, params, out = self._programs, self._params, self._placement.whole
     return (
       programs("encode", encode, params, pixels, out=features.sharding),
-      programs("pool", pool, features, masks, out=out),
+      programs("pool", pool, {"region": params["region"]}, features, masks, out=out),
       programs(("merge", object_frames), merge, params, pooled, valid, out=out),
     )
 

@@ -1,24 +1,10 @@
 """Programs compiled ahead of time, counted and measured."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-
-_compiled = 0
-
-
-def compilations() -> int:
-  """Programs that XLA was asked for in this process since this module was imported."""
-  return _compiled
-
-
-def _count(event: str, duration: float, **_) -> None:
-  global _compiled
-  _compiled += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Programs:
@@ -58,12 +44,9 @@ def shape_of(x: Any) -> jax.ShapeDtypeStruct:
 def bytes_of(tree: Any) -> int:
   """Bytes of a tree of arrays or shapes on the device that holds most of them."""
 
-  def of(x) -> int:
+  def on_a_device(x) -> int:
     sharding = getattr(x, "sharding", None)
     shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-    count = 1
-    for size in shape:
-      count *= size
-    return count * x.dtype.itemsize
+    return math.prod(shape) * x.dtype.itemsize
 
-  return sum(of(x) for x in jax.tree.leaves(tree))
+  return sum(on_a_device(x) for x in jax.tree.leaves(tree))

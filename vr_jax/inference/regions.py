@@ -106,13 +106,13 @@ def objects_of(regions: Sequence[Region], video: Video) -> list[MarkedObject]:
     # An index cannot be mistaken for a name, so a region without a name stays alone.
     masks = objects.setdefault(i if region.name is None else region.name, {})
     try:
-      found = _masks(region, video)
-      twice = masks.keys() & found.keys()
+      further = _masks(region, video)
+      twice = masks.keys() & further.keys()
       if twice:
         raise InputError(f"frame {min(twice)} has a region of this object already; one is accepted")
     except InputError as error:
       raise InputError(f"region {region}: {error}") from error
-    masks.update(found)
+    masks.update(further)
   marked = []
   for i, (key, masks) in enumerate(objects.items()):
     name = key if isinstance(key, str) else f"object {i}"
@@ -181,8 +181,8 @@ def _marking(text: str) -> dict[str, Any]:
   kind, colon, numbers = text.partition(":")
   if colon and kind in ("box", "point"):
     if "@" in numbers:
-      found = numbers.partition("@")[2]
-      raise InputError(f"FRAME: found {found!r}; accepted: a frame number, or a time such as 1.5s")
+      frame = numbers.partition("@")[2]
+      raise InputError(f"FRAME: found {frame!r}; accepted: a frame number, or a time such as 1.5s")
     return {kind: tuple(_number(n) for n in numbers.split(","))}
   if os.path.isfile(text):
     return {"rle" if text.lower().endswith(".json") else "mask": text}

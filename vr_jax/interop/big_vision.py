@@ -8,8 +8,6 @@ Source: google-research/big_vision at 0127fb6, `models/vit.py`, `models/ppp/gemm
 
 import dataclasses
 import re
-import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,20 +76,20 @@ class _Under:
     text = str(name)
     return text.startswith(self._prefix) and text[len(self._prefix) :] in self._tensors
 
-  def _own(self, name: str) -> str:
+  def _bare(self, name: str) -> str:
     return name[len(self._prefix) :]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    shape = self._tensors.shape(self._own(name))
+    shape = self._tensors.shape(self._bare(name))
     if name.endswith("embedder/input_embedding"):
       shape = (SPARE_ROWS.get(shape[0], shape[0]), *shape[1:])
     return shape
 
   def dtype(self, name: str) -> np.dtype:
-    return self._tensors.dtype(self._own(name))
+    return self._tensors.dtype(self._bare(name))
 
   def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    array = self._tensors.read(self._own(name), index)
+    array = self._tensors.read(self._bare(name), index)
     return array if index else array[: self.shape(name)[0]] if array.ndim else array
 
 
@@ -118,13 +116,13 @@ def open_npz(path: str | Path) -> Source:
     )
   shapes = part_shapes(parts)
   scanned = not any(re.search(r"encoderblock_0/|llm/layers/0/", name) for name in tensors)
-  wanted = list(slots(shapes, rows(parts, scanned=scanned)))
+  table = list(slots(shapes, rows(parts, scanned=scanned)))
   text = ("txt/", "t", "b")  # the text half of a whole SigLIP
 
   def unused(name: str) -> bool:
     return name.startswith(("txt/", "img/head/")) or name in text
 
-  params = Mapped(tensors, wanted, shapes, unused=unused)
+  params = Mapped(tensors, table, shapes, unused=unused)
   return Source(
     kind="big_vision npz",
     path=file.path,
@@ -175,8 +173,8 @@ def _guess(tensors: Tensors, notes: list[str]) -> dict[str, Any]:
     grid = round(tensors.shape("img/pos_embedding")[1] ** 0.5)
     depth, layer = _layers(tensors, block, f"{block}_", "LayerNorm_0/scale")
     query = tensors.shape(f"{layer}/MultiHeadDotProductAttention_0/query/kernel")
-    size, told = hf_tower.guess_image_size(grid, patch, "")
-    notes.append(f"tower: image size {size} ({told})")
+    size, reason = hf_tower.guess_image_size(grid, patch, "")
+    notes.append(f"tower: image size {size} ({reason})")
     parts["img"] = SiglipConfig(
       image_size=size,
       patch_size=patch,
@@ -218,7 +216,7 @@ def guess_decoder(tensors: Tensors, notes: list[str], ours: str = "llm/") -> Dec
   else:
     *_, heads, _, head_dim = tensors.shape(f"{layer}/attn/q_einsum/w")
     kv_heads = tensors.shape(f"{layer}/attn/kv_einsum/w")[-3]
-  sizes = {
+  sizes: dict[str, Any] = {
     "width": width,
     "depth": depth,
     "heads": heads,
@@ -244,8 +242,8 @@ def guess_decoder(tensors: Tensors, notes: list[str], ours: str = "llm/") -> Dec
 
 def output_slots(parts: Mapping[str, Any], shapes: Shapes) -> list[Slot]:
   """The slots of an npz that `vr convert` writes: scanned, under `params/`."""
-  wanted = slots(shapes, rows(parts))
-  return [slot._replace(theirs=f"params/{slot.theirs}") for slot in wanted]
+  table = slots(shapes, rows(parts))
+  return [slot._replace(theirs=f"params/{slot.theirs}") for slot in table]
 
 
 # --- big_vision's own way of loading a model --------------------------------------------------
@@ -272,46 +270,36 @@ def load(
   """
   del model_cfg  # sizes are those of the file; big_vision passes it by position
   files = {"": init_file} if isinstance(init_file, str) else dict(init_file)
-  found: dict[str, np.ndarray] = {}
+  loaded: dict[str, np.ndarray] = {}
   for part, file in files.items():
     source = open_npz(file)
-    found |= {k: v for k, v in arrays(source.params).items() if k.startswith(part)}
+    loaded |= {k: v for k, v in arrays(source.params).items() if k.startswith(part)}
   if init_params is None:
-    return nested(found)
-  wanted = flax.traverse_util.flatten_dict(dict(init_params), sep="/")
-  fresh = {k for k in wanted if any(re.fullmatch(p, k) for p in dont_load)}
-  fit_positions(found, wanted)
-  problems = [f"{k} is missing" for k in wanted if k not in found and k not in fresh]
-  problems += [f"{k} is not expected" for k in found if k not in wanted]
+    return nested(loaded)
+  target = flax.traverse_util.flatten_dict(dict(init_params), sep="/")
+  fresh = {k for k in target if any(re.fullmatch(p, k) for p in dont_load)}
+  fit_positions(loaded, target)
+  problems = [f"{k} is missing" for k in target if k not in loaded and k not in fresh]
+  problems += [f"{k} is not expected" for k in loaded if k not in target]
   problems += [
-    f"{k} has shape {list(found[k].shape)} instead of {list(wanted[k].shape)}"
-    for k in wanted
-    if k in found and k not in fresh and found[k].shape != tuple(wanted[k].shape)
+    f"{k} has shape {list(loaded[k].shape)} instead of {list(target[k].shape)}"
+    for k in target
+    if k in loaded and k not in fresh and loaded[k].shape != tuple(target[k].shape)
   ]
   if problems:
     raise InputError(f"{init_file}: {'; '.join(problems)}")
-  return nested({k: wanted[k] if k in fresh else found[k] for k in wanted})
+  return nested({k: target[k] if k in fresh else loaded[k] for k in target})
 
 
-def fit_positions(found: dict[str, Any], wanted: Mapping[str, Any]) -> bool:
+def fit_positions(loaded: dict[str, Any], target: Mapping[str, Any]) -> bool:
   """Resamples the tower's position embeddings to the model's grid, in place; whether it did."""
   name = "img/pos_embedding"
-  if name not in found or name not in wanted or found[name].shape == tuple(wanted[name].shape):
+  if name not in loaded or name not in target or loaded[name].shape == tuple(target[name].shape):
     return False
-  if found[name].shape[2] != wanted[name].shape[2]:
+  if loaded[name].shape[2] != target[name].shape[2]:
     return False
-  grid = round(wanted[name].shape[1] ** 0.5)
-  if grid * grid != wanted[name].shape[1]:
+  grid = round(target[name].shape[1] ** 0.5)
+  if grid * grid != target[name].shape[1]:
     return False
-  found[name] = np.asarray(resample_posemb(found[name], grid))
+  loaded[name] = np.asarray(resample_posemb(loaded[name], grid))
   return True
-
-
-def register(name: str = "big_vision.models.proj.videorefer.videorefer") -> None:
-  """Puts `Model` and `load` where big_vision looks for them (its import prefix is fixed)."""
-  package, _, _ = name.rpartition(".")
-  for path in (package, name):
-    if path not in sys.modules:
-      sys.modules[path] = types.ModuleType(path)
-  module = sys.modules[name]
-  module.Model, module.load = Model, load

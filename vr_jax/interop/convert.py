@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
+from data_pipes.files import JsonLines, write_text
 from vr_jax.checkpoint import package_versions
 from vr_jax.interop import peft, proof
+from vr_jax.interop.options import ConvertOptions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
-from vr_jax.interop.targets import FORMATS, Item, Target, lay_out
-from vr_jax.interop.writers import SHARD_BYTES
+from vr_jax.interop.targets import FORMATS, Cast, Item, Target, lay_out
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
@@ -35,12 +36,8 @@ def convert(
   dst: str | Path,
   to: str,
   *,
-  dtype: str | None = None,
-  adapter: str | Path | None = None,
-  allow_nonfinite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
-  logits: str = "auto",
   report: Callable[[str], None] = print,
+  **options: Any,
 ) -> dict[str, Any]:
   """Converts weights and returns what parity.json holds; `passed` says whether all is equal enough.
 
@@ -48,24 +45,19 @@ def convert(
     src: weights of any format that `open_source` knows.
     dst: what is written; must not exist.
     to: a key of FORMATS.
-    dtype: float32, float16 or bfloat16 for all tensors; by default each keeps its own.
-    adapter: a PEFT folder that is merged into the decoder.
-    allow_nonfinite: go on where weights hold NaN or Inf.
-    logits: "auto" (where PyTorch is there and both models fit into memory), "always" or "never".
     report: takes each line about what came from where.
+    **options: those of `ConvertOptions`.
 
   Raises:
     InputError: one line about a source that is damaged or unknown, a format that cannot say it, a
       `dst` that exists, weights that are not finite or that overflow, too little disk. Nothing is
       then left at `dst`.
   """
-  if to not in FORMATS:
-    raise InputError(f"--to {to!r}: accepted: {', '.join(FORMATS)}")
-  if dtype is not None and dtype not in CASTS:
-    raise InputError(f"--dtype {dtype!r}: accepted: {', '.join(CASTS)}")
+  chosen = ConvertOptions(**options)
+  dtype, adapter, logits = chosen.dtype, chosen.adapter, chosen.logits
+  shard_bytes = int(chosen.shard_gb * 1e9)
   dst = Path(dst)
-  if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-    raise InputError(f"{dst}: exists; nothing is written over, give another place")
+  _check_arguments(dst, to, dtype)
   source = open_source(src)
   if adapter is not None:
     source = _with_adapter(source, adapter)
@@ -74,41 +66,52 @@ def convert(
   if logits == "always" and (reason := proof.cannot(source, to, logits)):
     raise InputError(f"--logits always: {reason}")
   _describe(source, report)
-  wanted = DTYPES[CASTS[dtype]] if dtype else None
-
-  def cast(own: np.dtype) -> np.dtype:
-    return wanted if wanted is not None and dtype_name(own) in CASTS.values() else own
-
-  partial = dst.parent / f"{dst.name}.partial"
   plan = {
     "source": _fingerprint(src) + (_fingerprint(adapter) if adapter else []),
     "to": to,
     "dtype": dtype,
     "shard_bytes": shard_bytes,
   }
-  done = _resume(partial, plan, report)
+  partial = dst.parent / f"{dst.name}.partial"
+  stage = partial / "result"
+  _drop_other_plan(partial, plan)
   try:
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / PLAN).write_text(json.dumps(plan))
-    stage = partial / "result"
-    target = lay_out(to, source, stage, cast, shard_bytes)
-    _check_disk(target, stage)
-    tensors = _stream(target, partial / JOURNAL, done, allow_nonfinite)
+    with JsonLines(partial / JOURNAL, key=lambda entry: entry["name"]) as journal:
+      if journal.records:
+        report(f"going on after {len(journal)} tensors in {partial}")
+      write_text(partial / PLAN, json.dumps(plan))
+      target = lay_out(to, source, stage, _cast_to(dtype), shard_bytes)
+      _check_disk(target, stage)
+      tensors = _stream(target, journal, chosen.allow_nonfinite)
     target.finish(stage)
   except InputError:
     shutil.rmtree(partial, ignore_errors=True)
     raise
   for note in target.notes:
     report(note)
-  parity = _parity(source, src, to, tensors, [*source.notes, *target.notes])
-  back = reopen(to, stage, target, source)
-  parity |= compare(source.params, back)
-  allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
-  parity["passed"] = parity["largest_difference"] <= allowed
-  parity["logits"] = proof.logits(source, to, stage / target.weights, logits)
-  parity["passed"] &= parity["logits"].get("passed", True)
+  parity = {
+    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)}
+  }
+  parity |= _prove(source, to, stage, target, tensors, logits)
   _publish(partial, stage, target, dst, parity)
   return parity
+
+
+def _check_arguments(dst: Path, to: str, dtype: str | None) -> None:
+  if to not in FORMATS:
+    raise InputError(f"--to {to!r}: accepted: {', '.join(FORMATS)}")
+  if dtype is not None and dtype not in CASTS:
+    raise InputError(f"--dtype {dtype!r}: accepted: {', '.join(CASTS)}")
+  if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+    raise InputError(f"{dst}: exists; nothing is written over, give another place")
+
+
+def _cast_to(dtype: str | None) -> Cast:
+  """The dtype that a tensor gets from the one that it has; what is no weight keeps its own."""
+  if dtype is None:
+    return lambda old: old
+  new = DTYPES[CASTS[dtype]]
+  return lambda old: new if dtype_name(old) in CASTS.values() else old
 
 
 def _with_adapter(source: Source, adapter: str | Path) -> Source:
@@ -150,28 +153,14 @@ def _fingerprint(path: str | Path) -> list[list[Any]]:
   return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def _resume(
-  partial: Path, plan: dict[str, Any], report: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-  """The tensors that an earlier, killed conversion of the same plan has written."""
+def _drop_other_plan(partial: Path, plan: dict[str, Any]) -> None:
+  """Removes what an earlier, killed conversion left, unless it was one of the same plan."""
   try:
     same = json.loads((partial / PLAN).read_text()) == plan
   except (OSError, json.JSONDecodeError):
     same = False
   if not same:
     shutil.rmtree(partial, ignore_errors=True)
-    return {}
-  done = {}
-  if (partial / JOURNAL).is_file():
-    for line in (partial / JOURNAL).read_text().splitlines():
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:  # the line that the kill cut off
-        break
-      done[entry["name"]] = entry
-  if done:
-    report(f"going on after {len(done)} tensors in {partial}")
-  return done
 
 
 def _check_disk(target: Target, stage: Path) -> None:
@@ -188,45 +177,39 @@ def _check_disk(target: Target, stage: Path) -> None:
 # --- Streaming --------------------------------------------------------------------------------
 
 
-def _stream(
-  target: Target, journal: Path, done: dict[str, dict[str, Any]], allow_nonfinite: bool
-) -> list[dict[str, Any]]:
+def _stream(target: Target, journal: JsonLines, allow_nonfinite: bool) -> list[dict[str, Any]]:
   """Reads, checks, casts and writes every item; returns what parity.json says of each.
 
   Items that hold NaN or Inf, or that overflow in the new dtype, are all named before it gives up.
   """
   nonfinite: list[str] = []
   overflow: list[str] = []
-  entries = []
-  with journal.open("a", encoding="utf-8") as log:
-    for item in _progress(sorted(target.items, key=lambda item: item.order)):
-      if item.name in done:
-        entries.append(done[item.name])
-        continue
-      array = item.make()
-      problem = not _finite(array)
-      if problem and not allow_nonfinite:
-        nonfinite.append(item.name)
-        continue
-      new, difference = _cast(array, item.dtype)
-      if not problem and not _finite(new):
-        overflow.append(f"{item.name} (up to {np.abs(array.astype(np.float32)).max():.4g})")
-        continue
-      if nonfinite or overflow:
-        continue
-      item.write(new)
-      entry = {
+  items = sorted(target.items, key=lambda item: item.order)
+  for item in _progress(items):
+    if item.name in journal:
+      continue
+    array = item.make()
+    finite = _finite(array)
+    if not finite and not allow_nonfinite:
+      nonfinite.append(item.name)
+      continue
+    new, difference = _cast(array, item.dtype)
+    if finite and not _finite(new):
+      overflow.append(f"{item.name} (up to {np.abs(array.astype(np.float32)).max():.4g})")
+    if nonfinite or overflow:
+      continue
+    item.write(new)
+    journal.add(
+      {
         "name": item.name,
         "shape": list(item.shape),
         "dtype": dtype_name(item.dtype),
-        "sha256": hashlib.sha256(np.ascontiguousarray(new).view(np.uint8)).hexdigest(),
-        "from": list(item.of),
+        "sha256": hashlib.sha256(np.ascontiguousarray(new).view(np.uint8).data).hexdigest(),
+        "from": list(item.sources),
         "from_dtype": dtype_name(array.dtype),
         "largest_difference": difference,
       }
-      log.write(json.dumps(entry) + "\n")
-      log.flush()
-      entries.append(entry)
+    )
   if nonfinite:
     raise InputError(
       f"NaN or Inf in {len(nonfinite)} tensors ({_some(nonfinite)}); --allow-nonfinite goes on"
@@ -236,7 +219,7 @@ def _stream(
       f"{len(overflow)} tensors do not fit the range of the new dtype ({_some(overflow)}); "
       "bfloat16 and float32 have the range"
     )
-  return entries
+  return [journal.records[item.name] for item in items]
 
 
 def _some(names: list[str], most: int = 20) -> str:
@@ -340,17 +323,27 @@ def compare(source: Parameters, result: Parameters) -> dict[str, Any]:
   }
 
 
-def _parity(
-  source: Source, src: str | Path, to: str, tensors: list[dict[str, Any]], notes: list[str]
+def _prove(
+  source: Source,
+  to: str,
+  stage: Path,
+  target: Target,
+  tensors: list[dict[str, Any]],
+  logits: str,
 ) -> dict[str, Any]:
-  return {
-    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)},
+  """What parity.json says of a result that stands in `stage`, but for where it comes from."""
+  parity = {
     "to": to,
-    "notes": notes,
+    "notes": [*source.notes, *target.notes],
     "left_out": [] if source.kept else list(source.skipped),
     "versions": package_versions(),
     "tensors": tensors,
+    **compare(source.params, reopen(to, stage, target, source)),
   }
+  allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
+  compared = proof.logits(source, to, stage / target.weights, logits)
+  equal = parity["largest_difference"] <= allowed
+  return parity | {"passed": equal and compared.get("passed", True), "logits": compared}
 
 
 def summary(parity: dict[str, Any], dst: str | Path) -> str:
@@ -365,17 +358,17 @@ def summary(parity: dict[str, Any], dst: str | Path) -> str:
   logits = parity["logits"]
   if "skipped" in logits:
     lines.append(f"logits not compared: {logits['skipped']}")
-  for name, found in logits.items():
-    if isinstance(found, dict):
+  for name, part in logits.items():
+    if isinstance(part, dict):
       more = ""
-      if "kl" in found:
+      if "kl" in part:
         more = (
-          f", KL {found['kl']:.2g}, top-1 {found['top1_agreement']:.4g}, "
-          f"{found['greedy_equal']} of {found['greedy_tokens']} greedy tokens equal"
+          f", KL {part['kl']:.2g}, top-1 {part['top1_agreement']:.4g}, "
+          f"{part['greedy_equal']} of {part['greedy_tokens']} greedy tokens equal"
         )
       lines.append(
-        f"{name}: max abs {found['max_abs']:.2g}{more}: "
-        f"{'passed' if found['passed'] else 'OVER TOLERANCE'}"
+        f"{name}: max abs {part['max_abs']:.2g}{more}: "
+        f"{'passed' if part['passed'] else 'OVER TOLERANCE'}"
       )
   return "\n".join(lines)
 
@@ -384,10 +377,10 @@ def _publish(partial: Path, stage: Path, target: Target, dst: Path, parity: dict
   """Gives the result its name, in one step."""
   text = json.dumps(parity, indent=2) + "\n"
   if target.weights:
-    (dst.parent / f"{dst.name}.{PARITY}").write_text(text)
+    write_text(dst.parent / f"{dst.name}.{PARITY}", text)
     os.replace(stage / target.weights, dst)
   else:
-    (stage / PARITY).write_text(text)
+    write_text(stage / PARITY, text)
     if dst.is_dir():
       dst.rmdir()  # empty
     os.replace(stage, dst)

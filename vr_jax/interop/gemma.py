@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import StoredParams
@@ -33,19 +34,20 @@ class _Renamed:
     self._theirs: dict[str, str] = {}
     self.others: list[str] = []  # the vision half of a multimodal Gemma 3
     for name in self._params.shapes:
-      own = name
+      renamed = name
       for root in ("params/", "transformer/"):
-        own = own.removeprefix(root)
-      own = own.replace("layer_", "layers/", 1) if own.startswith("layer_") else own
+        renamed = renamed.removeprefix(root)
+      if renamed.startswith("layer_"):
+        renamed = renamed.replace("layer_", "layers/", 1)
       for theirs, ours in (
         ("/_query_norm/", "/q_norm/"),
         ("/_key_norm/", "/k_norm/"),
         ("/gating_einsum/w", "/gating_einsum"),
         ("/mlp/linear/w", "/mlp/linear"),
       ):
-        own = own.replace(theirs, ours)
-      if own.startswith(("layers/", "embedder/input_embedding", "final_norm/")):
-        self._theirs[own] = name
+        renamed = renamed.replace(theirs, ours)
+      if renamed.startswith(("layers/", "embedder/input_embedding", "final_norm/")):
+        self._theirs[renamed] = name
       else:
         self.others.append(name)
 
@@ -74,12 +76,12 @@ class _Renamed:
   def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
     array = self._params.read(self._theirs[name])
     if self._transposed(name):
-      array = array.swapaxes(-1, -2)
+      array = rearrange(array, "... o i -> ... i o")
     return array[: self.shape(name)[0]][index]
 
 
 def open_gemma(path: str | Path) -> Source:
-  """Opens a Gemma folder in Orbax/Flax layout; its config is told from the tensors.
+  """Opens a Gemma folder in Orbax/Flax layout; its config follows from the tensors' shapes.
 
   Raises:
     InputError: an Orbax folder that holds no Gemma.

@@ -16,6 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.checkpoint import find_tokenizer_files
+from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.generation import generation
+from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   DENSE,
   FLAT,
@@ -23,6 +27,7 @@ from vr_jax.interop.table import (
   HEADS_IN,
   SAME,
   Mapped,
+  Part,
   Row,
   Safetensors,
   Shapes,
@@ -31,7 +36,6 @@ from vr_jax.interop.table import (
   arrays,
   collect,
   nested,
-  read_json,
   shapes_of,
   slots,
 )
@@ -110,6 +114,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     },
   ),
 }
+MODEL_TYPES = (*FAMILIES, "gemma3")  # gemma3: a multimodal one, of which the decoder is taken
 
 
 def rows(cfg: DecoderConfig) -> list[Row]:
@@ -134,60 +139,93 @@ def decoder_slots(
 def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfig:
   """The decoder that the fields of a config.json describe.
 
+  Three places say what a decoder is; the first that speaks of a thing decides it:
+
+      FAMILIES, fixed      switches that no file states (activation, qkv_bias, post_norms, …)
+      config.json          sizes, in the words of today or in those of released checkpoints
+      FAMILIES, defaults   what a file may leave out because the family's class fills it in
+
   `where` is named in errors. Raises InputError on a family or a feature that we do not have.
   """
-  fields = fields.get("text_config", fields)
+  fields = fields.get("text_config", fields)  # the decoder of a multimodal model
+  fixed, defaults = FAMILIES[_family(fields, where)]
+  fields = defaults | {key: value for key, value in fields.items() if value is not None}
+  _check_features(fields, where, silu=fixed.get("activation") == "silu")
+
+  def number(key: str, kind: type = int, default: Any = None) -> Any:
+    return field(fields, where, key, kind, default)
+
+  depth, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+  pattern = _pattern(fields, depth, where)
+  local = "local" in pattern  # else a window is there and no layer uses it, as in Qwen2's files
+  base, local_base, scale = _rotary(fields, where)
+  scalar = fields.get("query_pre_attn_scalar")
+  return DecoderConfig(
+    width=width,
+    depth=depth,
+    heads=heads,
+    kv_heads=number("num_key_value_heads", int, heads),
+    head_dim=number("head_dim", int, width // heads),
+    mlp_dim=number("intermediate_size"),
+    vocab_size=number("vocab_size"),
+    norm_eps=number("rms_norm_eps", float, 1e-6),
+    tied_head=number("tie_word_embeddings", bool, True),
+    attn_soft_cap=fields.get("attn_logit_softcapping"),
+    final_soft_cap=fields.get("final_logit_softcapping"),
+    query_scale=None if scalar is None else scalar**-0.5,
+    pattern=pattern,
+    window=fields.get("sliding_window") if local else None,
+    rope_base=base,
+    local_rope_base=local_base if local else None,
+    rope_scale=scale,
+    **fixed,
+  )
+
+
+def _family(fields: Mapping[str, Any], where: Path | str) -> str:
+  """The key of FAMILIES; the published VideoRefer is a Qwen2 under two names of its own."""
   family = str(fields.get("model_type")).removeprefix("videorefer_")
   family = "qwen2" if family == "videorefer" else family
   if family not in FAMILIES:
     known = ", ".join(FAMILIES)
     raise InputError(f"{where}: model_type={fields.get('model_type')!r} is not one of {known}")
-  fixed, defaults = FAMILIES[family]
-  fields = {k: v for k, v in fields.items() if v is not None}
-  given, fields = fields, defaults | fields
+  return family
 
-  def need(key, kind=int, *default):
-    value = fields.get(key, *default)
-    if type(value) is not kind and not (kind is float and type(value) is int):
-      raise InputError(f"{where}: {key}={value!r}, expected {kind.__name__}")
-    return kind(value)
 
-  def only(key, *accepted):
-    if fields.get(key, accepted[0]) not in accepted:
-      names = ", ".join(repr(a) for a in accepted)
-      raise InputError(f"{where}: {key}={fields[key]!r} is not supported; accepted: {names}")
-
-  activation = fixed.get("activation", "gelu_tanh")
+def _check_features(fields: Mapping[str, Any], where: Path | str, *, silu: bool) -> None:
+  """Refuses what our decoder does not compute; a field that is not there is at its first value."""
   # Gemma's first release said "gelu" where it meant the tanh form.
-  names = ("silu",) if activation == "silu" else ("gelu_pytorch_tanh", "gelu")
-  only("hidden_act", *names)
-  only("hidden_activation", *names)
-  only("attention_bias", False)
-  only("use_sliding_window", False)
-  only("use_bidirectional_attention", False)
+  activations = ("silu",) if silu else ("gelu_pytorch_tanh", "gelu")
+  for key in ("hidden_act", "hidden_activation"):
+    require(fields, where, key, activations, activations[0])
+  for key in ("attention_bias", "use_sliding_window", "use_bidirectional_attention"):
+    require(fields, where, key, (False,), False)
 
-  depth, heads, width = (
-    need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-  )
-  pattern: tuple[str, ...] = ("global",)
-  if "layer_types" in given:
-    words = {"full_attention": "global", "sliding_attention": "local"}
-    if set(given["layer_types"]) - set(words) or len(given["layer_types"]) != depth:
+
+def _pattern(fields: Mapping[str, Any], depth: int, where: Path | str) -> tuple[str, ...]:
+  """Which layers are local: as the list of today says, else by the period of released files."""
+  if "layer_types" in fields:
+    types = fields["layer_types"]
+    if set(types) - set(_LAYER_TYPES.values()) or len(types) != depth:
+      words = " or ".join(_LAYER_TYPES.values())
       raise InputError(
-        f"{where}: layer_types must name {depth} layers, each {' or '.join(words)}; found "
-        f"{given['layer_types']!r}"
+        f"{where}: layer_types must name {depth} layers, each {words}; found {types!r}"
       )
-    pattern = tuple(words[kind] for kind in given["layer_types"])
-  elif "sliding_window_pattern" in fields:
-    pattern = ("local",) * (fields["sliding_window_pattern"] - 1) + ("global",)
-  local = "local" in pattern
+    kinds = {word: kind for kind, word in _LAYER_TYPES.items()}
+    return tuple(kinds[word] for word in types)
+  return ("local",) * (fields.get("sliding_window_pattern", 1) - 1) + ("global",)
 
-  rope = fields.get("rope_parameters", {})
-  by_kind = rope if "full_attention" in rope else {"full_attention": rope}
+
+def _rotary(fields: Mapping[str, Any], where: Path | str) -> tuple[float, float | None, float]:
+  """(base, base of local layers, factor by which positions are divided).
+
+  Today one `rope_parameters`, or one for each kind of layer, holds base and scaling; released files
+  have `rope_theta`, `rope_local_base_freq` and `rope_scaling` side by side.
+  """
+  parameters = fields.get("rope_parameters", {})
+  by_kind = parameters if "full_attention" in parameters else {"full_attention": parameters}
   rope = by_kind["full_attention"] or {}
-  if "rope_theta" in rope:
-    fields["rope_theta"] = rope["rope_theta"]
-  scaling = rope if rope else fields.get("rope_scaling", {})
+  scaling = rope or fields.get("rope_scaling", {})
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   if kind not in ("default", "linear"):
     raise InputError(
@@ -195,26 +233,10 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
     )
   local_rope = by_kind.get("sliding_attention") or {}
   local_base = local_rope.get("rope_theta", fields.get("rope_local_base_freq"))
-  scalar = fields.get("query_pre_attn_scalar")
-  return DecoderConfig(
-    width=width,
-    depth=depth,
-    heads=heads,
-    kv_heads=need("num_key_value_heads", int, heads),
-    head_dim=need("head_dim", int, width // heads),
-    mlp_dim=need("intermediate_size"),
-    vocab_size=need("vocab_size"),
-    norm_eps=need("rms_norm_eps", float, 1e-6),
-    tied_head=need("tie_word_embeddings", bool, True),
-    attn_soft_cap=fields.get("attn_logit_softcapping"),
-    final_soft_cap=fields.get("final_logit_softcapping"),
-    query_scale=None if scalar is None else scalar**-0.5,
-    pattern=pattern,
-    window=fields.get("sliding_window") if local else None,
-    rope_base=need("rope_theta", float, 10_000.0),
-    local_rope_base=None if not local or local_base is None else float(local_base),
-    rope_scale=float(scaling["factor"]) if kind == "linear" else 1.0,
-    **fixed,
+  return (
+    field({**fields, **rope}, where, "rope_theta", float, 10_000.0),
+    None if local_base is None else float(local_base),
+    float(scaling["factor"]) if kind == "linear" else 1.0,
   )
 
 
@@ -224,28 +246,7 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
   Raises:
     InputError: its switches are those of no family of `transformers`.
   """
-  gemma = cfg.activation == "gelu_tanh"
-  family = "gemma" if gemma else "qwen2"
-  if cfg.post_norms:
-    family = "gemma3_text" if cfg.qk_norm else "gemma2"
-  fixed = FAMILIES[family][0]
-  switches = {
-    "activation": "gelu_tanh",
-    "norm_plus_one": True,
-    "scale_embedding": True,
-    "qkv_bias": False,
-    "post_norms": False,
-    "qk_norm": False,
-  }
-  wrong = [k for k, v in (switches | fixed).items() if getattr(cfg, k) != v]
-  wrong += [
-    k
-    for k in ("attn_soft_cap", "final_soft_cap", "query_scale", "window")
-    if getattr(cfg, k) is not None and family in ("gemma", "qwen2")
-  ]
-  if wrong:
-    found = ", ".join(f"{k}={getattr(cfg, k)!r}" for k in wrong)
-    raise InputError(f"{where}: no model of transformers has {found} in a decoder like {family}")
+  family = _family_of_switches(cfg, where)
   fields: dict[str, Any] = {
     "model_type": family,
     "architectures": [_ARCHITECTURES[family]],
@@ -260,12 +261,11 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
     "tie_word_embeddings": cfg.tied_head,
     "rope_theta": cfg.rope_base,
   }
-  if not gemma:
+  if family == "qwen2":
     return fields | {"hidden_act": "silu", "use_sliding_window": False}
   fields["hidden_activation"] = fields["hidden_act"] = "gelu_pytorch_tanh"
   if family == "gemma":
     return fields
-  words = {"global": "full_attention", "local": "sliding_attention"}
   scalar = (cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale) ** -2
   if abs(scalar - round(scalar)) > 1e-6 * scalar:
     raise InputError(
@@ -276,7 +276,7 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
     "attn_logit_softcapping": cfg.attn_soft_cap,
     "final_logit_softcapping": cfg.final_soft_cap,
     "sliding_window": cfg.window,
-    "layer_types": [words[kind] for kind in cfg.layer_kinds()],
+    "layer_types": [_LAYER_TYPES[kind] for kind in cfg.layer_kinds()],
   }
   if family == "gemma3_text":
     fields["rope_local_base_freq"] = cfg.local_rope_base or cfg.rope_base
@@ -285,6 +285,30 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
   return fields
 
 
+def _family_of_switches(cfg: DecoderConfig, where: str) -> str:
+  """The family whose switches a decoder has; InputError where one switch is another family's."""
+  family = "gemma" if cfg.activation == "gelu_tanh" else "qwen2"
+  if cfg.post_norms:
+    family = "gemma3_text" if cfg.qk_norm else "gemma2"
+  switches = {
+    "activation": "gelu_tanh",
+    "norm_plus_one": True,
+    "scale_embedding": True,
+    "qkv_bias": False,
+    "post_norms": False,
+    "qk_norm": False,
+  } | FAMILIES[family][0]
+  odd = [name for name, value in switches.items() if getattr(cfg, name) != value]
+  if family in ("gemma", "qwen2"):
+    names = ("attn_soft_cap", "final_soft_cap", "query_scale", "window")
+    odd += [name for name in names if getattr(cfg, name) is not None]
+  if odd:
+    named = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in odd)
+    raise InputError(f"{where}: no model of transformers has {named} in a decoder like {family}")
+  return family
+
+
+_LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 _ARCHITECTURES = {
   "qwen2": "Qwen2ForCausalLM",
   "gemma": "GemmaForCausalLM",
@@ -311,8 +335,30 @@ def open_decoder(tensors: Tensors, cfg: DecoderConfig, *, alone: bool = True) ->
     return (others and not name.startswith(body)) or tied_copy or name.endswith("inv_freq")
 
   shapes = decoder_shapes(cfg)
-  wanted = decoder_slots(cfg, shapes, body=body, head=head)
-  return Mapped(tensors, wanted, shapes, unused=unused)
+  table = decoder_slots(cfg, shapes, body=body, head=head)
+  return Mapped(tensors, table, shapes, unused=unused)
+
+
+def open_folder(folder: Path) -> Source:
+  """Opens a decoder folder: config.json, safetensors, and whatever tokenizer lies there.
+
+  Raises:
+    InputError: a config or tensors that do not fit.
+  """
+  where = folder / "config.json"
+  fields = read_json(where)
+  cfg = decoder_config(fields, where)
+  params = open_decoder(Safetensors(folder), cfg)
+  return Source(
+    kind="decoder folder",
+    path=folder,
+    parts={"llm": cfg},
+    params=Part(params, "", "llm/"),
+    tokenizer_files=find_tokenizer_files(folder),
+    generation=vars(generation(folder)),
+    skipped=params.skipped,
+    origin={"format": "decoder", "config.json": fields},
+  )
 
 
 def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, dict[str, Any]]:

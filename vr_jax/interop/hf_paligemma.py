@@ -12,6 +12,7 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
+from vr_jax.interop.fields import read_json
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   Joined,
@@ -20,7 +21,6 @@ from vr_jax.interop.table import (
   Safetensors,
   Shapes,
   Slot,
-  read_json,
   slots,
 )
 from vr_jax.models.connector import ConnectorConfig

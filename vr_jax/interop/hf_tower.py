@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from data_pipes.errors import InputError
+from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   CONV2D,
   DENSE,
@@ -23,13 +25,13 @@ from vr_jax.interop.table import (
   POSITIONS,
   SAME,
   Mapped,
+  Part,
   Row,
   Safetensors,
   Tensors,
   Transform,
   arrays,
   nested,
-  read_json,
   shapes_of,
   slots,
 )
@@ -95,24 +97,6 @@ ROWS = [
 
 
 # --- Configuration ----------------------------------------------------------------------------
-
-
-def field(fields: Mapping[str, Any], where: Any, key: str, kind: type, default: Any = None) -> Any:
-  """`fields[key]` checked to be a `kind`, or the default; without a default it must be there."""
-  value = fields.get(key)
-  value = default if value is None else value
-  if kind is float and type(value) is int:
-    value = float(value)
-  if type(value) is not kind:
-    raise InputError(f"{where}: {key}={value!r}, expected {kind.__name__}")
-  return value
-
-
-def require(fields: Mapping[str, Any], where: Any, key: str, accepted: tuple, default: Any) -> None:
-  """Refuses a value that is not one of the accepted ones."""
-  if fields.get(key, default) not in accepted:
-    names = ", ".join(repr(a) for a in accepted)
-    raise InputError(f"{where}: {key}={fields.get(key)!r} is not supported; accepted: {names}")
 
 
 def tower_config(
@@ -206,7 +190,7 @@ def guess_config(
 
 
 def guess_image_size(grid: int, patch: int, name: str) -> tuple[int, str]:
-  """(pixels, how they were told): by the end of a name such as so400m-patch14-384."""
+  """(pixels, where the number is from): by the end of a name such as so400m-patch14-384."""
   named = re.search(r"patch(\d+)-(\d+)$", name)
   if named and int(named[1]) == patch and int(named[2]) // patch == grid:
     return int(named[2]), "from its name"
@@ -234,8 +218,8 @@ def tower_shapes(cfg: SiglipConfig) -> dict[str, tuple[int, ...]]:
 def prefix_of(names: Iterable[str]) -> str:
   """What stands before the names of a tower's tensors."""
   end = "embeddings.patch_embedding.weight"
-  found = [name[: -len(end)] for name in names if name.endswith(end)]
-  return min(found, key=len, default="vision_model.")
+  prefixes = [name[: -len(end)] for name in names if name.endswith(end)]
+  return min(prefixes, key=len, default="vision_model.")
 
 
 def open_tower(tensors: Tensors, cfg: SiglipConfig, *, alone: bool = True) -> Mapped:
@@ -251,7 +235,7 @@ def open_tower(tensors: Tensors, cfg: SiglipConfig, *, alone: bool = True) -> Ma
 
 
 def unused(name: str, cfg: SiglipConfig) -> bool:
-  """What a hidden state does not need; whole SigLIP models hold a text half as well."""
+  """Whether a hidden state needs no such tensor: later layers, the head, a SigLIP's text half."""
   layer = re.match(r"encoder\.layers\.(\d+)\.", name)
   if layer:
     return cfg.layers <= int(layer[1]) < cfg.depth
@@ -270,3 +254,28 @@ def load_tower(
   where = Path(folder) / "config.json"
   cfg = tower_config(read_json(where), where, select_layer, pool=pool)
   return cfg, nested(arrays(open_tower(Safetensors(folder), cfg), dtype))
+
+
+def open_folder(folder: Path) -> Source:
+  """Opens a stand-alone tower, or the vision half of a whole SigLIP.
+
+  Raises:
+    InputError: a config or tensors that do not fit.
+  """
+  where = folder / "config.json"
+  fields = read_json(where)
+  tensors = Safetensors(folder)
+  prefix = prefix_of(tensors)
+  complete = f"{prefix}post_layernorm.weight" in tensors
+  pool = complete and f"{prefix}head.probe" in tensors
+  # A tower without its last norm is one whose last layer but one is the output.
+  cfg = tower_config(fields, where, None if complete else -1, pool=pool)
+  params = open_tower(tensors, cfg)
+  return Source(
+    kind="SigLIP folder",
+    path=folder,
+    parts={"img": cfg},
+    params=Part(params, "", "img/"),
+    skipped=params.skipped,
+    origin={"format": "siglip", "config.json": fields},
+  )

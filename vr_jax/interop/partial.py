@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from data_pipes.errors import InputError
-from vr_jax.interop import videorefer
+from data_pipes.errors import InputError, one_line
+from vr_jax.interop import peft, videorefer
+from vr_jax.interop.fields import read_json
+from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   Joined,
@@ -21,7 +23,6 @@ from vr_jax.interop.table import (
   Part,
   Safetensors,
   Tensors,
-  read_json,
   slots,
 )
 from vr_jax.models.region import RegionConfig
@@ -47,7 +48,7 @@ class TorchFile:
         torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
       )
     except Exception as error:  # the unpickler raises all kinds
-      reason = " ".join(str(error).split())[:120]
+      reason = one_line(error, 120)
       raise InputError(f"{path}: not a complete PyTorch file of tensors ({reason})") from None
     if not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
       raise InputError(f"{path}: holds other things than tensors by name")
@@ -87,10 +88,29 @@ def open_tensors(path: Path) -> Tensors:
   raise InputError(f"{path}: neither a safetensors file, nor a PyTorch file, nor an npz")
 
 
+def is_partial(path: Path) -> bool:
+  """Whether it is a file (but no npz), or a folder of parts without config.json or adapter."""
+  if path.is_file():
+    return not is_npz(path)
+  configured = (path / "config.json").is_file() or peft.is_adapter(path)
+  return not configured and _holds_parts(path)
+
+
+def open_stage(folder: Path) -> Source:
+  """Opens the folder of a published stage: the whole model, or else the parts that it trained."""
+  weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+  parts = not weights and _holds_parts(folder)
+  return open_partial(folder) if parts else videorefer.open_published(folder)
+
+
+def _holds_parts(folder: Path) -> bool:
+  return any((folder / name).is_file() for name in FILES)
+
+
 def open_partial(path: Path) -> Source:
   """Opens one such file, or the folder of a published stage that holds them.
 
-  The kind of a connector is that of the config.json beside it, else told from its tensors.
+  The kind of a connector is what the config.json beside it says, else what its tensors show.
 
   Raises:
     InputError: neither a connector nor a region encoder in it.
@@ -98,17 +118,17 @@ def open_partial(path: Path) -> Source:
   files = [path] if path.is_file() else [f for n in FILES if (f := path / n).is_file()]
   home = path.parent if path.is_file() else path
   parts: dict[str, Any] = {}
-  found: list[Parameters] = []
+  params: list[Parameters] = []
   notes: list[str] = []
   for file in files:
     tensors = open_tensors(file)
     if (prefix := _prefix(tensors, "mm_projector.", ("readout.", "s1.", "0."))) is not None:
       kind = _kind(tensors, prefix, home, notes)
       parts["connector"], mapped = videorefer.open_connector(tensors, kind, prefix)
-      found.append(Part(mapped, "", "connector/"))
+      params.append(Part(mapped, "", "connector/"))
     if (prefix := _prefix(tensors, "region_encoder.", ("feat_linear.",))) is not None:
       parts["region"], mapped = open_region(tensors, prefix)
-      found.append(Part(mapped, "", "region/"))
+      params.append(Part(mapped, "", "region/"))
   if not parts:
     held = ", ".join(list(tensors)[:3]) if files else "no such file"
     raise InputError(
@@ -116,7 +136,7 @@ def open_partial(path: Path) -> Source:
       f"it holds {held}"
     )
   return Source(
-    kind="parts of a published stage", path=path, parts=parts, params=Joined(*found),
+    kind="parts of a published stage", path=path, parts=parts, params=Joined(*params),
     notes=tuple(notes),
   )  # fmt: skip
 
@@ -133,17 +153,17 @@ def open_region(tensors: Tensors, prefix: str) -> tuple[RegionConfig, Mapped]:
     "fc2/kernel": (width, width),
     "fc2/bias": (width,),
   }
-  wanted = list(slots(shapes, videorefer.REGION, theirs=prefix))
-  mapped = Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
+  table = list(slots(shapes, videorefer.REGION, theirs=prefix))
+  mapped = Mapped(tensors, table, shapes, unused=lambda name: not name.startswith(prefix))
   return RegionConfig(width=width), mapped
 
 
 def _prefix(tensors: Tensors, word: str, starts: tuple[str, ...]) -> str | None:
   """What stands before a part's names: up to `word`, or nothing in a file of that part alone."""
   for name in tensors:
-    before, found, _ = name.partition(word)
-    if found:
-      return before + found
+    before, match, _ = name.partition(word)
+    if match:
+      return before + match
   if any(name.startswith(starts) for name in tensors):
     return ""
   return None

@@ -1,8 +1,4 @@
-"""LoRA adapters of the decoder in the PEFT format: read, written, merged into the base.
-
-An adapter's factors lie beside the matrices, as in a decoder with `lora_rank`: for a matrix at
-`layers/attn/q_einsum/w` they are `layers/attn/q_einsum/w_lora_a` [X,D,r] and `w_lora_b` [X,r,N,H],
-whose product over r, times alpha / r, is added to the matrix.
+"""LoRA adapters of the decoder in the PEFT format: read and written.
 
 Source: LoRA (arXiv 2106.09685); the files of the library peft (adapter_config.json,
 adapter_model.safetensors).
@@ -19,12 +15,13 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from vr_jax.interop import hf_decoder
+from vr_jax.interop.adapter import Adapter
+from vr_jax.interop.fields import read_json
 from vr_jax.interop.table import (
   DENSE,
+  HEADS_IN,
   HEADS_OUT,
   Mapped,
-  Parameters,
-  Part,
   Row,
   Safetensors,
   Shapes,
@@ -34,32 +31,15 @@ from vr_jax.interop.table import (
   arrays,
   nested,
   outputs,
-  read_json,
   slots,
   their_shape,
 )
 from vr_jax.interop.writers import ShardWriter
-from vr_jax.models.decoder import DecoderConfig, is_factor
+from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.lora import is_factor
 
 _PREFIX = "base_model.model."
 _MATRICES = r"layers/(?:attn/\w+_einsum/w|mlp/gating_einsum|mlp/linear)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """The factors by our path (relative to the decoder), and what scales their product."""
-
-  params: Parameters
-  rank: int
-  alpha: float
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
-
-
-# A [r, N*H in] of o_proj <-> [N, H, r]
-_HEADS_A = HEADS_OUT._replace(save=lambda y: y.reshape(-1, y.shape[-1]).T)
 
 
 def rows(cfg: DecoderConfig) -> list[Row]:
@@ -75,7 +55,7 @@ def rows(cfg: DecoderConfig) -> list[Row]:
     if re.fullmatch(_MATRICES, row.ours):
       heads_in = "attn_vec" in row.ours
       heads_out = row.transform is not DENSE and not heads_in
-      a, b = _HEADS_A if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
+      a, b = HEADS_IN if heads_in else DENSE, HEADS_OUT if heads_out else DENSE
       table.append(Row(f"{row.ours}_lora_a", renamed(row.theirs, "A"), a))
       table.append(Row(f"{row.ours}_lora_b", renamed(row.theirs, "B"), b))
   return table
@@ -106,7 +86,7 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
   folder, cfg = Path(folder), dataclasses.replace(cfg, lora_rank=0)
   where = folder / "adapter_config.json"
   fields = read_json(where)
-  for key, accepted in (
+  features: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("peft_type", ("LORA",)),
     ("use_dora", (False, None)),
     ("bias", ("none", None)),
@@ -114,7 +94,8 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
     ("fan_in_fan_out", (False, None)),
     ("rank_pattern", ({}, None)),
     ("alpha_pattern", ({}, None)),
-  ):
+  )
+  for key, accepted in features:
     if fields.get(key, accepted[-1]) not in accepted:
       names = ", ".join(repr(a) for a in accepted if a is not None)
       raise InputError(f"{where}: {key}={fields.get(key)!r} is not supported; accepted: {names}")
@@ -124,8 +105,8 @@ def open_adapter(folder: str | Path, cfg: DecoderConfig) -> Adapter:
   tensors = Safetensors(folder / "adapter_model.safetensors")
   adapted = _adapted(tensors, cfg)
   shapes = adapter_shapes(cfg, rank, dict.fromkeys(adapted))
-  wanted = list(slots(shapes, rows(cfg)))
-  return Adapter(Mapped(_Completed(tensors, wanted, shapes), wanted, shapes), rank, float(alpha))
+  table = list(slots(shapes, rows(cfg)))
+  return Adapter(Mapped(_Completed(tensors, table, shapes), table, shapes), rank, float(alpha))
 
 
 class _Completed:
@@ -134,10 +115,10 @@ class _Completed:
   We stack what the file may adapt apart: k_proj and v_proj, gate_proj and up_proj, the layers.
   """
 
-  def __init__(self, tensors: Safetensors, wanted: list[Slot], shapes: Shapes):
+  def __init__(self, tensors: Safetensors, table: list[Slot], shapes: Shapes):
     self.path, self._tensors = tensors.path, tensors
     self._zeros = {}
-    for slot in wanted:
+    for slot in table:
       pair = (re.sub(r"\.lora_[AB]\.", f".lora_{letter}.", slot.theirs) for letter in "AB")
       if not any(name in tensors for name in pair):
         self._zeros[slot.theirs] = their_shape(slot, shapes[slot.ours])
@@ -163,26 +144,19 @@ class _Completed:
 
 def _adapted(tensors: Tensors, cfg: DecoderConfig) -> set[str]:
   """The matrices of ours for which the file holds factors."""
-  found = set()
+  adapted = set()
   for path, shape in hf_decoder.decoder_shapes(cfg).items():
     for slot in slots({path: shape}, hf_decoder.rows(cfg)):
       if _PREFIX + slot.theirs.replace(".weight", ".lora_A.weight") in tensors:
-        found.add(path)
+        adapted.add(path)
         break
-  return found
-
-
-def factors_of(params: Parameters) -> Parameters:
-  """The factors among a model's parameters, by paths relative to the decoder."""
-  factors = Part(params, "llm/")
-  factors.shapes = {path: shape for path, shape in factors.shapes.items() if is_factor(path)}
-  return factors
+  return adapted
 
 
 def write_adapter(
   folder: str | Path, cfg: DecoderConfig, adapter: Mapping[str, Any], alpha: float
 ) -> None:
-  """Writes factors (nested as in this module's text) as a PEFT folder."""
+  """Writes factors (nested; paths as in `adapter`) as a PEFT folder."""
   folder = Path(folder)
   tree = Tree(adapter)
   made = outputs(slots(tree.shapes, rows(cfg)), tree.shapes)
@@ -215,35 +189,3 @@ def read_adapter(folder: str | Path, cfg: DecoderConfig) -> tuple[dict[str, Any]
   """(factors as a nested dict, alpha / r) of a PEFT folder; see `open_adapter`."""
   adapter = open_adapter(folder, cfg)
   return nested(arrays(adapter.params)), adapter.scale
-
-
-class Merged:
-  """A model's parameters with an adapter added to its decoder, in float32; dtype unchanged.
-
-  `base` are those without it.
-  """
-
-  def __init__(self, base: Parameters, adapter: Adapter):
-    self.shapes = base.shapes
-    self.base, self._adapter = base, adapter
-
-  def dtype(self, path: str) -> np.dtype:
-    return self.base.dtype(path)
-
-  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    value = self.base.read(path, index)
-    own = path.removeprefix("llm/")
-    if not path.startswith("llm/") or f"{own}_lora_a" not in self._adapter.params.shapes:
-      return value
-    a = self._adapter.params.read(f"{own}_lora_a", index).astype(np.float32)
-    b = self._adapter.params.read(f"{own}_lora_b", index).astype(np.float32)
-    return (value + self._adapter.scale * _product(own, a, b)).astype(value.dtype)
-
-
-def _product(path: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """The change of a matrix from its factors, with whatever axes lead."""
-  if path.endswith("attn_vec_einsum/w"):
-    return np.einsum("...NHr,...rD->...NHD", a, b)
-  if path.endswith("_einsum/w"):
-    return np.einsum("...Dr,...rNH->...NDH", a, b)
-  return np.einsum("...ir,...ro->...io", a, b)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes.batch import Clip, Row, build_row, collate, fit_shape, needs
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text
@@ -35,42 +36,42 @@ TOLERANCE = {"float32": 1e-4, "half": 5e-2}  # of the largest logit
 NEW_TOKENS = 32
 
 
-def logits(source: Source, to: str, result: Path, wanted: str = "auto") -> dict[str, Any]:
+def logits(source: Source, to: str, result: Path, mode: str = "auto") -> dict[str, Any]:
   """Compares the two sides of a conversion; {"skipped": reason} where it cannot.
 
   Both run in float32, so that the difference is that of the code, and of the weights where they
   were cast.
   """
-  if wanted == "never":
+  if mode == "never":
     return {"skipped": "not asked for"}
-  reason = cannot(source, to, wanted)
+  reason = cannot(source, to, mode)
   if reason:
     return {"skipped": reason}
   if source.whole and to in ("vr", "videorefer", "torch"):
-    found = _whole(source, to, result)
+    parts = _whole(source, to, result)
   elif to == "hf" and "llm" in source.parts and "connector" not in source.parts:
-    found = {"decoder": decoder_logits(source, result)}
+    parts = {"decoder": decoder_logits(source, result)}
   elif to == "hf" and set(source.parts) == {"img"}:
-    found = {"tower": tower_features(source, result)}
+    parts = {"tower": tower_features(source, result)}
   elif to == "hf" and source.whole:
-    found = {
+    parts = {
       "tower": tower_features(source, result / "tower"),
       "decoder": decoder_logits(source, result / "decoder"),
     }
   else:
     return {"skipped": f"no second implementation of {', '.join(source.parts)} as {to}"}
-  found["passed"] = all(part["passed"] for part in found.values())
-  return found
+  parts["passed"] = all(part["passed"] for part in parts.values())
+  return parts
 
 
-def cannot(source: Source, to: str, wanted: str) -> str | None:
+def cannot(source: Source, to: str, mode: str) -> str | None:
   """Why the models are not run, None if they can be."""
   if to == "big_vision":
     return "big_vision is not a library; see BIG_VISION_DIR in tests/test_interop_big_vision.py"
   missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
   if missing:
     return f"{', '.join(missing)} not installed (extra [torch])"
-  if wanted == "auto":
+  if mode == "auto":
     size = sum(int(np.prod(shape)) for shape in source.params.shapes.values()) * 4
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * size > available:
@@ -181,14 +182,14 @@ def _whole(source: Source, to: str, result: Path) -> dict[str, Any]:
     tokens = module.generate(
       **inputs, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, eos_token_id=[]
     ).numpy()
-  found = logit_differences(our_logits[valid], their_logits[valid], _tolerance(source, back))
+  differ = logit_differences(our_logits[valid], their_logits[valid], _tolerance(source, back))
   same = [int(n) for n in (generated == tokens).cumprod(1).sum(1)]
-  found |= {"greedy_tokens": NEW_TOKENS, "greedy_equal": min(same)}
-  return {"videorefer": found}
+  differ |= {"greedy_tokens": NEW_TOKENS, "greedy_equal": min(same)}
+  return {"videorefer": differ}
 
 
 def _tolerance(source: Source, result: Source) -> float:
-  """Of the arithmetic alone where the weights are equal, else of a cast to half precision."""
+  """The tolerance of arithmetic alone where both sides have the same dtypes, else of a cast."""
   both = source.params.shapes.keys() & result.params.shapes.keys()
   same = all(source.params.dtype(path) == result.params.dtype(path) for path in both)
   return TOLERANCE["float32" if same else "half"]
@@ -251,7 +252,9 @@ def tower_features(source: Source, folder: Path) -> dict[str, Any]:
     ours, _ = Siglip(cfg).apply({"params": params}, jnp.asarray(pixels))
   module = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
   with torch.no_grad():
-    out = module(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    out = module(
+      torch.from_numpy(rearrange(pixels, "b h w c -> b c h w")), output_hidden_states=True
+    )
   theirs = (
     out.last_hidden_state if cfg.select_layer is None else out.hidden_states[cfg.layers]
   ).numpy()
@@ -291,6 +294,6 @@ def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
     for _ in range(NEW_TOKENS):
       new.append(module(ids).logits[:, -1].argmax(-1))
       ids = torch.cat([ids, new[-1][:, None]], 1)
-  found = logit_differences(ours, theirs, _tolerance(source, open_source(folder)))
+  differ = logit_differences(ours, theirs, _tolerance(source, open_source(folder)))
   same = (generated == torch.stack(new, 1).numpy()).cumprod(1).sum(1)
-  return found | {"greedy_tokens": NEW_TOKENS, "greedy_equal": int(same.min())}
+  return differ | {"greedy_tokens": NEW_TOKENS, "greedy_equal": int(same.min())}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.interop.peft import Adapter, Merged
-from vr_jax.interop.table import Parameters, Tensors
+from vr_jax.interop.adapter import Adapter, Merged
+from vr_jax.interop.table import Joined, Parameters, Part, Tensors
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
 
@@ -36,7 +36,8 @@ class Source:
     skipped: tensors that no part of this model uses.
     kept: those of them that belong to a published folder.
     origin: JSON of the foreign folder that the way back needs (its config files).
-    adapter: what is merged into the decoder, if anything is (`params` are then `peft.Merged`).
+    adapter: what is merged into the decoder, if anything is (`params` are then `adapter.Merged`).
+    adapter_note: the one of the notes that says so.
   """
 
   kind: str
@@ -52,6 +53,7 @@ class Source:
   kept: Kept | None = None
   origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   adapter: Adapter | None = None
+  adapter_note: str = ""
 
   @property
   def whole(self) -> bool:
@@ -61,8 +63,25 @@ class Source:
   def with_adapter(self, adapter: Adapter, where: str | Path) -> "Source":
     """The same with an adapter, which is from `where`, merged into the decoder."""
     note = f"adapter: {where}, rank {adapter.rank}, merged"
-    merged = Merged(self.params, adapter)
-    return dataclasses.replace(self, params=merged, adapter=adapter, notes=(*self.notes, note))
+    return dataclasses.replace(
+      self,
+      params=Merged(self.params, adapter),
+      adapter=adapter,
+      adapter_note=note,
+      notes=(*self.notes, note),
+    )
+
+  def unmerged(self) -> "Source":
+    """The same with its adapter's factors beside the matrices, not added to them."""
+    if self.adapter is None or not isinstance(self.params, Merged):
+      return self
+    factors = Part(self.adapter.params, "", "llm/")
+    return dataclasses.replace(
+      self,
+      params=Joined(self.params.base, factors),
+      adapter_note="",
+      notes=tuple(note for note in self.notes if note != self.adapter_note),
+    )
 
   def model(self) -> dict[str, Any]:
     """The `model` of a checkpoint's meta: settings and the configs of the parts, as JSON."""

@@ -1,13 +1,18 @@
 """Mapping tables between our parameters and the tensors of foreign formats, read both ways.
 
-A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model; `Mapped`
-reads the parameters out of the foreign tensors, piece by piece, and `outputs` makes the foreign
-tensors of parameters.
+A foreign format is a list of `Row`s. `slots` lays it over the parameters of a model, one `Slot` for
+each foreign tensor and the place in our stacked array that it fills:
+
+    Row       layers/mlp/linear         model.layers.{l}.mlp.down_proj.weight    DENSE
+    Slots     layers/mlp/linear [0]     model.layers.0.mlp.down_proj.weight      o i <-> i o
+              layers/mlp/linear [1]     model.layers.1.mlp.down_proj.weight      o i <-> i o
+
+`Mapped` reads our parameters out of the foreign tensors, piece by piece; `outputs` makes the
+foreign tensors of our parameters. Both follow the same rows, so a way out is a way back.
 """
 
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 
 from data_pipes.errors import InputError
+from vr_jax.interop.fields import read_json
 
 
 class Transform(NamedTuple):
@@ -30,28 +37,30 @@ class Transform(NamedTuple):
   save: Callable[[Any], Any]
 
 
+def axes(theirs: str, ours: str) -> Transform:
+  """The transform between two layouts in einops's words; `ours` has no axes in brackets."""
+  names = ours.split()
+
+  def load(x: Any, shape: tuple[int, ...]) -> Any:
+    sizes = {name: n for name, n in zip(names, shape, strict=True) if name != "1"}
+    return rearrange(x, f"{theirs} -> {ours}", **sizes)
+
+  return Transform(load, lambda y: rearrange(y, f"{ours} -> {theirs}"))
+
+
+# i, o: width in and out; d: width of the stream; n: heads; h: width of a head; t, y, x: taps of a
+# kernel in time, height and width; p: positions.
 SAME = Transform(lambda x, shape: x.reshape(shape), lambda y: y)
-FLAT = Transform(lambda x, shape: x.reshape(shape), lambda y: y.reshape(-1))
-DENSE = Transform(lambda x, shape: x.T, lambda y: y.T)
-HEADS_OUT = Transform(  # [A*H out, D in] <-> [D, A, H]
-  lambda x, shape: x.T.reshape(shape), lambda y: y.reshape(y.shape[0], -1).T
-)
-HEADS_IN = Transform(  # [D out, A*H in] <-> [A, H, D]
-  lambda x, shape: x.T.reshape(shape), lambda y: y.reshape(-1, y.shape[-1]).T
-)
-HEADS_FIRST = Transform(  # [N*H out, D in] <-> [N, D, H]
-  lambda x, shape: x.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2),
-  lambda y: y.swapaxes(1, 2).reshape(-1, y.shape[1]),
-)
-CONV1X1 = Transform(lambda x, shape: x[:, :, 0, 0].T, lambda y: y.T[:, :, None, None])
-DEPTHWISE = Transform(
-  lambda x, shape: x[:, 0].transpose(1, 2, 0), lambda y: y.transpose(2, 0, 1)[:, None]
-)
-CONV2D = Transform(lambda x, shape: x.transpose(2, 3, 1, 0), lambda y: y.transpose(3, 2, 0, 1))
-CONV3D = Transform(
-  lambda x, shape: x.transpose(2, 3, 4, 1, 0), lambda y: y.transpose(4, 3, 0, 1, 2)
-)
-POSITIONS = Transform(lambda x, shape: x[None], lambda y: y[0])
+FLAT = axes("(n h)", "n h")
+DENSE = axes("o i", "i o")
+HEADS_OUT = axes("(n h) d", "d n h")
+HEADS_IN = axes("d (n h)", "n h d")
+HEADS_FIRST = axes("(n h) d", "n d h")
+CONV1X1 = axes("o i 1 1", "i o")
+DEPTHWISE = axes("d 1 y x", "y x d")
+CONV2D = axes("o i y x", "y x i o")
+CONV3D = axes("o i t y x", "t y x i o")
+POSITIONS = axes("p d", "1 p d")
 
 
 class Row(NamedTuple):
@@ -69,12 +78,12 @@ class Row(NamedTuple):
 
 
 class Slot(NamedTuple):
-  """Where one of their tensors (or a third of it) lies in ours."""
+  """Where one of their tensors (or a third of it) lies in ours: at which leading indices."""
 
   theirs: str
   part: int | None
   ours: str
-  index: tuple[int, ...]
+  at: tuple[int, ...]
   transform: Transform
 
 
@@ -170,8 +179,8 @@ class Safetensors:
     files = sorted(self.path.glob("*.safetensors"))
     if not files:
       torch_files = sorted(f.name for f in self.path.glob("*.bin")) if self.path.is_dir() else []
-      found = f"found {', '.join(torch_files)}, " if torch_files else ""
-      raise InputError(f"{self.path}: {found}expected a .safetensors file or shards of it")
+      others = f"found {', '.join(torch_files)}, " if torch_files else ""
+      raise InputError(f"{self.path}: {others}expected a .safetensors file or shards of it")
     return files
 
   def __iter__(self) -> Iterator[str]:
@@ -193,21 +202,9 @@ class Safetensors:
       return np.asarray(handle.get_slice(name)[index[0]])[index[1:]]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-  try:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise InputError(f"{file}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"{file}: not JSON ({error})") from None
-  if not isinstance(fields, dict):
-    raise InputError(f"{file}: expected a JSON object, found {type(fields).__name__}")
-  return fields
-
-
 def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape their tensor must have to fill a slot of an array of ours."""
-  theirs = _saved_shape(slot.transform, tuple(shape[len(slot.index) :]))
+  theirs = _saved_shape(slot.transform, tuple(shape[len(slot.at) :]))
   return theirs if slot.part is None else (3 * theirs[0], *theirs[1:])
 
 
@@ -219,7 +216,8 @@ def _saved_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 class Parameters(Protocol):
   """Our parameters by path, wherever they lie; values are read when they are asked for."""
 
-  shapes: Mapping[str, tuple[int, ...]]
+  @property
+  def shapes(self) -> Shapes: ...
 
   def dtype(self, path: str) -> np.dtype: ...
 
@@ -255,15 +253,15 @@ class Mapped:
   def __init__(
     self,
     tensors: Tensors,
-    wanted: Iterable[Slot],
+    table: Iterable[Slot],
     shapes: Shapes,
     *,
     unused: Callable[[str], bool] = lambda name: False,
   ):
     self.tensors, self.shapes = tensors, dict(shapes)
     self._slots: dict[str, dict[tuple[int, ...], Slot]] = {}
-    for slot in wanted:
-      self._slots.setdefault(slot.ours, {})[slot.index] = slot
+    for slot in table:
+      self._slots.setdefault(slot.ours, {})[slot.at] = slot
     self.shapes = {path: self.shapes[path] for path in self._slots}
     self.skipped = self._check(unused)
 
@@ -271,8 +269,8 @@ class Mapped:
     tensors = self.tensors
     expected = {
       slot.theirs: their_shape(slot, self.shapes[path])
-      for path, own in self._slots.items()
-      for slot in own.values()
+      for path, by_index in self._slots.items()
+      for slot in by_index.values()
     }
     left = [name for name in tensors if name not in expected]
     missing = [name for name in expected if name not in tensors]
@@ -307,13 +305,13 @@ class Mapped:
     return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    own = self._slots[path]
+    by_index = self._slots[path]
     for length in range(len(index) + 1):  # a slot, or a piece of one
-      if index[:length] in own:
-        return self._slot(own[index[:length]], self.shapes[path][length:], index[length:])
+      if index[:length] in by_index:
+        return self._slot(by_index[index[:length]], self.shapes[path][length:], index[length:])
     rest = len(index)
     into = np.empty(self.shapes[path][rest:], self.dtype(path))
-    for at, slot in own.items():
+    for at, slot in by_index.items():
       if at[:rest] == index:
         into[at[rest:]] = self._slot(slot, self.shapes[path][len(at) :], ())
     return into
@@ -335,14 +333,14 @@ class Joined:
   """Parameters of several sources side by side."""
 
   def __init__(self, *parts: Parameters):
-    self._of = {path: part for part in parts for path in part.shapes}
-    self.shapes = {path: part.shapes[path] for path, part in self._of.items()}
+    self._parts = {path: part for part in parts for path in part.shapes}
+    self.shapes = {path: part.shapes[path] for path, part in self._parts.items()}
 
   def dtype(self, path: str) -> np.dtype:
-    return self._of[path].dtype(path)
+    return self._parts[path].dtype(path)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    return self._of[path].read(path, index)
+    return self._parts[path].read(path, index)
 
 
 class Part:
@@ -397,7 +395,7 @@ class Output(NamedTuple):
   def make(self, params: Parameters) -> np.ndarray:
     """Its value; contiguous, dtype unchanged."""
     blocks = [
-      slot.transform.save(params.read(slot.ours, slot.index))
+      slot.transform.save(params.read(slot.ours, slot.at))
       for slot in sorted(self.slots, key=lambda slot: slot.part or 0)
     ]
     # Contiguous, as safetensors writes a transposed view wrongly and says nothing.
@@ -409,21 +407,21 @@ class Output(NamedTuple):
     return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
-def outputs(wanted: Iterable[Slot], shapes: Shapes) -> list[Output]:
+def outputs(table: Iterable[Slot], shapes: Shapes) -> list[Output]:
   """The foreign tensors that slots make."""
   by_name: dict[str, list[Slot]] = {}
-  for slot in wanted:
+  for slot in table:
     by_name.setdefault(slot.theirs, []).append(slot)
   return [
-    Output(name, their_shape(own[0], shapes[own[0].ours]), tuple(own))
-    for name, own in by_name.items()
+    Output(name, their_shape(parts[0], shapes[parts[0].ours]), tuple(parts))
+    for name, parts in by_name.items()
   ]
 
 
-def collect(params: Mapping[str, Any], wanted: Iterable[Slot]) -> dict[str, np.ndarray]:
+def collect(params: Mapping[str, Any], table: Iterable[Slot]) -> dict[str, np.ndarray]:
   """The foreign tensors that the slots make of a parameter tree; contiguous, dtype unchanged."""
   tree = Tree(params)
-  return {output.name: output.make(tree) for output in outputs(wanted, tree.shapes)}
+  return {output.name: output.make(tree) for output in outputs(table, tree.shapes)}
 
 
 def shapes_of(init: Callable[..., Any], *args: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """What `vr convert` writes, format by format: tensors piece by piece, and the files beside them."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from vr_jax.interop import (
   videorefer,
   vr,
 )
+from vr_jax.interop.generation import generation_json
 from vr_jax.interop.npz import CONFIG
 from vr_jax.interop.source import Kept, Source
-from vr_jax.interop.table import DTYPES, Output, Parameters, dtype_name, outputs, pieces, slots
+from vr_jax.interop.table import DTYPES, Output, Parameters, Row, dtype_name, outputs, pieces, slots
 from vr_jax.interop.writers import SHARD_BYTES, NpzWriter, ShardWriter, size_of
 from vr_jax.models.siglip import SiglipConfig
 
@@ -33,8 +35,8 @@ Cast = Callable[[np.dtype], np.dtype]
 class Item(NamedTuple):
   """One tensor, or one layer of a stacked one, from reading to writing.
 
-  `make` gives it in the dtype of the source, `write` takes it in `dtype`; `of` names what it is
-  made of; items are worked through in the order of `order`, which keeps reads together.
+  `make` gives it in the dtype of the source, `write` takes it in `dtype`; `sources` names what it
+  is made of; items are worked through in the order of `order`, which keeps reads together.
   """
 
   name: str
@@ -42,7 +44,7 @@ class Item(NamedTuple):
   dtype: np.dtype
   make: Callable[[], np.ndarray]
   write: Callable[[np.ndarray], None]
-  of: tuple[str, ...]
+  sources: tuple[str, ...]
   order: tuple[Any, ...]
 
   @property
@@ -100,9 +102,9 @@ def to_vr(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
           name=path + "".join(f"[{i}]" for i in index),
           shape=shape[len(index) :],
           dtype=entries[path][1],
-          make=lambda path=path, index=index: params.read(path, index),
-          write=lambda array, path=path, index=index: writer.write(path, index, array),
-          of=(path,),
+          make=functools.partial(params.read, path, index),
+          write=functools.partial(writer.write, path, index),
+          sources=(path,),
           order=(path, index),
         )
       )
@@ -123,7 +125,7 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
       f"{source.path}: the published code takes a hidden state of the tower (select_layer), not "
       "its normed output; --to torch takes this one"
     )
-  target, kept = Target(), _kept(source)
+  target, kept = Target(), _published_kept(source)
   img = _as_held(cfg.img, kept, videorefer.SHARD_TOWER)
   cfg = dataclasses.replace(cfg, img=img)
   slots_of_model = videorefer.model_slots(cfg, source.params.shapes)
@@ -134,18 +136,16 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   dtype = _main_dtype(target.items)
   origin = source.origin if source.origin.get("format") == "videorefer" else {}
   old = origin.get("config.json", {})
-  tower = origin.get("tower")
-  elsewhere = old.get("mm_vision_tower") and tower is None
-  if elsewhere:
+  fields = videorefer.config_json(cfg, old, source.generation, dtype)
+  if old.get("mm_vision_tower") and "tower" not in origin:
     target.notes.append(f"tower: the published code reads it from {old['mm_vision_tower']}")
   else:
-    tower = tower or {"folder": "siglip_vision_tower", "dtype": None}
+    tower = origin.get("tower", {"folder": "siglip_vision_tower", "dtype": None})
     _tower_folder(target, folder, source, img, tower, kept, cast)
-  fields = videorefer.config_json(cfg, old, source.generation, dtype)
-  fields["mm_vision_tower"] = old["mm_vision_tower"] if elsewhere else tower["folder"]
+    fields["mm_vision_tower"] = tower["folder"]
   target.files["config.json"] = _json(fields)
   old_generation = origin.get("generation_config.json")
-  generation = videorefer.generation_json(source.generation)
+  generation = generation_json(source.generation)
   target.files["generation_config.json"] = _json(old_generation or generation)
   target.files |= source.tokenizer_files
   return target
@@ -161,10 +161,11 @@ def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Targ
   _shards(target, folder, made, source.params, cast, shard_bytes)
   fields = torch_folder.config_json(cfg, _main_dtype(target.items))
   target.files["config.json"] = _json(fields)
-  target.files["generation_config.json"] = _json(videorefer.generation_json(source.generation))
+  target.files["generation_config.json"] = _json(generation_json(source.generation))
   processor = {"auto_map": {"AutoProcessor": fields["auto_map"]["AutoProcessor"]}}
   target.files["processor_config.json"] = _json(processor)
-  target.files |= torch_folder.code() | dict(source.tokenizer_files)
+  target.files |= torch_folder.code()
+  target.files |= source.tokenizer_files
   return target
 
 
@@ -175,19 +176,11 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   """
   target, parts = Target(), source.parts
   if big_vision.is_paligemma(parts):
-    made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
-    _shards(target, folder, made, source.params, cast, shard_bytes)
-    target.files["config.json"] = _json(
-      hf_paligemma.hf_config(parts["img"], parts["llm"])
-      | {"torch_dtype": _main_dtype(target.items)}
-    )
-    target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
-    target.files |= source.tokenizer_files
-    return target
+    return _to_paligemma(source, folder, cast, shard_bytes)
   alone = len(parts) == 1
   if "img" in parts:
     home = "" if alone else "tower"
-    kept = _kept(source)
+    kept = _published_kept(source)
     img = _as_held(parts["img"], kept, videorefer.SHARD_TOWER)
     _tower_folder(target, folder, source, img, {"folder": home, "dtype": None}, kept, cast)
     if img.select_layer == -1 and not kept:
@@ -198,24 +191,36 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   if "llm" in parts:
     home = "" if alone else "decoder/"
     llm = hf_decoder.hf_config(parts["llm"])
-    wanted = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
+    table = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
     before = len(target.items)
-    made = outputs(wanted, source.params.shapes)
+    made = outputs(table, source.params.shapes)
     _shards(target, folder / home, made, source.params, cast, shard_bytes, home)
     dtype = {"torch_dtype": _main_dtype(target.items[before:])}
     target.files[f"{home}config.json"] = _json(llm | _special_ids(source.generation) | dtype)
-    generation = videorefer.generation_json(source.generation)
+    generation = generation_json(source.generation)
     target.files[f"{home}generation_config.json"] = _json(generation)
     target.files |= {home + name: data for name, data in source.tokenizer_files.items()}
-  for part, stem, table, prefix in (
-    ("connector", "mm_projector", None, "model.mm_projector."),
-    ("region", "region_encoder", videorefer.REGION, "model.region_encoder."),
-  ):
-    if part in parts:
-      table = table or videorefer.connector_rows(parts["connector"].kind)
-      own = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
-      made = outputs(slots(own, table, f"{part}/", prefix), own)
-      _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
+  tables: dict[tuple[str, str], list[Row]] = {}
+  if "connector" in parts:
+    tables["connector", "mm_projector"] = videorefer.connector_rows(parts["connector"].kind)
+  if "region" in parts:
+    tables["region", "region_encoder"] = videorefer.REGION
+  for (part, stem), rows in tables.items():
+    shapes = {k: v for k, v in source.params.shapes.items() if k.startswith(f"{part}/")}
+    made = outputs(slots(shapes, rows, f"{part}/", f"model.{stem}."), shapes)
+    _shards(target, folder, made, source.params, cast, 1 << 60, stem=stem)
+  return target
+
+
+def _to_paligemma(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
+  """One folder of transformers for the three parts of a PaliGemma."""
+  target, parts = Target(), source.parts
+  made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
+  _shards(target, folder, made, source.params, cast, shard_bytes)
+  fields = hf_paligemma.hf_config(parts["img"], parts["llm"])
+  target.files["config.json"] = _json(fields | {"torch_dtype": _main_dtype(target.items)})
+  target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
+  target.files |= source.tokenizer_files
   return target
 
 
@@ -271,13 +276,11 @@ def _shards(
 ) -> None:
   """Adds a folder of safetensors shards to a target."""
   entries = {o.name: (o.shape, cast(o.dtype(params))) for o in made}
-  kept_names = kept.names if kept else ()
-  for name in kept_names:
-    entries[name] = (kept.tensors.shape(name), cast(kept.tensors.dtype(name)))
+  others = {name: name for name in kept.names} if kept else {}
+  entries |= _kept_entries(kept, others, cast)
   writer = ShardWriter(folder, dict(sorted(entries.items())), shard_bytes, stem)
   _items(target, made, params, entries, writer.write, home)
-  for name in kept_names:
-    target.items.append(_kept_item(f"{home}{name}", name, kept, entries[name][1], writer.write))
+  _kept_items(target, kept, others, entries, writer.write, home)
   target.closing.append(writer.finish)
 
 
@@ -296,29 +299,51 @@ def _items(
         name=home + output.name,
         shape=output.shape,
         dtype=entries[output.name][1],
-        make=lambda output=output: output.make(params),
-        write=lambda array, name=output.name: write(name, array),
-        of=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
-        order=(first.ours, first.index),
+        make=functools.partial(output.make, params),
+        write=functools.partial(write, output.name),
+        sources=tuple(dict.fromkeys(slot.ours for slot in output.slots)),
+        order=(first.ours, first.at),
       )
     )
 
 
-def _kept_item(
-  label: str, name: str, kept: Kept, dtype: np.dtype, write: Callable, new_name: str | None = None
-) -> Item:
-  return Item(
-    name=label,
-    shape=kept.tensors.shape(name),
-    dtype=dtype,
-    make=lambda: kept.tensors.read(name),
-    write=lambda array: write(new_name or name, array),
-    of=(name,),
-    order=("~", name),
-  )
+def _kept_entries(
+  kept: Kept | None, names: Mapping[str, str], cast: Cast
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """New name -> shape and dtype of tensors that were kept; `names`: old name -> new name."""
+  if kept is None:
+    return {}
+  tensors = kept.tensors
+  return {new: (tensors.shape(old), cast(tensors.dtype(old))) for old, new in names.items()}
 
 
-def _kept(source: Source) -> Kept | None:
+def _kept_items(
+  target: Target,
+  kept: Kept | None,
+  names: Mapping[str, str],
+  entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+  write: Callable[[str, np.ndarray], None],
+  home: str,
+) -> None:
+  """Adds tensors that were kept to a target."""
+  if kept is None:
+    return
+  for old, new in names.items():
+    target.items.append(
+      Item(
+        name=home + new,
+        shape=entries[new][0],
+        dtype=entries[new][1],
+        make=functools.partial(kept.tensors.read, old),
+        write=functools.partial(write, new),
+        sources=(old,),
+        order=("~", old),
+      )
+    )
+
+
+def _published_kept(source: Source) -> Kept | None:
+  """What the published folder that the weights come from held besides the model."""
   return source.kept if source.origin.get("format") == "videorefer" else None
 
 
@@ -350,27 +375,26 @@ def _tower_folder(
   home = tower["folder"]
   shapes = {k: v for k, v in source.params.shapes.items() if k.startswith("img/")}
   made = outputs(slots(shapes, hf_tower.ROWS, "img/", "vision_model."), shapes)
-  fixed = DTYPES.get(tower.get("dtype") or "")
-  own_cast = (lambda dtype: fixed) if fixed is not None else cast
-  entries = {o.name: (o.shape, own_cast(o.dtype(source.params))) for o in made}
+  dtype = DTYPES.get(tower.get("dtype") or "")
+
+  def cast_tower(old: np.dtype) -> np.dtype:
+    return cast(old) if dtype is None else dtype  # the dtype that the folder had
+
+  entries = {o.name: (o.shape, cast_tower(o.dtype(source.params))) for o in made}
   prefix = videorefer.SHARD_TOWER.removesuffix("vision_model.")
-  names = [n for n in (kept.names if kept else ()) if n.startswith(prefix)]
-  for name in names:
-    shape = kept.tensors.shape(name)
-    entries[name[len(prefix) :]] = (shape, own_cast(kept.tensors.dtype(name)))
+  kept_names = kept.names if kept else ()
+  names = {name: name[len(prefix) :] for name in kept_names if name.startswith(prefix)}
+  entries |= _kept_entries(kept, names, cast_tower)
   writer = ShardWriter(folder / home, dict(sorted(entries.items())), 1 << 60)
   label = f"{home}/" if home else ""
   _items(target, made, source.params, entries, writer.write, label)
-  for name in names:
-    own = name[len(prefix) :]
-    target.items.append(_kept_item(label + own, name, kept, entries[own][1], writer.write, own))
+  _kept_items(target, kept, names, entries, writer.write, label)
   depth = img.depth if names or img.select_layer is None else img.layers
-  dtype = _main_dtype([i for i in target.items if i.name.startswith(f"{label}vision_model.")])
-  config = hf_tower.hf_config(img, depth) | {"torch_dtype": dtype}
+  written = [item for item in target.items if item.name.startswith(f"{label}vision_model.")]
+  config = hf_tower.hf_config(img, depth) | {"torch_dtype": _main_dtype(written)}
   config["vision_use_head"] = img.pool or any(".head." in name for name in names)
   if old := dict(tower.get("config.json") or {}):
-    at = old.get("vision_config", old)
-    at["num_hidden_layers"] = depth
+    old.get("vision_config", old)["num_hidden_layers"] = depth
     config = old
   target.files[f"{label}config.json"] = _json(config)
   target.files[f"{label}preprocessor_config.json"] = _json(

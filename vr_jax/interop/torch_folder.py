@@ -5,7 +5,6 @@ along: the model (`torch_model/`) and the modules of data_pipes that read videos
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import videorefer
+from vr_jax.interop.fields import read_json
+from vr_jax.interop.generation import generation
 from vr_jax.interop.source import Source
-from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot, read_json
+from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot
 from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
 
 MODEL_TYPE = "videorefer_torch"
@@ -38,7 +39,6 @@ def open_torch(folder: Path) -> Source:
   cfg = VideoReferConfig(**settings, **parts)
   shapes = videorefer.model_shapes(cfg)
   params = Mapped(Safetensors(folder), videorefer.model_slots(cfg, shapes), shapes)
-  generation = videorefer.generation(folder)
   return Source(
     kind="PyTorch folder of vr_jax",
     path=folder,
@@ -46,7 +46,7 @@ def open_torch(folder: Path) -> Source:
     params=params,
     settings=settings,
     tokenizer_files=find_tokenizer_files(folder),
-    generation=vars(generation),
+    generation=vars(generation(folder)),
   )
 
 
@@ -67,20 +67,20 @@ def config_json(cfg: VideoReferConfig, dtype: str) -> dict[str, Any]:
   }
 
 
-def code() -> Mapping[str, bytes]:
+def code() -> dict[str, bytes]:
   """The Python files of the folder: our model, and what its processor imports, side by side."""
   package = {"data_pipes": Path(data_pipes.__file__).parent}
   package["vr_jax.inference"] = Path(vr_jax.__file__).parent / "inference"
   files = {path.name: path for path in sorted(CODE.glob("*_videorefer.py"))}
-  found: dict[str, bytes] = {}
+  contents: dict[str, bytes] = {}
   while files:
     name, path = files.popitem()
     text = path.read_text(encoding="utf-8")
     for room, module in _IMPORT.findall(text):
-      if f"{module}.py" not in found:
+      if f"{module}.py" not in contents:
         files[f"{module}.py"] = package[room] / f"{module}.py"
-    found[name] = _IMPORT.sub(r"from .\2 import", text).encode()
-  return found
+    contents[name] = _IMPORT.sub(r"from .\2 import", text).encode()
+  return contents
 
 
 def output_slots(cfg: VideoReferConfig, shapes: Shapes) -> list[Slot]:

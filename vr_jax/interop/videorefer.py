@@ -18,7 +18,9 @@ import numpy as np
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
-from vr_jax.interop.hf_tower import dense, field, norm, require
+from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.generation import Generation, generation
+from vr_jax.interop.hf_tower import dense, norm
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import (
   CONV1X1,
@@ -38,7 +40,6 @@ from vr_jax.interop.table import (
   dtype_name,
   nested,
   pieces,
-  read_json,
   shapes_of,
   slots,
 )
@@ -104,42 +105,6 @@ def is_published(folder: Path | str) -> bool:
   """Whether a folder holds a published VideoRefer checkpoint, by what its config.json says."""
   file = Path(folder) / "config.json"
   return file.is_file() and read_json(file).get("model_type") in MODEL_TYPES
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What generation_config.json asks of decoding: it holds for greedy decoding too.
-
-  The repetition penalty falls on generated tokens only, never on the prompt.
-  """
-
-  eos_ids: tuple[int, ...]
-  pad_id: int | None = None
-  repetition_penalty: float = 1.0
-
-
-def generation(folder: Path | str) -> Generation:
-  """From generation_config.json, where it is silent or absent from config.json."""
-  folder = Path(folder)
-  fields = read_json(folder / "config.json")
-  if (folder / "generation_config.json").is_file():
-    fields |= read_json(folder / "generation_config.json")
-  eos = fields.get("eos_token_id")
-  eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-  penalty = field(fields, folder / "generation_config.json", "repetition_penalty", float, 1.0)
-  return Generation(eos_ids, fields.get("pad_token_id"), penalty)
-
-
-def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of generation_config.json; `generation` reads them back."""
-  eos = list(settings.get("eos_ids") or ())
-  return {
-    "bos_token_id": settings.get("pad_id"),
-    "do_sample": False,
-    "eos_token_id": eos,
-    "pad_token_id": settings.get("pad_id"),
-    "repetition_penalty": settings.get("repetition_penalty") or 1.0,
-  }
 
 
 def config_json(
@@ -250,69 +215,34 @@ def open_published(folder: Path | str) -> Source:
   folder = Path(folder)
   where = folder / "config.json"
   fields = read_json(where)
-  require(fields, where, "model_type", MODEL_TYPES, None)
-  require(fields, where, "mm_region_encoder_type", ("pooling",), "pooling")
-  require(fields, where, "mm_vision_select_feature", ("patch",), "patch")
-  require(fields, where, "mm_projector_type", tuple(KINDS), "linear")
-  require(fields, where, "image_aspect_ratio", ("square", "pad", None), None)
   tensors = Safetensors(folder)
-
-  tower_name = field(fields, where, "mm_vision_tower", str, "")
-  select_layer = field(fields, where, "mm_vision_select_layer", int, -2)
-  tower_folder = _tower_folder(folder, tower_name)
-  in_shards = any(name.startswith(SHARD_TOWER) for name in tensors)
-  notes = []
-  if tower_folder is not None:
-    file = tower_folder / "config.json"
-    img = hf_tower.tower_config(read_json(file), file, select_layer)
-  elif in_shards:
-    img, assumed = hf_tower.guess_config(tensors, SHARD_TOWER, tower_name, select_layer)
-    notes += ["tower: from the shards, with no folder to compare it with", assumed]
-  else:
-    raise InputError(
-      f"{folder}: no vision tower: there are no tensors {SHARD_TOWER}* and no folder "
-      f"mm_vision_tower={tower_name!r}"
-    )
-  require(fields, where, "mm_hidden_size", (img.width,), img.width)
-
-  llm = hf_decoder.decoder_config(fields, where)
-  cfg = VideoReferConfig(
-    name=folder.resolve().name,
-    img=img,
-    connector=ConnectorConfig(
-      kind=field(fields, where, "mm_projector_type", str, "linear"), width=llm.width
-    ),
-    region=RegionConfig(
-      width=llm.width, tokens=field(fields, where, _TOKENS_FIELD, int, REGION_TOKENS)
-    ),
-    llm=llm,
-    num_frames=field(fields, where, "num_frames", int, 16),
-    image_aspect_ratio=fields.get("image_aspect_ratio") or "square",
-    max_text_ids=field(fields, where, "tokenizer_model_max_length", int, 2048),
-  )
+  tower_folder = _tower_folder(folder, field(fields, where, "mm_vision_tower", str, ""))
+  notes: list[str] = []
+  cfg = _model_config(folder, fields, tensors, tower_folder, notes)
   shapes = model_shapes(cfg)
-  wanted = model_slots(cfg, shapes)
+  table = model_slots(cfg, shapes)
   unused = _unused(cfg)
-  complete = all(slot.theirs in tensors for slot in wanted if slot.ours.startswith("img/"))
+  params: Parameters
+  complete = all(slot.theirs in tensors for slot in table if slot.ours.startswith("img/"))
   if complete or tower_folder is None:
-    params = Mapped(tensors, wanted, shapes, unused=unused)
-    skipped = kept = params.skipped
+    params = mapped = Mapped(tensors, table, shapes, unused=unused)
+    skipped = kept = mapped.skipped
     if tower_folder is not None:
-      beside = hf_tower.open_tower(Safetensors(tower_folder), img)
-      found = _agreement(Part(params, "img/"), beside)
-      notes.append(f"tower: from the shards; {tower_folder} holds {found}")
+      beside = hf_tower.open_tower(Safetensors(tower_folder), cfg.img)
+      comparison = _agreement(Part(params, "img/"), beside)
+      notes.append(f"tower: from the shards; {tower_folder} holds {comparison}")
   else:
-    own = [slot for slot in wanted if not slot.ours.startswith("img/")]
     rest = Mapped(
       tensors,
-      own,
+      [slot for slot in table if not slot.ours.startswith("img/")],
       shapes,
       unused=lambda name: name.startswith(SHARD_TOWER) or unused(name),
     )
-    tower = hf_tower.open_tower(Safetensors(tower_folder), img)
+    tower = hf_tower.open_tower(Safetensors(tower_folder), cfg.img)
     params = Joined(Part(tower, "", "img/"), rest)
     kept = rest.skipped
     skipped = kept + tuple(f"{tower_folder.name}: {name}" for name in tower.skipped)
+    in_shards = any(name.startswith(SHARD_TOWER) for name in tensors)
     copy = "an incomplete copy" if in_shards else "no copy of it"
     notes.append(f"tower: from {tower_folder}; the shards hold {copy}")
   return Source(
@@ -330,6 +260,49 @@ def open_published(folder: Path | str) -> Source:
     skipped=skipped,
     kept=Kept(tensors, kept),
     origin=_origin(folder, fields, tower_folder),
+  )
+
+
+def _model_config(
+  folder: Path,
+  fields: Mapping[str, Any],
+  tensors: Tensors,
+  tower_folder: Path | None,
+  notes: list[str],
+) -> VideoReferConfig:
+  """The config of the model in a published folder; what is assumed goes to `notes`."""
+  where = folder / "config.json"
+  require(fields, where, "model_type", MODEL_TYPES, None)
+  require(fields, where, "mm_region_encoder_type", ("pooling",), "pooling")
+  require(fields, where, "mm_vision_select_feature", ("patch",), "patch")
+  require(fields, where, "mm_projector_type", tuple(KINDS), "linear")
+  require(fields, where, "image_aspect_ratio", ("square", "pad", None), None)
+  tower_name = field(fields, where, "mm_vision_tower", str, "")
+  select_layer = field(fields, where, "mm_vision_select_layer", int, -2)
+  if tower_folder is not None:
+    file = tower_folder / "config.json"
+    img = hf_tower.tower_config(read_json(file), file, select_layer)
+  elif any(name.startswith(SHARD_TOWER) for name in tensors):
+    img, assumed = hf_tower.guess_config(tensors, SHARD_TOWER, tower_name, select_layer)
+    notes += ["tower: from the shards, with no folder to compare it with", assumed]
+  else:
+    raise InputError(
+      f"{folder}: no vision tower: there are no tensors {SHARD_TOWER}* and no folder "
+      f"mm_vision_tower={tower_name!r}"
+    )
+  require(fields, where, "mm_hidden_size", (img.width,), img.width)
+  llm = hf_decoder.decoder_config(fields, where)
+  tokens = field(fields, where, _TOKENS_FIELD, int, REGION_TOKENS)
+  kind = field(fields, where, "mm_projector_type", str, "linear")
+  return VideoReferConfig(
+    name=folder.resolve().name,
+    img=img,
+    connector=ConnectorConfig(kind=kind, width=llm.width),
+    region=RegionConfig(width=llm.width, tokens=tokens),
+    llm=llm,
+    num_frames=field(fields, where, "num_frames", int, 16),
+    image_aspect_ratio=fields.get("image_aspect_ratio") or "square",
+    max_text_ids=field(fields, where, "tokenizer_model_max_length", int, 2048),
   )
 
 
@@ -381,8 +354,8 @@ def open_connector(tensors: Tensors, kind: str, prefix: str) -> tuple[ConnectorC
   cfg = ConnectorConfig(kind=kind, width=tensors.shape(readout[-1])[0])
   features = jax.ShapeDtypeStruct((1, 2, 4, tensors.shape(first)[1]), jnp.float32)
   shapes = shapes_of(lambda x: Connector(cfg).init(jax.random.key(0), x)["params"], features)
-  wanted = list(slots(shapes, connector_rows(kind), theirs=prefix))
-  return cfg, Mapped(tensors, wanted, shapes, unused=lambda name: not name.startswith(prefix))
+  table = list(slots(shapes, connector_rows(kind), theirs=prefix))
+  return cfg, Mapped(tensors, table, shapes, unused=lambda name: not name.startswith(prefix))
 
 
 def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:

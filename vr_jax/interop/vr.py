@@ -11,10 +11,10 @@ from vr_jax.checkpoint import (
   load_meta,
   tokenizer_files_of,
 )
-from vr_jax.interop.peft import Adapter, factors_of
+from vr_jax.interop.adapter import Adapter, factors_of
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import Parameters, Safetensors, Shapes
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 from vr_jax.models.videorefer import PARTS, part_config
 
 KEPT = "kept"  # folder of the tensors that a foreign folder held and the model does not use

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ class ShardWriter:
   def __init__(
     self, folder: Path, entries: Entries, shard_bytes: int = SHARD_BYTES, stem: str = "model"
   ):
-    self.folder, self._stem, self._place = folder, stem, {}
+    self.folder, self._stem = folder, stem
+    self._place: dict[str, tuple[Path, int, int]] = {}  # file, offset, bytes
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     used = 0
@@ -53,26 +55,28 @@ class ShardWriter:
       self._lay_out(folder / file, {name: entries[name] for name in names})
     total = sum(size_of(*entry) for entry in entries.values())
     weight_map = {n: f for f, names in zip(self.files, shards, strict=True) for n in names}
-    self._index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    self._index = {
+      "metadata": {"total_size": total},
+      "weight_map": dict(sorted(weight_map.items())),
+    }
 
   def _lay_out(self, file: Path, entries: Entries) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, (shape, dtype) in entries.items():
-      end = at + size_of(shape, dtype)
+      start, end = end, end + size_of(shape, dtype)
       header[name] = {
         "dtype": dtype_name(dtype),
         "shape": list(shape),
-        "data_offsets": [at, end],
+        "data_offsets": [start, end],
       }
-      at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    for name, (shape, dtype) in entries.items():
+    data = 8 + len(text)
+    for name, entry in entries.items():
       offset = header[name]["data_offsets"][0]
-      self._place[name] = (file, start + offset, size_of(shape, dtype))
-    lay_out(file, len(text).to_bytes(8, "little") + text, start + at)
+      self._place[name] = (file, data + offset, size_of(*entry))
+    lay_out(file, len(text).to_bytes(8, "little") + text, data + end)
 
   def write(self, name: str, array: np.ndarray) -> None:
     """Writes a tensor, which has the shape and dtype that were announced."""
@@ -84,8 +88,7 @@ class ShardWriter:
   def finish(self) -> None:
     """Writes the index where there are several shards."""
     if len(self.files) > 1:
-      index = {**self._index, "weight_map": dict(sorted(self._index["weight_map"].items()))}
-      text = json.dumps(index, indent=2) + "\n"
+      text = json.dumps(self._index, indent=2) + "\n"
       (self.folder / f"{self._stem}.safetensors.index.json").write_text(text)
 
 
@@ -146,7 +149,7 @@ def lay_out(file: Path, header: bytes, size: int) -> None:
 
 def write_at(file: Path, offset: int, array: np.ndarray) -> None:
   """Writes the bytes of a contiguous array at an offset; not mapped, so it needs no memory."""
-  data = memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+  data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
   handle = os.open(file, os.O_WRONLY)
   try:
     while data:

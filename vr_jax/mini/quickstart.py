@@ -21,9 +21,10 @@ import jax
 
 from data_pipes.embedded.dialogues import DESCRIBE_DETAIL
 from data_pipes.embedded.make_set import make_set
+from data_pipes.files import write_text
 from data_pipes.tokenizer import REGION
 from vr_jax.configs import load_config, to_json
-from vr_jax.evaluation.benchmarks.videorefer import read_bench
+from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.pages.gallery import choice_examples, frames_of, spread
 from vr_jax.evaluation.pages.page import (
@@ -39,7 +40,8 @@ from vr_jax.evaluation.run import Settings, evaluate
 from vr_jax.evaluation.score import score
 from vr_jax.evaluation.scoring.choice import summary_of
 from vr_jax.evaluation.scoring.statistics import Summary
-from vr_jax.inference.model import Model, Request
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Request
 from vr_jax.loading import load
 from vr_jax.training.loop import make_workdir, train
 from vr_jax.training.metrics import read_metrics
@@ -95,7 +97,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
     init = folder
 
   model = load(init)
-  items = read_bench(data / "bench_q.json")
+  items = list(read(benchmark("bench-q"), data).items)
   results: dict[str, Result] = {}
   for mode in MODES:
     with clock.part(f"{mode}-frame questions"):
@@ -126,7 +128,7 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
       ],
     )
     page = write_report(workdir / "report.html", report)
-  told = {
+  summary = {
     "accuracy": {mode: accuracies(summary) for mode, summary in scored.items()},
     "chance": 0.25,
     "question": free.question,
@@ -134,12 +136,12 @@ def run(workdir: Path | str, sizes: Sizes | None = None) -> dict[str, Any]:
     "minutes": clock.minutes,
     "report": str(page),
   }
-  (workdir / "results.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+  write_text(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
   for line in summary_lines(scored):
     say(line)
   say(f"{free.question}  {free.answer}")
   say(f"{clock.total():.1f} minutes; report: {page}")
-  return told
+  return summary
 
 
 def say(text: str) -> None:
@@ -158,7 +160,7 @@ class Clock:
 
   def add(self, name: str, seconds: float) -> None:
     self.minutes[name] = self.minutes.get(name, 0.0) + seconds / 60
-    self._path.write_text(json.dumps(self.minutes))
+    write_text(self._path, json.dumps(self.minutes))
 
   def total(self) -> float:
     return sum(self.minutes.values())

@@ -17,9 +17,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from einops import rearrange
+from jaxtyping import Float
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.models.siglip import LayerNorm
 from vr_jax.remat import remat
 from vr_jax.sharding import ActivationRules, shard_act
@@ -170,18 +172,24 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T h w D"]) -> Float[Array, "B T h w E"]:
-    B, T = x.shape[:2]
-    x = x.reshape(B * T, *x.shape[2:])
+    B = x.shape[0]
+    x = rearrange(x, "B T h w C -> (B T) h w C")
     for i in range(self.depth):
       x = shard_act(x, self.rules, "frame", None, None, None)
       x = remat(Bottleneck, self.cfg.remat)(self.cfg, self.rules, name=f"b{i + 1}")(x)
-    return x.reshape(B, T, *x.shape[1:])
+    return rearrange(x, "(B T) h w C -> B T h w C", B=B)
 
 
 class Sampler(nn.Module):
-  """Strided convolution (kernel = stride, as one matmul) or average over blocks, then SiLU.
+  """Strided convolution or average over blocks, then SiLU.
 
-  Frames, rows and columns that do not fill a block are dropped.
+  Kernel and stride are the same, a x b x d (frames, rows, columns), so blocks do not overlap, and
+  the convolution is a matmul: a block's a*b*d*C numbers become one row, the kernel one matrix.
+
+      x [B, T, h, w, C] ─► [B, t, h', w', (a b d C)] @ kernel [(a b d C), E] ─► [B, t, h', w', E]
+
+  No compiler has to find a convolution's layout, forward or backward, and the kernel is gathered
+  over a mesh as any other matrix. Frames, rows and columns that do not fill a block are dropped.
   """
 
   cfg: ConnectorConfig
@@ -194,15 +202,17 @@ class Sampler(nn.Module):
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (pad, pad), (0, 0)))
     (a, b, d), C = kind.stride, x.shape[-1]
     t, h, w = x.shape[1] // a, x.shape[2] // b, x.shape[3] // d
-    x = x[:, : t * a, : h * b, : w * d].reshape(-1, t, a, h, b, w, d, C)
+    x = x[:, : t * a, : h * b, : w * d]
+    blocks = {"a": a, "b": b, "d": d}
     if kind.conv:
       init = nn.initializers.lecun_normal(in_axis=(0, 1, 2, 3))
       kernel = self.param("kernel", init, (a, b, d, C, c.width)).astype(c.dtype)
       bias = self.param("bias", nn.initializers.zeros, (c.width,)).astype(c.dtype)
-      x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, t, h, w, a * b * d * C)
-      kernel = shard_act(kernel.reshape(-1, c.width), self.rules, None, None)
-      x = x.astype(c.dtype) @ kernel + bias
+      x = rearrange(x, "B (t a) (h b) (w d) C -> B t h w (a b d C)", **blocks)
+      kernel = rearrange(kernel, "a b d C E -> (a b d C) E")
+      x = x.astype(c.dtype) @ shard_act(kernel, self.rules, None, None) + bias
     else:
+      x = rearrange(x, "B (t a) (h b) (w d) C -> B t a h b w d C", **blocks)
       x = x.mean((2, 4, 6), dtype=jnp.float32).astype(c.dtype)
     return nn.silu(x)
 
@@ -253,7 +263,7 @@ class Connector(nn.Module):
     The sampler sees each frame `repeats` times.
     """
     c, kind = self.cfg, KINDS[self.cfg.kind]
-    B, T, N, D = features.shape
+    T, N, D = features.shape[1:]
     x, out = features.astype(c.dtype), {}
     if kind.stride is None:
       x = x.mean(1, dtype=jnp.float32).astype(c.dtype)
@@ -269,11 +279,10 @@ class Connector(nn.Module):
           f"connector kind {c.kind} makes no scene token of {T * repeats} frames with "
           f"{side}x{side} patches; it joins blocks of {kind.stride} (frames, rows, columns)"
         )
-      x = out["s1"] = Stage(c, kind.stage_depth, self.rules, name="s1")(
-        x.reshape(B, T, side, side, D)
-      )
+      x = rearrange(x, "B T (h w) D -> B T h w D", h=side)
+      x = out["s1"] = Stage(c, kind.stage_depth, self.rules, name="s1")(x)
       x = out["sampler"] = Sampler(c, self.rules, name="sampler")(jnp.repeat(x, repeats, axis=1))
       x = out["s2"] = Stage(c, kind.stage_depth, self.rules, name="s2")(x)
-      x = x.reshape(B, -1, x.shape[-1])
+      x = rearrange(x, "B t h w C -> B (t h w) C")
     out["tokens"] = Mlp(c.width, kind.readout_depth, c.dtype, self.rules, name="readout")(x)
     return out

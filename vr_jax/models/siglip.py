@@ -21,9 +21,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from einops import rearrange
+from jaxtyping import Float
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.attention import attention
 from vr_jax.remat import remat
 from vr_jax.sharding import ActivationRules, shard_act
@@ -86,10 +88,11 @@ class PatchEmbedding(nn.Module):
     shape = (c.patch_size, c.patch_size, 3, c.width)
     kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
     bias = self.param("bias", nn.initializers.zeros, (c.width,))
-    X, seen = pixels.shape[0], c.grid * c.patch_size
-    patches = pixels[:, :seen, :seen].reshape(X, c.grid, c.patch_size, c.grid, c.patch_size, 3)
-    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(X, c.grid**2, -1).astype(c.dtype)
-    return patches @ kernel.reshape(-1, c.width).astype(c.dtype) + bias.astype(c.dtype)
+    seen, P = c.grid * c.patch_size, c.patch_size
+    patches = pixels[:, :seen, :seen]
+    patches = rearrange(patches, "X (h p) (w q) C -> X (h w) (p q C)", p=P, q=P).astype(c.dtype)
+    kernel = rearrange(kernel, "p q C D -> (p q C) D").astype(c.dtype)
+    return patches @ kernel + bias.astype(c.dtype)
 
 
 class LayerNorm(nn.Module):

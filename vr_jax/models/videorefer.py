@@ -19,18 +19,20 @@ Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Num, UInt8
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.models.connector import Connector, ConnectorConfig, scene_token_count
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
-from vr_jax.models.region import RegionConfig, RegionEncoder, merge_segments
+from vr_jax.models.region import KINDS, RegionConfig, merge_segments
 from vr_jax.models.siglip import Siglip, SiglipConfig
 from vr_jax.sharding import ActivationRules, shard_act
 
@@ -88,6 +90,7 @@ def part_config(part: str, fields: dict[str, Any]) -> Any:
   return PARTS[part](**{k: frozen(v) for k, v in fields.items()})
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
 @flax.struct.dataclass
 class Spliced:
   """The decoder's input rows after splicing: valid slots first, padding behind them.
@@ -126,7 +129,7 @@ class VideoRefer(nn.Module):
   def setup(self):
     self.img = Siglip(self.cfg.img, self.rules)
     self.connector = Connector(self.cfg.connector, self.rules)
-    self.region = RegionEncoder(self.cfg.region, self.rules)
+    self.region = KINDS[self.cfg.region.kind](self.cfg.region, self.rules)
     self.llm = Decoder(self.cfg.llm, self.rules)
 
   def encode_frames(
@@ -136,23 +139,23 @@ class VideoRefer(nn.Module):
     if frames.ndim == 4:
       features = frames.astype(self.cfg.img.dtype)
     else:
-      B, P = frames.shape[:2]
-      features, _ = self.img(pixels(frames).reshape(B * P, *frames.shape[2:]))
-      features = features.reshape(B, P, *features.shape[1:])
+      B = frames.shape[0]
+      features, _ = self.img(rearrange(pixels(frames), "B P h w C -> (B P) h w C"))
+      features = rearrange(features, "(B P) N D -> B P N D", B=B)
     return shard_act(features, self.rules, "batch", None, None, None)
 
   def visual_table(
     self, features: Float[Array, "B P N D"], batch: Batch
   ) -> tuple[Float[Array, "B X E"], Bool[Array, "B X"]]:
     """Scene tokens, then the U object tokens of each object: (rows, valid), X = C*V + R*U."""
-    T, (B, P, N, D) = batch["scene"].shape[-1], features.shape
-    if P == 1 and batch["scene"].ndim == 2:  # images alone
+    B, T = len(features), batch["scene"].shape[-1]
+    if features.shape[1] == 1 and batch["scene"].ndim == 2:  # images alone
       scene = self.connector(features, stands_for=T)
     else:
       index = batch["scene"].reshape(B, -1)[:, :, None, None]
       scene_features = jnp.take_along_axis(features, index, axis=1)
-      scene = self.connector(scene_features.reshape(-1, T, N, D))
-      scene = scene.reshape(B, -1, scene.shape[-1])
+      scene = self.connector(rearrange(scene_features, "B (C T) N D -> (B C) T N D", T=T))
+      scene = rearrange(scene, "(B C) V E -> B (C V) E", B=B)
     cached = "object_tokens" in batch
     objects, kept = self.region(
       features,
@@ -160,17 +163,24 @@ class VideoRefer(nn.Module):
       None if cached else batch["region_frames"],
       (batch["object_tokens"], batch["object_kept"]) if cached else None,
     )
-    B, _, E = scene.shape
     scene = shard_act(scene, self.rules, "batch", None, None)
-    rows = jnp.concatenate([scene, objects.reshape(B, -1, E).astype(scene.dtype)], axis=1)
-    valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept.reshape(B, -1)], axis=1)
+    objects = rearrange(objects, "B R U E -> B (R U) E").astype(scene.dtype)
+    rows = jnp.concatenate([scene, objects], axis=1)
+    kept = rearrange(kept, "B R U -> B (R U)")
+    valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept], axis=1)
     return rows, valid
 
   def splice(self, batch: Batch) -> Spliced:
     """Text embeddings with scene and object tokens in their slots, compacted.
 
-    An object may keep fewer than U tokens (ties in the merge, few frames); its spare slots are
-    dropped here, so that positions are those of the published, ragged splice.
+    An object may keep fewer than U tokens (ties in the merge, few frames). Its spare slots are
+    dropped here, so that positions are those of the published splice, whose rows are ragged. Shapes
+    are static: what is dropped goes behind the row. With U = 4, V = 2:
+
+        slot        a  b  v0 v1 c  o0 o1 o2 o3 d  e  -     text a-e, scene v, object o, padding -
+        valid       1  1  1  1  1  1  1  0  0  1  1  0     the object keeps two tokens
+        compacted   a  b  v0 v1 c  o0 o1 d  e  o2 o3 -
+        position    0  1  2  3  4  5  6  7  8 -1 -1 -1
     """
     rows, rows_valid = self.visual_table(self.encode_frames(batch["frames"]), batch)
     is_visual = batch["visual"] >= 0
@@ -179,19 +189,18 @@ class VideoRefer(nn.Module):
     visual = jnp.take_along_axis(rows, row[:, :, None], axis=1).astype(text.dtype)
     valid = batch["valid"] & (~is_visual | jnp.take_along_axis(rows_valid, row, axis=1))
 
+    # False sorts before True, and a stable sort leaves the valid slots in their order.
     order = jnp.argsort(~valid, axis=1, stable=True)
     embeds = jnp.where(is_visual[:, :, None], visual, text)
     valid = jnp.take_along_axis(valid, order, axis=1)
     slots, segments = jnp.arange(valid.shape[1]), batch.get("segments")
     if segments is not None:
       segments = jnp.take_along_axis(segments, order, axis=1)
-      begins = jnp.diff(segments, axis=1, prepend=-2) != 0
-      slots -= jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+      slots -= _segment_starts(segments)
     positions = jnp.where(valid, slots, -1).astype(jnp.int32)
+    embeds = jnp.take_along_axis(embeds, order[:, :, None], axis=1)
     return Spliced(
-      embeds=jnp.where(
-        valid[:, :, None], jnp.take_along_axis(embeds, order[:, :, None], axis=1), 0
-      ),
+      embeds=jnp.where(valid[:, :, None], embeds, 0),
       tokens=jnp.take_along_axis(batch["tokens"], order, axis=1),
       # Nothing predicts the first slot of a sample.
       supervised=jnp.take_along_axis(batch["supervised"], order, axis=1) & (positions > 0),
@@ -255,10 +264,16 @@ class VideoRefer(nn.Module):
     """The connector alone, on the tower features of the scene frames in their order."""
     return self.connector(features)
 
+  def pool_objects(
+    self, features: Float[Array, "C N D"], masks: Num[Array, "C R N"]
+  ) -> Float[Array, "C R D"]:
+    """The tower's features of C frames, pooled under the masks of R objects on each, float32."""
+    return self.region.pool(features[:, None], masks[:, :, None])[:, :, 0]
+
   def object_tokens(
     self, pooled: Float[Array, "R F D"], valid: Bool[Array, "R F"]
   ) -> tuple[Float[Array, "R U E"], Bool[Array, "R U"], Int[Array, "R F"]]:
-    """Of features pooled under each mask: (tokens, which count, the token each frame went to)."""
+    """Features pooled under each mask to (tokens, which count, the token each frame went to)."""
     tokens, kept = self.region.tokens(pooled, valid)
     return tokens, kept, merge_segments(pooled, valid, self.cfg.region.tokens)[0]
 
@@ -295,6 +310,18 @@ class VideoRefer(nn.Module):
     hidden, cache = self.llm(embeds, positions, cache)
     last = jnp.argmax(positions, axis=1)
     return self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+
+
+def _segment_starts(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+  """The slot at which each slot's segment begins.
+
+  segments   0 0 0 1 1 2 2 2
+  begins     0 . . 3 . 5 . .     the slot's own number where a segment begins, else 0
+  cummax     0 0 0 3 3 5 5 5     the last begin before it
+  """
+  slots = jnp.arange(segments.shape[1])
+  begins = jnp.diff(segments, axis=1, prepend=-2) != 0
+  return jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
 
 
 def empty_batch(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes import batch as batches
 from data_pipes.batch import Clip, Row
@@ -14,10 +15,12 @@ from data_pipes.errors import InputError
 from data_pipes.masks import mask_to_grid, segmentation_to_mask
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.evaluation.benchmarks.videorefer import published_record, read_bench
+from vr_jax.evaluation.benchmarks import registry
+from vr_jax.evaluation.benchmarks.videorefer import published_record
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.inference import generate
-from vr_jax.inference.model import Answer, Model
+from vr_jax.inference.model import Model
+from vr_jax.inference.requests import Answer
 from vr_jax.inference.sampling import Sampling, penalize
 from vr_jax.interop import videorefer
 from vr_jax.loading import load
@@ -90,22 +93,22 @@ class Published:
     if scene is None:
       return None
     image = scene.ndim == 3 or len(scene) == 1
-    scene = np.moveaxis(scene[None] if scene.ndim == 3 else scene, 1, -1)
+    scene = rearrange(scene[None] if scene.ndim == 3 else scene, "t c h w -> t h w c")
     numbers = [0] * self.cfg.num_frames if image else list(range(len(scene)))
-    of_clip = dict(enumerate(scene))
+    frames_by_number = dict(enumerate(scene))
     objects: list[dict[int, np.ndarray]] = []
     entry = 0
     for positions in ann_indices or []:
       objects.append({})
       for position in positions:
         number = len(scene) + entry  # each (object, frame) pair has a frame of its own
-        of_clip[number] = np.moveaxis(frames[position], 0, -1)
+        frames_by_number[number] = rearrange(frames[position], "c h w -> h w c")
         cells = mask_to_grid(
           masks[entry], self.cfg.img.grid, self.cfg.image_aspect_ratio, "published"
         )
         objects[-1][number] = cells.reshape(-1)
         entry += 1
-    return Clip(of_clip, numbers, objects)
+    return Clip(frames_by_number, numbers, objects)
 
 
 def to_u8(pixels: np.ndarray) -> np.ndarray:
@@ -167,23 +170,22 @@ def inference_row(published: Published, case: Case, video: str = "video") -> Row
 
 def _forward(published: Published, case: Case) -> Produced:
   if "input_ids" not in case:
-    return Produced({"logits": _embeds_logits(published, case["inputs_embeds"])})
+    logits = _embeds_logits(published, case["inputs_embeds"])
+    return Produced(logits_views(logits, np.ones(logits.shape[:2], bool)))
   training = "labels" in case
   try:
     rows = training_rows(published, case) if training else inference_row(published, case)
   except InputError as error:
     raise Refused(f"B10: {error}") from error
   logits, spliced = jax.device_get(published.forward(published.params, rows))
-  length = _length(case)
+  length = _length(case, spliced.valid)
   if spliced.valid[:, length:].any():
     raise InputError(f"{case.id}: more than {length} slots after the splice")
   valid = spliced.valid[:, :length]
   logits = np.where(valid[:, :, None], logits[:, :length], 0)
   arrays: dict[str, Any] = {
     "inputs_embeds": spliced.embeds[:, :length],
-    "logits": logits,
-    "logits_every8": logits[:, :, ::8],
-    "logits_argmax": logits.argmax(-1).astype(np.int32),
+    **logits_views(logits, valid),
     "out_attention_mask": valid.astype(np.uint8),
   }
   for name in ("inputs_embeds", "logits_argmax"):
@@ -198,17 +200,29 @@ def _forward(published: Published, case: Case) -> Produced:
     arrays["out_labels"] = np.where(supervised, tokens, IGNORE).astype(np.int32)
     arrays["nll"] = np.where(supervised[:, 1:], nll, 0).astype(np.float32)
     arrays["loss"] = np.float32(sums.sum / sums.weight)
-  own = {"inputs_embeds": "inputs_embeds_atol", "loss": "loss_abs"}
+  tolerances = {"inputs_embeds": "inputs_embeds_atol", "loss": "loss_abs"}
   return Produced(
     arrays,
-    atol={name: case.tolerance[key] for name, key in own.items() if key in case.tolerance},
+    atol={name: case.tolerance[key] for name, key in tolerances.items() if key in case.tolerance},
   )
 
 
-def _length(case: Case) -> int:
-  """Slots of the golden sequence, after expansion."""
-  names = ("logits", "logits_every8", "logits_argmax", "inputs_embeds")
-  return next(case.reference(n).shape[1] for n in names if n in case)
+def logits_views(logits: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+  """Whole logits [B, L, V] and what a set may hold in their place; slots of a row fill [B, L]."""
+  last = np.maximum(valid.sum(1) - 1, 0)
+  return {
+    "logits": logits,
+    "logits_every8": logits[:, :, ::8],
+    "logits_argmax": logits.argmax(-1).astype(np.int32),
+    "logits_last": np.take_along_axis(logits, last[:, None, None], axis=1)[:, 0],
+  }
+
+
+def _length(case: Case, valid: np.ndarray) -> int:
+  """Slots of the golden sequence, after expansion; of ours where no array of the case tells."""
+  names = ("logits", "logits_every8", "logits_argmax", "inputs_embeds", "out_attention_mask")
+  lengths = (case.reference(n).shape[1] for n in names if n in case)
+  return next(lengths, int(valid.sum(1).max()))
 
 
 def _embeds_logits(published: Published, embeds: np.ndarray) -> np.ndarray:
@@ -232,10 +246,10 @@ def generation(golden: Golden) -> Iterator[CaseResult]:
 
 def _generate(published: Published, case: Case) -> Produced:
   row = inference_row(published, case, "pixels")
-  asked, eos = case.meta["generate_kwargs"], case.meta["eos_token_id"]
+  options, eos = case.meta["generate_kwargs"], case.meta["eos_token_id"]
   penalty = case.meta["repetition_penalty"]
   model, params = published.model, published.params
-  slots = row["tokens"].shape[1] + asked["max_new_tokens"]
+  slots = row["tokens"].shape[1] + options["max_new_tokens"]
 
   def prefilled():
     return generate.prefill(model, params, row, KVCache.empty(published.cfg.llm, 1, slots))
@@ -244,7 +258,7 @@ def _generate(published: Published, case: Case) -> Produced:
     model,
     params,
     *prefilled(),
-    max_new_tokens=asked["max_new_tokens"],
+    max_new_tokens=options["max_new_tokens"],
     eos_ids=[eos] if isinstance(eos, int) else eos,
     sampling=Sampling(repetition_penalty=penalty),
   )
@@ -276,7 +290,8 @@ def bench_inference(golden: Golden) -> Iterator[CaseResult]:
   recorded = golden.other_json("bench_inference")
   model = load(golden.checkpoint)
   for kind in ("D", "Q"):
-    items = read_bench(golden.path(golden.index["other_json"][f"bench_{kind.lower()}"]))
+    path = golden.path(golden.index["other_json"][f"bench_{kind.lower()}"])
+    items = list(registry.read(registry.benchmark(f"bench-{kind.lower()}"), path).items)
     for mode, published in recorded[kind].items():
       new_tokens = max(len(record["generated_ids"]) for record in published)
       scene = published[0]["video_shape"][0]
@@ -295,18 +310,18 @@ def _bench_pairs(
     prompt, text = question_prompt(item.question, model.tokenizer, "video")
     masks = item.masks(mode)
     size = record["masks_shape"][-2:]
-    segmentations = [m for of in masks for m in of.values()]
+    segmentations = [mask for frames in masks for mask in frames.values()]
     areas = [int(segmentation_to_mask(m, *size).sum()) for m in segmentations]
     tokens = [len(o["tokens"]) for o in answer.objects]
     pairs = {
       "question": item.question,
       "prompt": prompt,
       "input_ids": text.ids.tolist(),
-      "objects_frames": [list(of) for of in masks],
+      "objects_frames": [list(frames) for frames in masks],
       "masks_area": areas,
       "region_token_nums": tokens,
       "generated_ids": list(answer.token_ids),
-      "output_record": published_record(Prediction.of(item, answer.text)),
+      "output_record": published_record(Prediction.for_item(item, answer.text)),
     }
     for key, ours in pairs.items():
       yield (item.id, key), ours, record[key]

@@ -45,6 +45,7 @@ class CaseResult:
   `max_error` and `rms_error` are the largest over the case's arrays (for exact data: of the
   differences), None where nothing numeric was compared; `tolerance` and `rms_tolerance` are what
   the folder allows. `status` is pass, fail, refused by design or skipped; only fail is a failure.
+  `unknown` names the arrays of the case that no code here compares.
   """
 
   stage: str
@@ -55,6 +56,7 @@ class CaseResult:
   tolerance: float | None = None
   rms_tolerance: float | None = None
   note: str = ""
+  unknown: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     def against(name, error, tolerance):
@@ -64,7 +66,9 @@ class CaseResult:
 
     errors = against("max", self.max_error, self.tolerance)
     rms = against("rms", self.rms_error, self.rms_tolerance)
-    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{self.note}".rstrip()
+    unknown = f"not known here, so not compared: {', '.join(self.unknown)}" if self.unknown else ""
+    note = "; ".join(filter(None, [self.note, unknown]))
+    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{note}".rstrip()
 
 
 class Refused(Exception):
@@ -159,27 +163,31 @@ class Produced:
 
 
 def compare(case: Case, produced: Produced) -> CaseResult:
-  """Every expected array of a case with ours: floats within `atol` and `rms_tol`, others equal."""
+  """Every expected array of a case with ours: floats within `atol` and `rms_tol`, others equal.
+
+  An array that ours lack is named as unknown; a case with no other has failed.
+  """
   tolerance = case.tolerance
   problems, notes, worst, worst_rms = [], [produced.note] if produced.note else [], 0.0, 0.0
-  for name in case.expected():
-    wanted = case.reference(name)
-    if name not in produced.arrays:
-      problems.append(f"{name} is not produced")
-      continue
-    found = np.asarray(produced.arrays[name])
-    if found.shape != wanted.shape:
-      problem = f"{name} has shape {list(found.shape)} instead of {list(wanted.shape)}"
+  unknown = tuple(name for name in case.expected() if name not in produced.arrays)
+  known = [name for name in case.expected() if name not in unknown]
+  if unknown and not known:
+    problems.append("nothing was compared")
+  for name in known:
+    expected = case.reference(name)
+    ours = np.asarray(produced.arrays[name])
+    if ours.shape != expected.shape:
+      problem = f"{name} has shape {list(ours.shape)} instead of {list(expected.shape)}"
     else:
-      error = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+      error = np.abs(ours.astype(np.float64) - expected.astype(np.float64))
       largest = float(error.max(initial=0.0))
       rms = float(np.sqrt(np.mean(error**2))) if error.size else 0.0
-      if not np.issubdtype(wanted.dtype, np.floating):
+      if not np.issubdtype(expected.dtype, np.floating):
         within = not error.any()
       elif name in produced.atol:
         within = largest <= produced.atol[name]
       else:
-        allowed = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * np.abs(wanted)
+        allowed = tolerance.get("atol", 0.0) + tolerance.get("rtol", 0.0) * np.abs(expected)
         within = np.all(error <= allowed) and rms <= tolerance.get("rms_tol", np.inf)
       if within or name not in produced.loose:
         worst, worst_rms = np.fmax(worst, largest), np.fmax(worst_rms, rms)
@@ -195,6 +203,7 @@ def compare(case: Case, produced: Produced) -> CaseResult:
     tolerance=tolerance.get("atol", max(produced.atol.values(), default=None)),
     rms_tolerance=tolerance.get("rms_tol"),
     note="; ".join(problems + notes),
+    unknown=unknown,
   )
 
 
@@ -244,18 +253,18 @@ def run_parity(
   no golden set or has no such stage.
   """
   golden = Golden(folder)
-  wanted = list(stages) if stages is not None else golden.stages()
-  for stage in wanted:
+  chosen = list(stages) if stages is not None else golden.stages()
+  for stage in chosen:
     if stage not in golden.stages():
       raise InputError(f"{folder}: no stage {stage!r}; it has {', '.join(golden.stages())}")
   results = []
-  for stage in wanted:
+  for stage in chosen:
     if stage in STAGES:
       module, function = STAGES[stage].split(":")
-      found = getattr(importlib.import_module(module), function)(golden)
+      outcomes: Iterable[CaseResult] = getattr(importlib.import_module(module), function)(golden)
     else:
-      found = [CaseResult(stage, "*", FAIL, note="no code compares this stage")]
-    for result in found:
+      outcomes = [CaseResult(stage, "*", FAIL, note="no code compares this stage")]
+    for result in outcomes:
       report(result)
       results.append(result)
   return results

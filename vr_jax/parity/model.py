@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from data_pipes.masks import mask_to_grid, resize_mask
 from vr_jax.interop import hf_tower, videorefer
+from vr_jax.interop.fields import read_json
 from vr_jax.models.connector import Connector
 from vr_jax.models.region import (
   RegionConfig,
@@ -38,10 +40,10 @@ def siglip(golden: Golden) -> Iterator[CaseResult]:
 
 def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   folder = golden.path(case.meta["tower"]) if "tower" in case.meta else _checkpoint_tower(golden)
-  model_type = videorefer.read_json(folder / "config.json").get("model_type", "")
+  model_type = read_json(folder / "config.json").get("model_type", "")
   if model_type.startswith("clip"):
     raise Skipped("CLIP towers are optional and not built")
-  pixels = jnp.asarray(case["pixel_values"]).transpose(0, 2, 3, 1)
+  pixels = jnp.asarray(rearrange(case["pixel_values"], "b c h w -> b h w c"))
   scale = case.meta.get("scale_embeddings", 1.0)
 
   def run(select_layer, **kwargs):
@@ -61,7 +63,7 @@ def _siglip(golden: Golden, case: Case) -> dict[str, np.ndarray]:
 
 
 def _checkpoint_tower(golden: Golden):
-  fields = videorefer.read_json(golden.checkpoint / "config.json")
+  fields = read_json(golden.checkpoint / "config.json")
   return golden.checkpoint / fields["mm_vision_tower"]
 
 
@@ -80,10 +82,10 @@ def _projector(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   out = {k: np.asarray(v) for k, v in stages({"params": params}, case["x"]).items()}
   arrays = {"y": out["tokens"]}
   for name in ("s1", "s2"):
-    if name in out:  # [b,t,h,w,c] -> [(b t),c,h,w]
-      arrays[name] = out[name].reshape(-1, *out[name].shape[2:]).transpose(0, 3, 1, 2)
+    if name in out:
+      arrays[name] = rearrange(out[name], "b t h w c -> (b t) c h w")
   if "sampler" in out:
-    arrays["sampler"] = out["sampler"].transpose(0, 4, 1, 2, 3)
+    arrays["sampler"] = rearrange(out["sampler"], "b t h w c -> b c t h w")
   return arrays
 
 
@@ -141,9 +143,9 @@ def _region(shared: Case, params, width: int, case: Case) -> Produced:
     batch[b, : len(pairs)] = features[pairs]
     start = 0
     for r, frames in enumerate(row):
-      own = np.arange(start, start := start + len(frames))
-      masks[b, r, own] = on_grid.reshape(-1, grid * grid)[own]
-      region_frames[b, r, : len(own)] = own
+      entries = np.arange(start, start := start + len(frames))
+      masks[b, r, entries] = on_grid.reshape(-1, grid * grid)[entries]
+      region_frames[b, r, : len(entries)] = entries
 
   encoder = RegionEncoder(RegionConfig(width=width, tokens=meta["region_token_num"]))
   out = _encode(encoder, params, batch, masks, region_frames)

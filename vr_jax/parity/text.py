@@ -2,15 +2,15 @@
 
 import functools
 import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange, reduce
 from PIL import Image
 
 from data_pipes.errors import InputError
@@ -42,6 +42,7 @@ from vr_jax.parity.golden import (
   Refused,
   Skipped,
   compare_cases,
+  exact,
 )
 
 _DEFAULT_FRAMES = 8  # the published process_video's num_frames, where a case does not give it (B1)
@@ -50,30 +51,10 @@ _DEFAULT_FRAMES = 8  # the published process_video's num_frames, where a case do
 # --- JSON files: exact, one result for each group of entries -------------------------------------
 
 
-def _read(golden: Golden, name: str) -> Any:
-  return json.loads(golden.path(golden.index["other_json"][name]).read_text(encoding="utf-8"))
-
-
-def _exact(stage: str, group: str, pairs: Iterable[tuple[Any, Any, Any]], note="") -> CaseResult:
-  """One result for many (what, ours, published); the first that differ are named."""
-  count, wrong = 0, []
-  try:
-    for what, ours, published in pairs:
-      count += 1
-      if ours != published:
-        wrong.append(f"{what!r:.60}: {ours!r:.80} instead of {published!r:.80}")
-  except InputError as error:
-    return CaseResult(stage, group, FAIL, note=f"after {count}: {error}")
-  if not wrong:
-    return CaseResult(stage, group, PASS, note=f"{count} equal{note and f'; {note}'}")
-  shown = "; ".join(wrong[:3])
-  return CaseResult(stage, group, FAIL, note=f"{len(wrong)} of {count} differ: {shown}")
-
-
 def frame_sample(golden: Golden) -> Iterator[CaseResult]:
   """Frame numbers of the uniform and the fps rule."""
-  recorded = _read(golden, "frame_sample")
-  yield _exact(
+  recorded = golden.other_json("frame_sample")
+  yield exact(
     "frame_sample",
     "uniform",
     (
@@ -81,7 +62,7 @@ def frame_sample(golden: Golden) -> Iterator[CaseResult]:
       for c in recorded["uniform"]
     ),
   )
-  yield _exact(
+  yield exact(
     "frame_sample",
     "fps",
     (
@@ -97,9 +78,9 @@ def _uniform(frames: int, count: int) -> list[int]:
 
 def prompts(golden: Golden) -> Iterator[CaseResult]:
   """Tokenizer, media tags, chat template, and training dialogues with their label masks."""
-  recorded = _read(golden, "prompts")
+  recorded = golden.other_json("prompts")
   tokenizer = Tokenizer.from_folder(golden.checkpoint)
-  result = functools.partial(_exact, "prompts")
+  result = functools.partial(exact, "prompts")
 
   special = recorded["special"]
   yield result("special", _special(tokenizer, special))
@@ -113,9 +94,12 @@ def prompts(golden: Golden) -> Iterator[CaseResult]:
   yield result(
     "decode_random_ids",
     (
-      (c["ids"], [decode(c["ids"]), decode(c["ids"], True), decode(c["ids"], True).strip()], wanted)
+      (
+        c["ids"],
+        [decode(c["ids"]), decode(c["ids"], True), decode(c["ids"], True).strip()],
+        [c["text"], c["skip_special"], c["strip"]],
+      )
       for c in drawn
-      for wanted in [[c["text"], c["skip_special"], c["strip"]]]
     ),
   )
   tagged = recorded["tokenizer_multimodal_token"]
@@ -137,10 +121,10 @@ def prompts(golden: Golden) -> Iterator[CaseResult]:
 
 def _special(tokenizer: Tokenizer, special: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
   for name in ("eos", "pad", "bos"):
-    wanted = special.get(name)
-    yield name, getattr(tokenizer, f"{name}_id"), wanted and wanted[1]
-    if wanted:
-      yield wanted[0], tokenizer.id_of(wanted[0]), wanted[1]
+    expected = special.get(name)
+    yield name, getattr(tokenizer, f"{name}_id"), expected and expected[1]
+    if expected:
+      yield expected[0], tokenizer.id_of(expected[0]), expected[1]
   yield "<region>", tokenizer.region_id, special["region"]
   for name in ("video", "image", "audio"):
     yield name, MEDIA_IDS[f"<{name}>"], special[name]
@@ -167,7 +151,7 @@ def _dialogue(name: str, case: Mapping[str, Any], tokenizer: Tokenizer) -> CaseR
     if "plain" in case:
       yield from _text_pairs("plain ", plain_text(turns, tokenizer, tag), case["plain"])
 
-  return _exact("prompts", name, pairs())
+  return exact("prompts", name, pairs())
 
 
 def _text_pairs(name: str, text: Text, case: Mapping) -> Iterator[tuple[Any, Any, Any]]:
@@ -177,10 +161,10 @@ def _text_pairs(name: str, text: Text, case: Mapping) -> Iterator[tuple[Any, Any
 
 def bench_q_scoring(golden: Golden) -> Iterator[CaseResult]:
   """Letters read from answers, and the accuracies of the whole list."""
-  recorded = _read(golden, "bench_q_scoring")
+  recorded = golden.other_json("bench_q_scoring")
   items = recorded["items"]
   graded = [answers.grade(i["pred"], i["Answer"], parser="published") for i in items]
-  yield _exact(
+  yield exact(
     "bench_q_scoring",
     "items",
     (
@@ -198,16 +182,19 @@ def bench_q_scoring(golden: Golden) -> Iterator[CaseResult]:
     r"#######\s+(.*?)\s+#######\nall num:\s+(\d+)\nright num:\s+(\d+)\naccuracy:\s+(\S+)",
     recorded["stdout"],
   )
-  wanted = [(name, int(n), int(right), float(share)) for name, n, right, share in printed]
-  yield _exact("bench_q_scoring", "whole", [("accuracies", ours, wanted)])
+  expected = [(name, int(n), int(right), float(share)) for name, n, right, share in printed]
+  yield exact("bench_q_scoring", "whole", [("accuracies", ours, expected)])
   single = [c for c in recorded.get("crashes", ()) if c["pred"] is not None]
-  yield _exact(
+  yield exact(
     "bench_q_scoring",
     "crashes",
     (
-      (c["pred"], answers.grade(c["pred"], "(A)", parser="published").problem, wanted)
+      (
+        c["pred"],
+        answers.grade(c["pred"], "(A)", parser="published").problem,
+        "empty" if c["error"] else None,
+      )
       for c in single
-      for wanted in ["empty" if c["error"] else None]
     ),
     note="an answer that stops the published script counts as wrong here (B16)",
   )
@@ -215,11 +202,11 @@ def bench_q_scoring(golden: Golden) -> Iterator[CaseResult]:
 
 def bench_d_scoring(golden: Golden) -> Iterator[CaseResult]:
   """Scores read from judge replies, and the means of whole lists."""
-  recorded = _read(golden, "bench_d_scoring")
-  yield _exact("bench_d_scoring", "items", _score_items(recorded["items"]))
+  recorded = golden.other_json("bench_d_scoring")
+  yield exact("bench_d_scoring", "items", _score_items(recorded["items"]))
   for part in ("whole", "first6"):
     if part in recorded:
-      yield _exact("bench_d_scoring", part, _score_list(recorded["input"], recorded[part]))
+      yield exact("bench_d_scoring", part, _score_list(recorded["input"], recorded[part]))
 
 
 def _scores(item: Mapping[str, Any]) -> judge_scores.Scores:
@@ -229,10 +216,10 @@ def _scores(item: Mapping[str, Any]) -> judge_scores.Scores:
 
 def _score_items(items: list[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, Any]]:
   for item in items:
-    found = _scores(item)
-    ours = found.error is not None, dict(found.values)
+    scores = _scores(item)
+    ours = scores.error is not None, dict(scores.values)
     yield item["gpt"], ours, (item["dropped"], item["scores"] or {})
-    average = judge_scores.mean_scores([] if found.error else [found]).average
+    average = judge_scores.mean_scores([] if scores.error else [scores]).average
     yield item["gpt"], average is None, item["analyze_error"] is not None
 
 
@@ -242,10 +229,10 @@ def _score_list(
   """The list as the published scripts leave it, their count of errors, and what they print."""
   dropped = int((re.findall(r"error num:\s+(\d+)", part["extract_stdout"]) or ["0"])[0])
   inputs = inputs[: len(part["parsed"]) + dropped]
-  found = [_scores(item) for item in inputs]
-  result = judge_scores.mean_scores(found)
+  scores = [_scores(item) for item in inputs]
+  result = judge_scores.mean_scores(scores)
   yield "dropped", result.failed, dropped
-  kept = [{**i, **s.values} for i, s in zip(inputs, found, strict=True) if s.error is None]
+  kept = [{**i, **s.values} for i, s in zip(inputs, scores, strict=True) if s.error is None]
   yield "parsed", kept, part["parsed"]
   lines = "".join(f"{d.name} :  {d.mean}\n{d.n}\n" for d in result.dimensions if d.mean is not None)
   if result.average is not None:
@@ -342,17 +329,19 @@ def _at_model(
     u8 = np.stack([to_model(frame, size, aspect_ratio) for frame in frames])
     pixels = normalise(u8)
     name = f"{prefix}u8" if prefix else "pixels_u8"
-    arrays[name], atol[name] = u8.transpose(0, 3, 1, 2), levels
+    arrays[name], atol[name] = rearrange(u8, "t h w c -> t c h w"), levels
     if name in case and "pixel_mean_abs" in case.tolerance:
       gap = abs(pixels.mean() - normalise(case.reference(name)).mean())
       _same("mean pixel within tolerance", bool(gap <= case.tolerance["pixel_mean_abs"]), True)
     if f"{prefix}patch_means" in case:
       n = case.reference(f"{prefix}patch_means").shape[1]
       side = size // n
-      patches = pixels[:, : n * side, : n * side].reshape(-1, n, side, n, side, 3)
-      arrays[f"{prefix}patch_means"] = patches.mean((2, 4))
+      whole = pixels[:, : n * side, : n * side]
+      arrays[f"{prefix}patch_means"] = reduce(
+        whole, "t (i y) (j x) c -> t i j c", "mean", y=side, x=side
+      )
     if not prefix:
-      arrays["pixel_values"] = pixels.transpose(0, 3, 1, 2)
+      arrays["pixel_values"] = rearrange(pixels, "t h w c -> t c h w")
       wide = pixels.astype(np.float64)
       arrays["channel_mean"] = wide.mean((1, 2))
       arrays["channel_std"] = wide.std((1, 2), ddof=1)
@@ -370,10 +359,10 @@ def _media(golden: Golden, meta: Mapping[str, Any]) -> Path:
   if path.exists():
     return path
   folder = os.environ.get("VR_MEDIA_DIR")
-  found = _by_sha256(folder).get(meta.get("sha256", "")) if folder else None
-  if found is None:
+  file = _by_sha256(folder).get(meta.get("sha256", "")) if folder else None
+  if file is None:
     raise Skipped("not run (file not in the folder)")
-  return found
+  return file
 
 
 @functools.cache

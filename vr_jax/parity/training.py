@@ -32,16 +32,17 @@ from vr_jax.training.step import TrainState, check_metrics, make_step, micro_bat
 ALL_BUT_TOWER: ScheduleTable = (("img/.*", None), (".*", {}))
 
 
-class Findings:
-  """Differences of one case, each held against its own limit; the worst one is reported."""
+class Differences:
+  """Differences of one case, each held against its own limit; the largest one is reported."""
 
   def __init__(self) -> None:
     self.problems: list[str] = []
     self.worst: dict[str, float] = {}
+    self.unknown: list[str] = []  # arrays that no code here compares
 
-  def near(self, kind: str, name: str, found: float, wanted: float, limit: float) -> None:
-    """`found` is `wanted` within `limit`."""
-    self.error(kind, name, abs(found - wanted), limit, f"{found:.6g} instead of {wanted:.6g}")
+  def near(self, kind: str, name: str, ours: float, expected: float, limit: float) -> None:
+    """`ours` is `expected` within `limit`."""
+    self.error(kind, name, abs(ours - expected), limit, f"{ours:.6g} instead of {expected:.6g}")
 
   def error(self, kind: str, name: str, error: float, limit: float, text: str = "") -> None:
     """An error that must be at most `limit`. `worst` keeps the largest share of the limit."""
@@ -49,9 +50,9 @@ class Findings:
     if not error <= limit:
       self.problems.append(f"{kind} {name}: {text or f'{error:.2e}, accepted {limit:.2e}'}")
 
-  def equal(self, kind: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-      self.problems.append(f"{kind}: found {found}, expected {wanted}")
+  def equal(self, kind: str, ours: Any, expected: Any) -> None:
+    if ours != expected:
+      self.problems.append(f"{kind}: found {ours}, expected {expected}")
 
   def result(self, case: Case, max_error: float, tolerance: float, note: str = "") -> CaseResult:
     more = f"; and {len(self.problems) - 4} more" if len(self.problems) > 4 else ""
@@ -65,6 +66,7 @@ class Findings:
       note="; ".join(self.problems[:4]) + more
       if self.problems
       else f"of the limits: {shares}{note}",
+      unknown=tuple(self.unknown),
     )
 
 
@@ -98,25 +100,30 @@ def gradients(golden: Golden) -> Iterator[CaseResult]:
 def _compare_gradients(
   case: Case, grads: Mapping[str, np.ndarray], metrics: Mapping[str, Any]
 ) -> CaseResult:
-  found, meta, tolerance = Findings(), case.meta, case.tolerance
+  differences, meta, tolerance = Differences(), case.meta, case.tolerance
   total = meta["global_norm"]
-  found.near("loss", "", float(metrics["loss"]), meta["loss"], 1e-4)
-  found.equal("trained", sorted(grads), sorted([*meta["norms"], *meta["params_without_grad"]]))
-  own_total = np.sqrt(sum(_norm(g) ** 2 for g in grads.values()))
-  found.near("norm", "global", own_total, total, tolerance["norm_rel"] * total)
+  differences.near("loss", "", float(metrics["loss"]), meta["loss"], 1e-4)
+  differences.equal(
+    "trained", sorted(grads), sorted([*meta["norms"], *meta["params_without_grad"]])
+  )
+  our_total = np.sqrt(sum(_norm(g) ** 2 for g in grads.values()))
+  differences.near("norm", "global", our_total, total, tolerance["norm_rel"] * total)
   for name, norm in meta["norms"].items():
     if name in grads:
       limit = tolerance["norm_rel"] * norm + 1e-6 * total
-      found.near("norm", name, _norm(grads[name]), norm, limit)
+      differences.near("norm", name, _norm(grads[name]), norm, limit)
   worst = 0.0
   for array in case.expected():
     kind, _, name = array.partition("/")
+    if kind not in ("grad", "grad_rows16") or name not in grads:
+      differences.unknown.append(array)
+      continue
     ours = grads[name][::16] if kind == "grad_rows16" else grads[name]
     theirs = case.reference(array)
     error, size = _norm(ours - theirs), _norm(theirs)
     worst = max(worst, error / max(size, 1e-6 * total))
-    found.error("gradient", name, error, tolerance["grad_rel_l2"] * size + 1e-6 * total)
-  return found.result(case, worst, tolerance["grad_rel_l2"])
+    differences.error("gradient", name, error, tolerance["grad_rel_l2"] * size + 1e-6 * total)
+  return differences.result(case, worst, tolerance["grad_rel_l2"])
 
 
 # --- 06b_training -----------------------------------------------------------------------------
@@ -190,43 +197,46 @@ def run(golden: Golden, published: Published, config: ConfigDict, order: list[in
 
 def compare_run(case: Case, config: ConfigDict, published: Published, ours: Run) -> CaseResult:
   """A run of ours with the recorded one."""
-  meta, tolerance, found = case.meta, case.tolerance, Findings()
-  _check_groups(found, meta, config, published, ours.before)
+  meta, tolerance, differences = case.meta, case.tolerance, Differences()
+  _check_groups(differences, meta, config, published, ours.before)
   losses = np.concatenate([m["micro_loss"] for m in ours.metrics])
-  found.equal("micro-batches", len(losses), len(meta["micro_losses"]))
+  differences.equal("micro-batches", len(losses), len(meta["micro_losses"]))
   worst = 0.0
-  for k, (loss, wanted) in enumerate(zip(losses, meta["micro_losses"], strict=False)):
-    worst = max(worst, abs(float(loss) - wanted))
-    found.near("loss", f"of micro-batch {k}", float(loss), wanted, tolerance["loss_abs"])
+  for k, (loss, expected) in enumerate(zip(losses, meta["micro_losses"], strict=False)):
+    worst = max(worst, abs(float(loss) - expected))
+    differences.near("loss", f"of micro-batch {k}", float(loss), expected, tolerance["loss_abs"])
   for k, (metrics, norm, lrs) in enumerate(
     zip(ours.metrics, meta["grad_norms_before_clip"], meta["lrs"], strict=True)
   ):
     # Later steps follow Adam's sign-like updates, which amplify rounding.
     limit = (1e-4 if k == 0 else 5e-3) * norm
-    found.near("gradient norm", f"of step {k}", float(metrics["grad_norm"]), norm, limit)
+    differences.near("gradient norm", f"of step {k}", float(metrics["grad_norm"]), norm, limit)
     rates = sorted({float(v) for name, v in metrics.items() if name.startswith("lr")})
-    found.equal(f"learning rates of step {k}", len(rates), len(set(lrs)))
-    for rate, wanted in zip(rates, sorted(set(lrs)), strict=False):
-      found.near("learning rate", f"of step {k}", rate, wanted, 1e-6 * config.lr)
+    differences.equal(f"learning rates of step {k}", len(rates), len(set(lrs)))
+    for rate, expected in zip(rates, sorted(set(lrs)), strict=False):
+      differences.near("learning rate", f"of step {k}", rate, expected, 1e-6 * config.lr)
 
-  found.equal("changed", sorted(ours.after), sorted(meta["param_delta_norms"]))
+  differences.equal("changed", sorted(ours.after), sorted(meta["param_delta_norms"]))
   rel = tolerance["delta_norm_rel"]
   for name in ours.after.keys() & meta["param_delta_norms"].keys():
     change = _norm(ours.after[name].astype(np.float64) - ours.before[name])
-    wanted = meta["param_delta_norms"][name]
-    found.near("change", name, change, wanted, rel * wanted + 1e-9)
-    wanted = meta["param_norms_after"][name]
-    found.near("norm", name, _norm(ours.after[name]), wanted, 1e-4 * wanted + 1e-9)
+    expected = meta["param_delta_norms"][name]
+    differences.near("change", name, change, expected, rel * expected + 1e-9)
+    expected = meta["param_norms_after"][name]
+    differences.near("norm", name, _norm(ours.after[name]), expected, 1e-4 * expected + 1e-9)
   for array in case.expected():
     name = array.removeprefix("after/")
+    if name == array or name not in ours.after:
+      differences.unknown.append(array)
+      continue
     theirs = case.reference(array).astype(np.float64)
     limit = rel * _norm(theirs - ours.before[name])
-    found.error("distance", name, _norm(ours.after[name] - theirs), limit)
-  return found.result(case, worst, tolerance["loss_abs"])
+    differences.error("distance", name, _norm(ours.after[name] - theirs), limit)
+  return differences.result(case, worst, tolerance["loss_abs"])
 
 
 def _check_groups(
-  found: Findings,
+  differences: Differences,
   meta: Mapping[str, Any],
   config: ConfigDict,
   published: Published,
@@ -234,13 +244,13 @@ def _check_groups(
 ) -> None:
   """Which parameters train, and which of them decay."""
   if isinstance(meta["trainable"], list):
-    found.equal("trainable", sorted(trained), sorted(meta["trainable"]))
+    differences.equal("trainable", sorted(trained), sorted(meta["trainable"]))
   if meta["no_decay_names"] is not None:
     factors = match_table(published.params, config.wd_mults, "wd_mults")
     factors = jax.tree.map(lambda f, p: np.full(p.shape, f), factors, published.params)
     factors = to_published(published.cfg, split_by_table(factors, config.schedule)[0])
     spared = sorted(name for name, factor in factors.items() if not factor.any())
-    found.equal("without decay", spared, sorted(meta["no_decay_names"]))
+    differences.equal("without decay", spared, sorted(meta["no_decay_names"]))
 
 
 def _batches(

@@ -436,7 +436,7 @@ def suggest(step: Step, target: Target, measured: Measured) -> str:
   if choices:
     # The least recomputation, then the fewest micro-batches.
     policy = choices[0][1]
-    rows = max(rows for rows, of in choices if of == policy)
+    rows = max(rows for rows, other in choices if other == policy)
     if (rows, policy) == (step.device_rows, llm.remat):
       return "remat and rows are the best that fit (estimated)"
     peak = (fixed + saved(rows, policy)) / GIB

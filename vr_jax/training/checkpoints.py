@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from vr_jax.checkpoint import Damaged, restore_items
 from vr_jax.params import sub_tree
 from vr_jax.training.step import TrainState
@@ -133,10 +133,10 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # orbax and tensorstore raise all kinds
-      text = " ".join(str(error).split())
-      if found := next((words for words in STORAGE if words in text), None):
+      text = one_line(error, limit=10_000)
+      if reason := next((words for words in STORAGE if words in text), None):
         raise InputError(
-          f"{self.folder}: a checkpoint could not be saved: {found}; those before it are intact"
+          f"{self.folder}: a checkpoint could not be saved: {reason}; those before it are intact"
         ) from error
       raise
 

@@ -147,25 +147,25 @@ def make_frame_cache(
   def features(params, frames):
     return module.apply({"params": params}, frames, method="encode_frames")[0]
 
-  def of_shard(shard: int) -> dict[bytes, tuple[StoredClip, int]]:
-    found = {}
+  def frames_of(shard: int) -> dict[bytes, tuple[StoredClip, int]]:
+    frames = {}
     for i in shards.of_shard(shard):
       record = shards[i]
       if record.media is not None:
         for number in scene_numbers(record.stored, record.media == "image", T):
-          found[frame_key(record.stored, number)] = (record.stored, number)
-    return found
+          frames[frame_key(record.stored, number)] = (record.stored, number)
+    return frames
 
-  def encoded(wanted: dict[bytes, tuple[StoredClip, int]]) -> Iterator[tuple[bytes, np.ndarray]]:
-    keys = list(wanted)
+  def encoded(stored: dict[bytes, tuple[StoredClip, int]]) -> Iterator[tuple[bytes, np.ndarray]]:
+    keys = list(stored)
     for first in range(0, len(keys), batch_size):
-      own = keys[first : first + batch_size]
+      part = keys[first : first + batch_size]
       frames = np.zeros((1, batch_size, cfg.img.image_size, cfg.img.image_size, 3), np.uint8)
-      for k, key in enumerate(own):
-        clip, number = wanted[key]
+      for k, key in enumerate(part):
+        clip, number = stored[key]
         (pixels,) = read_scene(clip, [number])
         frames[0, k] = to_model(pixels, cfg.img.image_size, rules.aspect_ratio)
-      yield from zip(own, np.asarray(features(params, frames)), strict=False)
+      yield from zip(part, np.asarray(features(params, frames)), strict=False)
 
   most, line = frame_cache_size(shards, cfg)
   there = sum(path.stat().st_size for path in Path(out).glob("frames-*"))
@@ -173,7 +173,7 @@ def make_frame_cache(
   if most - there > (free := shutil.disk_usage(out).free):
     raise InputError(f"{out}: {free / 1e9:.3f} GB are free; {line}")
   writer = FrameFeaturesWriter(out, index)
-  return sum(writer.write(shard, encoded(of_shard(shard))) for shard in writer.left())
+  return sum(writer.write(shard, encoded(frames_of(shard))) for shard in writer.left())
 
 
 def _text(objects: int, media: bool) -> Text:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipes.files import replaced
+
 log = logging.getLogger(__name__)
 SILENT = 60.0  # seconds after which a process counts as not heard of; each tells every ten
 
@@ -27,7 +29,7 @@ class Heartbeat:
     self._folder, self._index, self._count, self._stall = folder, index, count, stall_seconds
     self._pause = min(10.0, stall_seconds / 3)
     self._at: tuple[int, str, float] = (0, "start", time.time())
-    self._told = False
+    self._warned = False
     self._ended = threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
     self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -35,7 +37,7 @@ class Heartbeat:
 
   def at(self, step: int, doing: str) -> None:
     """This process is in step `step` (from 1), doing "input", "step" or "checkpoint"."""
-    self._at, self._told = (step, doing, time.time()), False
+    self._at, self._warned = (step, doing, time.time()), False
 
   def close(self) -> None:
     self._ended.set()
@@ -52,10 +54,10 @@ class Heartbeat:
     while not self._ended.wait(self._pause):
       self._write()
       waited = time.time() - self._at[2]
-      if waited > self._stall and not self._told:
-        self._told = True
-        told = read_beats(self._folder, self._count)
-        line, culprits = stalled(told, time.time(), SILENT)
+      if waited > self._stall and not self._warned:
+        self._warned = True
+        beats = read_beats(self._folder, self._count)
+        line, culprits = stalled(beats, time.time(), SILENT)
         # One that waits speaks for all.
         if self._index == min(set(range(self._count)) - set(culprits), default=0):
           log.warning("no progress for %.0f s: %s", waited, line)
@@ -65,16 +67,15 @@ class Heartbeat:
     step, doing, since = self._at
     beat = {"host": socket.gethostname(), "step": step, "doing": doing, "since": since}
     file = self._folder / f"{self._index}.json"
-    part = file.with_suffix(".part")
     try:
-      part.write_text(json.dumps({**beat, "now": time.time()}), encoding="utf-8")
-      part.replace(file)
+      with replaced(file, durable=False) as part:  # a beat that a power cut loses is none
+        part.write_text(json.dumps({**beat, "now": time.time()}), encoding="utf-8")
     except OSError as error:
       log.warning("%s: %s", file, error)
 
 
 def read_beats(folder: Path, count: int) -> list[Mapping[str, Any] | None]:
-  """What each of the processes told last, None for one that told nothing."""
+  """The last beat of each process, None for one that wrote none."""
   beats: list[Mapping[str, Any] | None] = []
   for index in range(count):
     try:
@@ -95,7 +96,8 @@ def stalled(
   gone = [i for i, beat in enumerate(beats) if beat is None or now - beat["now"] > silent]
   heard = {i: beat for i, beat in enumerate(beats) if beat is not None and i not in gone}
   if gone:
-    names = (f"process {i} ({beats[i]['host'] if beats[i] else 'host unknown'})" for i in gone)
+    hosts = (beat["host"] if beat else "host unknown" for beat in (beats[i] for i in gone))
+    names = (f"process {i} ({host})" for i, host in zip(gone, hosts, strict=True))
     return f"not heard of: {', '.join(names)}", gone
   # In a step and waiting for the others counts as further than getting ready for it.
   done = {i: (beat["step"], beat["doing"] == "step") for i, beat in heard.items()}

@@ -24,14 +24,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from data_pipes.files import write_text
+from vr_jax.arrays import Array
 from vr_jax.checkpoint import export, make_meta
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
 from vr_jax.hardware import chip_of
-from vr_jax.models.decoder import is_quantized, quantized
+from vr_jax.models.quantize import is_quantized, quantized
 from vr_jax.params import Params, merge, param_shardings, path_names, sub_tree
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.checkpoints import Checkpoints
@@ -40,7 +41,7 @@ from vr_jax.training.metrics import Ledger, MetricsWriter, Profiler, Progress, r
 from vr_jax.training.processes import agree
 from vr_jax.training.schedule import Optimizer, count_steps, make_optimizer
 from vr_jax.training.step import Metrics, TrainState, check_metrics, make_step, micro_batches
-from vr_jax.training.task import Rows, Task, make_task
+from vr_jax.training.task import Rows, Task, make_task, task_name
 
 # Fields that may change between the runs of one work directory: they decide where things lie and
 # what is reported, not what is computed (up to the order of sums on another mesh).
@@ -94,29 +95,19 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
   total = total_steps(config, task.data_size)
   mesh = make_mesh(config.mesh)
   check_rules(config.sharding_rules, mesh)
-  rows_sharding = batch_sharding(mesh, config.sharding_rules, leading=1)
-  parts = accum_steps(config, rows_sharding)
+  place = _placement(config, mesh)
   with contextlib.ExitStack() as stack:
     profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile"))
     stack.enter_context(jax.set_mesh(mesh))
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(task.init, key)
-    optimizer = make_optimizer(config, shapes, total_steps=total, data_size=task.data_size)
-    target = state_target(config, shapes, optimizer, mesh)
     checkpoints = stack.enter_context(
       Checkpoints(
         workdir / "checkpoints", keep=config.keep_ckpts, keep_every=config.keep_ckpt_steps
       )
     )
-    restored = checkpoints.restore_latest(target)
-    state, position = restored or (initial_state(task, optimizer, target, key), 0)
+    state, position, train_step = _begin(config, task, total, mesh, checkpoints)
     first = int(state.step)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    train_step = make_step(
-      task.loss, optimizer, accum_mean=config.accum_mean, shardings=shardings, cuts=task.cuts
-    )
     if jax.process_index() == 0:
-      (workdir / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
+      write_text(workdir / "config.json", to_json(config) + "\n")
     meta = make_meta(task.model, task.tokenizer_files, task.generation, json.loads(to_json(config)))
     batches = task.batches(position, total) if first < total else iter(())
     report = stack.enter_context(Report(config, task, workdir, first, total))
@@ -138,18 +129,53 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
         return Result(step, False, report.last)
       profiler.before(step + 1, report.flush)
       heartbeat.at(step + 1, "input")
-      drawn = report.ledger.timed("input", next, batches)
+      rows = report.ledger.timed("input", next, batches)
       heartbeat.at(step + 1, "step")
-      rows = micro_batches(drawn, parts)
-      rows = {k: jax.make_array_from_process_local_data(rows_sharding, v) for k, v in rows.items()}
       position += 1
-      state, metrics = train_step(state, rows)
-      report.add(step + 1, metrics, drawn)
+      state, metrics = train_step(state, place(rows))
+      report.add(step + 1, metrics, rows)
     report.flush()
     checkpoints.save(state, position, meta)
     if "ema" in state.opt_state and not (workdir / "ema").exists():
       export(workdir / "ema", merge(state.opt_state["ema"], state.params_frozen), meta)
     return Result(total, True, report.last)
+
+
+def _begin(
+  config: ConfigDict, task: Task, total: int, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, int, Callable[[TrainState, Any], tuple[TrainState, Metrics]]]:
+  """What the loop begins with: the state, the position in the data, and the compiled step.
+
+  The state is described first, with its place on the mesh, and then filled: from the newest
+  checkpoint, else from what the task starts from. No array is ever whole on one device first.
+  """
+  key = jax.random.key(config.seed)
+  shapes = jax.eval_shape(task.init, key)
+  optimizer = make_optimizer(config, shapes, total_steps=total, data_size=task.data_size)
+  target = state_target(config, shapes, optimizer, mesh)
+  restored = checkpoints.restore_latest(target)
+  state, position = restored or (initial_state(task, optimizer, target, key), 0)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+  train_step = make_step(
+    task.loss, optimizer, accum_mean=config.accum_mean, shardings=shardings, cuts=task.cuts
+  )
+  return state, position, train_step
+
+
+def _placement(config: ConfigDict, mesh: Mesh) -> Callable[[Rows], dict[str, Array]]:
+  """From this process's host rows [B, ...] to the step's arrays [A, B/A, ...] on the mesh.
+
+  Raises:
+    InputError: the batch does not spread evenly, see `accum_steps`.
+  """
+  sharding = batch_sharding(mesh, config.sharding_rules, leading=1)
+  parts = accum_steps(config, sharding)
+
+  def place(rows: Rows) -> dict[str, Array]:
+    local = micro_batches(rows, parts)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
+
+  return place
 
 
 def total_steps(config: ConfigDict, data_size: int) -> int:
@@ -239,8 +265,8 @@ def state_target(
 
 def initial_state(task: Task, optimizer: Optimizer, target: TrainState, key: Array) -> TrainState:
   """The state of step 0: weights that the task starts from, the rest initialised in place."""
-  wanted = target.params()
-  loaded = task.start(wanted)
+  shapes = target.params()
+  loaded = task.start(shapes)
 
   def put(path, x, like):
     if not is_quantized(like):
@@ -249,8 +275,8 @@ def initial_state(task: Task, optimizer: Optimizer, target: TrainState, key: Arr
     quantize = jax.jit(functools.partial(quantized, path), out_shardings=shardings)
     return quantize(jax.device_put(x, like.qvalue.sharding))
 
-  loaded = jax.tree.map(put, path_names(loaded), loaded, sub_tree(wanted, loaded))
-  rest = _without(wanted, loaded)
+  loaded = jax.tree.map(put, path_names(loaded), loaded, sub_tree(shapes, loaded))
+  rest = _without(shapes, loaded)
 
   def init(key):
     def cast(path, x, like):
@@ -344,7 +370,7 @@ class Report:
       self._progress.update(step, self.last, line=logged)
 
   def _rates(self, tokens: int, flops: int, seconds: float) -> dict[str, float]:
-    """Of all processes, taking the others' rows to be like these; MFU where the chip is known."""
+    """Rates over all processes, as if the others' rows were like these; MFU on a known chip."""
     count = jax.process_count()
     rates = {"tokens_per_second": tokens * count / seconds}
     if self._chip:
@@ -369,7 +395,7 @@ class Report:
 def stop_signals(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
   """Gives `stopped(step)`: SIGTERM or Ctrl-C came. A second Ctrl-C interrupts at once.
 
-  Of several processes all stop at the same step, whichever got the signal.
+  Where there are several processes, all stop at the same step, whichever got the signal.
   """
   came: list[int] = []
   several = jax.process_count() > 1
@@ -380,7 +406,7 @@ def stop_signals(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
     if several:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  # Of several, JAX itself watches for SIGTERM and tells the others.
+  # With several processes JAX itself watches for SIGTERM and tells the others.
   watched = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
   try:
     before = {s: signal.signal(s, note) for s in watched}
@@ -413,6 +439,8 @@ def _check_workdir(workdir: Path, config: ConfigDict) -> None:
     raise InputError(f"{workdir}: found checkpoints without config.json; use another workdir")
   changed = diff(from_json(file.read_text(encoding="utf-8")), config)
   changed = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+  if "task" in changed and len({task_name(name) for name in changed["task"]}) == 1:
+    del changed["task"]  # the module of the task has moved
   if changed:
     listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
     raise InputError(f"{workdir} was made with another config: {listed}; use another workdir")

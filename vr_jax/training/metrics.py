@@ -1,7 +1,5 @@
 """What a run reports: JSON lines always, TensorBoard, progress, where the time went, traces."""
 
-import functools
-import json
 import os
 import resource
 import sys
@@ -15,7 +13,9 @@ import jax
 import rich.console
 import rich.progress
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
+from data_pipes.files import JsonLines, read_json_lines, write_text
+from vr_jax.compiling import compile_seconds
 from vr_jax.training.tensorboard import EventWriter
 
 
@@ -42,22 +42,22 @@ class MetricsWriter:
     config: Mapping[str, Any] | None = None,
   ):
     self._wandb = _wandb_run(wandb, Path(workdir), config) if wandb else None
-    path = Path(workdir) / "metrics.jsonl"
-    if path.exists():
-      _forget_after(path, first_step)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+    self._lines = JsonLines(
+      Path(workdir) / "metrics.jsonl",
+      key=lambda line: line["step"],
+      keep=lambda line: line["step"] <= first_step,
+    )
     self._events = EventWriter(Path(workdir) / "tensorboard", first_step)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes numbers (floats in full precision) of one finished step."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    self._lines.add({"step": step, **values})
     self._events.scalars(step, values)
     if self._wandb:
       self._wandb.log(dict(values), step=step)
 
   def close(self) -> None:
-    self._file.close()
+    self._lines.close()
     self._events.close()
     if self._wandb:
       self._wandb.finish()
@@ -79,7 +79,7 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) ->
     ) from None
   file = workdir / "wandb_id"
   if not file.exists():
-    file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+    write_text(file, uuid.uuid4().hex[:16])
   try:
     return wandb.init(
       project=project,
@@ -91,17 +91,12 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) ->
       settings=wandb.Settings(silent=True),
     )
   except (wandb.errors.Error, OSError) as error:
-    raise InputError(f"config.wandb={project!r}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
+    raise InputError(f"config.wandb={project!r}: {one_line(error)}") from error
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
   """The lines of W/metrics.jsonl; one that a kill cut short is left out."""
-  lines = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-  return [entry for line in lines if (entry := _parse(line)) is not None]
+  return read_json_lines(Path(workdir) / "metrics.jsonl")
 
 
 class Progress:
@@ -173,8 +168,7 @@ class Ledger:
   """
 
   def __init__(self):
-    _listen()
-    self._began, self._compiled = time.perf_counter(), _compiled[0]
+    self._began, self._compiled = time.perf_counter(), compile_seconds()
     self._parts = {"input": 0.0, "checkpoint": 0.0}
 
   def timed(self, part: str, fn: Callable, *args: Any) -> Any:
@@ -186,23 +180,9 @@ class Ledger:
 
   def seconds(self) -> dict[str, float]:
     """So far: step, input, checkpoint, compile."""
-    known = {**self._parts, "compile": _compiled[0] - self._compiled}
+    known = {**self._parts, "compile": compile_seconds() - self._compiled}
     step = time.perf_counter() - self._began - sum(known.values())
     return {"step": max(step, 0.0), **known}
-
-
-_compiled = [0.0]
-
-
-@functools.cache
-def _listen() -> None:
-  """Has JAX tell how long it compiles; a listener stays for the life of the process."""
-
-  def listen(event: str, seconds: float, **_: Any) -> None:
-    if event.startswith("/jax/core/compile/backend_compile"):
-      _compiled[0] += seconds
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 class Profiler:
@@ -248,22 +228,3 @@ def resident_gb() -> float:
   except OSError:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _forget_after(path: Path, step: int) -> None:
-  kept = [
-    line
-    for line in path.read_text(encoding="utf-8").splitlines()
-    if (entry := _parse(line)) is not None and entry["step"] <= step
-  ]
-  # Replaced in one go, so that a kill here loses nothing.
-  new = path.with_suffix(".jsonl.new")
-  new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-  new.replace(path)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-  try:
-    return json.loads(line)
-  except json.JSONDecodeError:
-    return None

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import package_versions
 from vr_jax.configs import diff, from_json, to_json
+from vr_jax.training.task import task_name
 
 _PLAIN = ("VR_COORDINATOR", "VR_PROCESSES", "VR_PROCESS")
 
@@ -36,7 +37,7 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
   Raises:
     InputError: settings that say something impossible.
   """
-  arguments = found(environ)
+  arguments = coordinator(environ)
   if arguments is None:
     return
   seconds = environ.get("VR_HEARTBEAT_SECONDS", "100")
@@ -47,14 +48,14 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
   )
 
 
-def found(environ: Mapping[str, str]) -> dict[str, Any] | None:
+def coordinator(environ: Mapping[str, str]) -> dict[str, Any] | None:
   """What the environment says, as arguments of `jax.distributed.initialize`; None: one process.
 
   Raises:
     InputError: some of the VR_ variables are missing, or out of range.
   """
-  coordinator = environ.get("VR_COORDINATOR")
-  if coordinator == "auto":
+  address = environ.get("VR_COORDINATOR")
+  if address == "auto":
     return {}
   if given := [name for name in _PLAIN if environ.get(name)]:
     if len(given) < len(_PLAIN):
@@ -65,13 +66,13 @@ def found(environ: Mapping[str, str]) -> dict[str, Any] | None:
     count, index = environ["VR_PROCESSES"], environ["VR_PROCESS"]
     host, colon, port = environ["VR_COORDINATOR"].rpartition(":")
     if not (host and colon and port.isdecimal()):
-      raise InputError(f"VR_COORDINATOR={coordinator!r}: accepted: HOST:PORT, or auto")
+      raise InputError(f"VR_COORDINATOR={address!r}: accepted: HOST:PORT, or auto")
     if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
       raise InputError(
         f"VR_PROCESS={index!r} of VR_PROCESSES={count!r}: accepted: 0 to VR_PROCESSES - 1"
       )
     numbers = {"num_processes": int(count), "process_id": int(index)}
-    return {"coordinator_address": coordinator, **numbers} if int(count) > 1 else None
+    return {"coordinator_address": address, **numbers} if int(count) > 1 else None
   tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")  # of `srun`; a shell in an allocation has none
   workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
   return {} if tasks != "1" or len(workers) > 1 else None
@@ -93,20 +94,20 @@ def agree(config: ConfigDict) -> None:
   }
   first, *others = (json.loads(text) for text in gather(json.dumps(mine)))
   for index, other in enumerate(others, 1):
-    if found := differences(first, other):
+    if lines := differences(first, other):
       raise InputError(
         f"process {index} ({other['host']}) does not run what process 0 ({first['host']}) runs: "
-        f"{'; '.join(found)}; start all with the same command and the same installation"
+        f"{'; '.join(lines)}; start all with the same command and the same installation"
       )
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-  """What two processes told `agree`, compared, in words; the host aside."""
-  a, b = (from_json(json.dumps(told["config"])) for told in (first, other))
+  """In what two processes differ, in words; each as `agree` describes it, the host aside."""
+  a, b = (from_json(json.dumps(process["config"])) for process in (first, other))
   lines = [f"config.{key} is {there!r}, not {here!r}" for key, (here, there) in diff(a, b).items()]
   versions = {*first["versions"].items()} ^ {*other["versions"].items()}
   for package in sorted({name for name, _ in versions}):
-    here, there = (told["versions"].get(package) for told in (first, other))
+    here, there = (process["versions"].get(package) for process in (first, other))
     lines.append(f"{package} is {there}, not {here}")
   if first["code"] != other["code"]:
     lines.append("the files of vr_jax, data_pipes or of the task differ")
@@ -129,6 +130,7 @@ def code_digest(task: str) -> str:
   for package in ("vr_jax", "data_pipes"):
     spec = importlib.util.find_spec(package)
     _digest(code, Path(spec.submodule_search_locations[0]).rglob("*.py"))
+  task = task_name(task)
   module = importlib.util.find_spec(task.partition(":")[0]) if ":" in task else None
   if module is not None and module.origin:
     _digest(code, [Path(module.origin)])

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.configs import check_keys
 from vr_jax.params import Params, by_path, match_table
 
@@ -128,8 +129,8 @@ def make_optimizer(
 
     params_train = jax.tree_util.tree_map_with_path(stepped, params_train, directions)
     new = {
-      name: jax.tree.map(lambda m: m.astype(config.moments_dtype), of)
-      for name, of in (("mu", moments.mu), ("nu", moments.nu))
+      name: jax.tree.map(lambda m: m.astype(config.moments_dtype), moment)
+      for name, moment in (("mu", moments.mu), ("nu", moments.nu))
     }
     if config.ema_decay:
       new["ema"] = jax.tree.map(
@@ -142,7 +143,7 @@ def make_optimizer(
 
 def count_steps(
   prefix: str,
-  options: Mapping[str, Any],
+  options: Mapping[str, Any] | ConfigDict,
   where: str,
   total_steps: int,
   batch_size: int,
@@ -173,7 +174,7 @@ def count_steps(
 
 
 def _learning_rate(
-  peak: float, warmup: int, total: int, options: Mapping[str, Any], where: str
+  peak: float, warmup: int, total: int, options: Mapping[str, Any] | ConfigDict, where: str
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
   """Linear from 0 over `warmup` steps, then the decay to 0 at `total`.
 
@@ -203,13 +204,14 @@ def _rule_indices(params: Params, table: list) -> Params:
   return match_table(params, [(row[0], i) for i, row in enumerate(table)], "schedule")
 
 
-def _pick(params: Mapping[str, Any], trained: Params, wanted: bool) -> Params:
+def _pick(params: Mapping[str, Any], trained: Params, keep: bool) -> Params:
+  """The leaves whose place in `trained` holds `keep`."""
   out: Params = {}
   for key, value in params.items():
     if isinstance(value, Mapping):
-      if sub := _pick(value, trained[key], wanted):
+      if sub := _pick(value, trained[key], keep):
         out[key] = sub
-    elif trained[key] == wanted:
+    elif trained[key] == keep:
       out[key] = value
   return out
 

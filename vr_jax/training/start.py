@@ -9,7 +9,7 @@ PEFT folder.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ from vr_jax.checkpoint import (
 from vr_jax.configs import nearest
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
+from vr_jax.interop.adapter import Adapter
 from vr_jax.interop.big_vision import fit_positions
 from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import Joined, Part, arrays
-from vr_jax.models.decoder import DecoderConfig, is_factor, is_quantized
+from vr_jax.interop.table import Part, arrays
+from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.lora import is_factor
+from vr_jax.models.quantize import is_quantized
 from vr_jax.models.variants import get_variant
-from vr_jax.models.videorefer import VideoReferConfig
+from vr_jax.models.videorefer import PARTS, VideoReferConfig
 from vr_jax.params import Params
-
-PARTS = ("img", "connector", "region", "llm")
 
 
 def model_config(config: ConfigDict) -> VideoReferConfig:
@@ -68,54 +69,84 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
 
   Entries are ("", path) for all that the source holds or (part, path) for that part of it; later
   entries win. Parameters that match a regex of `dont_load` are left out. An adapter that a
-  checkpoint holds stays apart if the model has one of its rank and alpha, else it is merged. Says
-  on stdout what comes from where.
+  checkpoint holds stays apart if the model has one of its rank and alpha, else it is merged. A line
+  on stdout for each part says where it comes from.
 
   Raises:
     InputError: a source lacks a parameter, has one too many or one of another shape; the message
       lists them.
   """
-  wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
-  fresh = {k for k in wanted if any(re.fullmatch(p, k) for p in config.dont_load)}
+  target = flax.traverse_util.flatten_dict(shapes, sep="/")
+  fresh = {k for k in target if any(re.fullmatch(p, k) for p in config.dont_load)}
   loaded: dict[str, Any] = {}
-  came: dict[str, str] = {}
+  origins: dict[str, str] = {}
   for part, path in config.model_init:
-    llm = model_config(config).llm if any(map(is_factor, wanted)) else None
-    source, found = _read(path, part, llm)
-    changes = fit_tower(found, wanted)
+    llm = model_config(config).llm if any(map(is_factor, target)) else None
+    source, params = _read(path, part, llm)
+    notes = [*source.notes, *fit_tower(params, target)]
     if part == "llm":
-      changes += fit_vocabulary(found, wanted)
-    held = {k.split("/")[0] for k in found}
-    alone = all(map(is_factor, found))  # an adapter
-    needed = {k for k in wanted if k.split("/")[0] in held and not (alone or is_factor(k))}
-    expected = [k for k in wanted if k in found or k in needed]
-    problems = [f"{k} is missing" for k in expected if k not in found and k not in fresh]
-    problems += [f"{k} is not expected" for k in found if k not in wanted]
-    problems += [
-      f"{k} has shape {list(found[k].shape)} instead of {list(wanted[k].shape)}"
-      for k in expected
-      if k in found and k not in fresh and tuple(found[k].shape) != tuple(wanted[k].shape)
-    ]
-    if problems:
-      more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-      raise InputError(f"config.model_init: {path}: {'; '.join(problems[:5])}{more}")
-    # (What is kept in int8 is cast there, layer by layer.)
-    loaded |= {
-      k: found[k] if is_quantized(wanted[k]) else found[k].astype(wanted[k].dtype)
-      for k in expected
-      if k not in fresh
-    }
-    told = "".join(f"; {line}" for line in (*source.notes, *changes))
-    came |= {k: f"{path} ({source.kind}{told})" for k in expected if k not in fresh}
-  _print_origins(wanted, came)
+      notes += fit_vocabulary(params, target)
+    expected = _expected(params, target)
+    _check_fit(f"config.model_init: {path}", params, target, expected, fresh)
+    origin = f"{path} ({'; '.join([source.kind, *notes])})"
+    for name in expected:
+      if name not in fresh:
+        # (What is kept in int8 is cast later, layer by layer.)
+        int8 = is_quantized(target[name])
+        loaded[name] = params[name] if int8 else params[name].astype(target[name].dtype)
+        origins[name] = origin
+  _print_origins(target, origins)
   return flax.traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def _print_origins(wanted: Mapping[str, Any], came: Mapping[str, str]) -> None:
+def _expected(params: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+  """The parameters of the model that a source with `params` must give.
+
+  A source that gives something of a part (img, connector, …) must give all of it, so that no part
+  is half loaded. Adapters are the exception, both ways: a decoder without factors is whole, since
+  those begin fresh; and factors alone, as PEFT folders hold them, owe no decoder.
+  """
+  parts = {name.split("/")[0] for name in params}
+  factors_alone = all(map(is_factor, params))
+  owed = {
+    name
+    for name in target
+    if name.split("/")[0] in parts and not factors_alone and not is_factor(name)
+  }
+  return [name for name in target if name in params or name in owed]
+
+
+def _check_fit(
+  where: str,
+  params: Mapping[str, Any],
+  target: Mapping[str, Any],
+  expected: Sequence[str],
+  fresh: Set[str],
+) -> None:
+  """Refuses a source that lacks a parameter, has one too many or one of another shape.
+
+  Parameters that begin `fresh` whatever the source holds may be missing or differ.
+
+  Raises:
+    InputError: the first five of what does not fit.
+  """
+  problems = [f"{k} is missing" for k in expected if k not in params and k not in fresh]
+  problems += [f"{k} is not expected" for k in params if k not in target]
+  problems += [
+    f"{k} has shape {list(params[k].shape)} instead of {list(target[k].shape)}"
+    for k in expected
+    if k in params and k not in fresh and tuple(params[k].shape) != tuple(target[k].shape)
+  ]
+  if problems:
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    raise InputError(f"{where}: {'; '.join(problems[:5])}{more}")
+
+
+def _print_origins(target: Mapping[str, Any], origins: Mapping[str, str]) -> None:
   """A line for each part and where its parameters come from."""
   counts: dict[tuple[str, str], list[int]] = {}
-  for path, leaf in wanted.items():
-    row = counts.setdefault((path.split("/")[0], came.get(path, "initialised")), [0, 0])
+  for path, leaf in target.items():
+    row = counts.setdefault((path.split("/")[0], origins.get(path, "initialised")), [0, 0])
     row[0] += 1
     row[1] += math.prod(leaf.shape)
   if jax.process_index() == 0:
@@ -140,11 +171,10 @@ def _read(path: str | Path, part: str, llm: DecoderConfig | None) -> tuple[Sourc
     raise InputError(f"config.model_init: {error}") from error
   if part and part not in source.parts:
     raise InputError(f"config.model_init: {path} holds {', '.join(source.parts)}, not {part!r}")
-  params, adapter = source.params, source.adapter
-  if adapter and isinstance(params, peft.Merged) and _same_adapter(adapter, llm):
-    params = Joined(params.base, Part(adapter.params, "", "llm/"))
-    source = dataclasses.replace(source, notes=source.notes[:-1])  # that it is merged
-  return source, arrays(Part(params, f"{part}/", f"{part}/") if part else params)
+  if source.adapter and _same_adapter(source.adapter, llm):
+    source = source.unmerged()
+  params = Part(source.params, f"{part}/", f"{part}/") if part else source.params
+  return source, arrays(params)
 
 
 def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
@@ -163,31 +193,31 @@ def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
   return Source("PEFT adapter", Path(path), {"llm": llm}, Part(adapter.params, "", "llm/"))
 
 
-def _same_adapter(adapter: peft.Adapter, llm: DecoderConfig | None) -> bool:
+def _same_adapter(adapter: Adapter, llm: DecoderConfig | None) -> bool:
   mine = None if llm is None else (llm.lora_rank, llm.lora_alpha)
   return (adapter.rank, adapter.alpha) == mine
 
 
-def fit_tower(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def fit_tower(params: dict[str, Any], target: Mapping[str, Any]) -> list[str]:
   """Cuts a tower, in place, to what the model runs: its first layers, without norm and head.
 
   Position embeddings of another grid are resampled. Returns what was done.
   """
   changes = []
-  for name in [k for k in found if k.startswith("img/")]:
-    if name not in wanted and re.match(r"img/(Transformer/encoder_norm|MAPHead_0)/", name):
-      del found[name]
-    elif "/encoderblock/" in name and name in wanted:
-      layers = wanted[name].shape[0]
-      if len(found[name]) > layers:
-        changes = [f"the first {layers} of {len(found[name])} layers"]
-        found[name] = found[name][:layers]
-  if fit_positions(found, wanted):
+  for name in [k for k in params if k.startswith("img/")]:
+    if name not in target and re.match(r"img/(Transformer/encoder_norm|MAPHead_0)/", name):
+      del params[name]
+    elif "/encoderblock/" in name and name in target:
+      layers = target[name].shape[0]
+      if len(params[name]) > layers:
+        changes = [f"the first {layers} of {len(params[name])} layers"]
+        params[name] = params[name][:layers]
+  if fit_positions(params, target):
     changes.append("position embeddings resampled")
   return changes
 
 
-def fit_vocabulary(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def fit_vocabulary(params: dict[str, Any], target: Mapping[str, Any]) -> list[str]:
   """Gives the token tables of a decoder as many rows as the model has, in place.
 
   Released tables have spare rows, which the published code cuts off after adding `<region>`
@@ -196,11 +226,11 @@ def fit_vocabulary(found: dict[str, Any], wanted: Mapping[str, Any]) -> list[str
   """
   changes = []
   for name in ("llm/embedder/input_embedding", "llm/embedder/output_embedding"):
-    if name in found and name in wanted and len(found[name]) != wanted[name].shape[0]:
-      table, rows = found[name], wanted[name].shape[0]
+    if name in params and name in target and len(params[name]) != target[name].shape[0]:
+      table, rows = params[name], target[name].shape[0]
       mean = table.mean(0, keepdims=True, dtype=np.float32).astype(table.dtype)
       missing = np.repeat(mean, max(0, rows - len(table)), axis=0)
-      found[name] = np.concatenate([table[:rows], missing])
+      params[name] = np.concatenate([table[:rows], missing])
       changes = [f"vocabulary {len(table)} to {rows} rows"]
   return changes
 

@@ -6,16 +6,17 @@ Letters: A micro-batch of the step, B row.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from data_pipes.errors import InputError
-from vr_jax.models.decoder import quantized
+from vr_jax.arrays import Array
+from vr_jax.models.quantize import quantized
 from vr_jax.params import Params, merge, path_names
 from vr_jax.training.loss import LossSums
 from vr_jax.training.schedule import Optimizer, ScheduleTable, split_by_table
@@ -23,6 +24,7 @@ from vr_jax.training.schedule import Optimizer, ScheduleTable, split_by_table
 Metrics = dict[str, Array]
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
 @flax.struct.dataclass
 class TrainState:
   """All that a step reads and writes. `step` i32 [] counts finished optimizer steps.
@@ -56,7 +58,7 @@ class TrainState:
 
 def stored(path: str, p: Array, dtype: str) -> Any:
   """A frozen parameter as it is kept: "float32", "bfloat16", or "int8": the matrices of the decoder
-  as `decoder.quantized`, all others in bfloat16."""
+  as `quantize.quantized`, all others in bfloat16."""
   if dtype != "int8":
     return p.astype(dtype)
   matrix = quantized(path, p)

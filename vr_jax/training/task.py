@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from vr_jax.arrays import Array
 from vr_jax.params import Params
 from vr_jax.training.loss import LossSums
 from vr_jax.training.step import Cuts
 
 Rows = Mapping[str, np.ndarray]
 TASKS = {"videorefer": "vr_jax.training.videorefer_task:videorefer_task"}
+# Names that configs in work directories may still have.
+MOVED = {
+  "vr_jax.training.pretrain_tower:tower_task": "vr_jax.mini.pretrain_tower:tower_task",
+  "vr_jax.training.pretrain_decoder:decoder_task": "vr_jax.mini.pretrain_decoder:decoder_task",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +59,19 @@ class Task:
   fields: tuple[str, ...] = ()
 
 
+def task_name(name: str) -> str:
+  """The name of a task today."""
+  return MOVED.get(name, name)
+
+
 def make_task(config: ConfigDict) -> Task:
   """The task that `config.task` names: one of TASKS, or "module:function" (config -> Task).
 
   Raises:
     InputError: no such task, or what the task finds wrong with the config.
   """
-  module, _, function = TASKS.get(config.task, config.task).partition(":")
+  name = task_name(config.task)
+  module, _, function = TASKS.get(name, name).partition(":")
   try:
     make = getattr(importlib.import_module(module), function)
   except (ModuleNotFoundError, AttributeError, ValueError) as error:

@@ -7,7 +7,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -16,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.batch import Needs, Row, RowShape, fit_shape
+from data_pipes.containers import open_records
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures
 from data_pipes.feature_shards import FeatureShards
@@ -33,7 +33,7 @@ from data_pipes.packing import (
   read_needs,
   write_needs,
 )
-from data_pipes.records import Record, RecordFile
+from data_pipes.records import Container, Record
 from data_pipes.samples import RowRules, Samples, record_needs
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ from vr_jax.assets import VR_MINI
 from vr_jax.checkpoint import make_tokenizer
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.costs import training_flops
-from vr_jax.models.decoder import is_factor
+from vr_jax.models.lora import is_factor
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import Params, path_names
@@ -70,15 +70,17 @@ def videorefer_task(config: ConfigDict) -> Task:
     )
   if not config.input.files:
     raise InputError("config.input.files is empty; give at least one annotation file")
-  records = [read_set(path, config, cfg) for path in config.input.files]
+  records = [read_set(path, cfg) for path in config.input.files]
   rules = row_rules(config, cfg)
   failures = Failures(config.input.max_unreadable)
-  size, dataset_of = _dataset(config, cfg, records, tokenizer, rules, failures, files)
+  caches = feature_caches(config, records)
+  sets = _Sets(config, cfg, records, tokenizer, rules, files, caches)
+  size, make = _dataset(sets, failures)
 
   def dataset(total_steps: int, **options: Any) -> grain.MapDataset:
     # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
     epochs = config.total_epochs or total_steps * config.input.batch_size / size
-    return dataset_of(
+    return make(
       batch_size=config.input.batch_size,
       seed=config.seed,
       shuffle=config.input.shuffle,
@@ -94,8 +96,6 @@ def videorefer_task(config: ConfigDict) -> Task:
     if config.input.accum_steps != 1 and config.accum_mean == "tokens":
       rows = rows.map(in_order_of_frames)  # the sum over a batch knows no order
     return prefetched(rows, position, threads=config.input.threads)
-
-  caches = feature_caches(config, records)
 
   def start(shapes: Params) -> Params:
     params = starting_params(config, shapes)
@@ -130,7 +130,7 @@ def videorefer_loss(config: ConfigDict, cfg: VideoReferConfig) -> Callable[..., 
 def trained_parts(config: ConfigDict, cfg: VideoReferConfig) -> tuple[str, ...]:
   """The parts of the model of which the schedule trains something.
 
-  Where of the decoder its adapters alone train, "adapters" stands in the place of "llm".
+  "adapters" stands in the place of "llm" where nothing else of the decoder trains.
   """
   shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
   trained, _ = split_by_table(shapes, config.schedule)
@@ -193,68 +193,109 @@ def in_order_of_frames(rows: Row) -> Row:
   return {name: array[order] for name, array in rows.items()}
 
 
-def _dataset(
-  config: ConfigDict,
-  cfg: VideoReferConfig,
-  records: Sequence[RecordFile | ShardSet],
-  tokenizer: Tokenizer,
-  rules: RowRules,
-  failures: Failures,
-  files: Mapping[str, bytes],
-) -> tuple[int, Callable[..., Any]]:
-  """(rows of an epoch, the dataset as a function of how it is run).
+Made = tuple[int, Callable[..., Any]]  # rows of an epoch; the dataset, by how it is run
 
-  A row is a sample, or several where `input.pack` is set; with `input.buckets` an epoch has as many
-  rows as its batches hold, the empty ones at the end of each bucket included.
+
+@dataclasses.dataclass(frozen=True)
+class _Sets:
+  """The sets of a run, read but not yet made rows."""
+
+  config: ConfigDict
+  cfg: VideoReferConfig
+  records: Sequence[Container]
+  tokenizer: Tokenizer
+  rules: RowRules
+  files: Mapping[str, bytes]  # of the tokenizer
+  caches: Sequence[FeatureShards]  # one for each set, or none
+
+  def samples(self, shape: RowShape) -> list[Samples]:
+    """Each set's samples, laid out in rows of this shape."""
+    options = {"media_root": self.config.input.media, "rules": self.rules}
+    caches: Sequence[FeatureShards | None] = self.caches or [None] * len(self.records)
+    pairs = zip(self.records, caches, strict=True)
+    return [Samples(r, self.tokenizer, shape, features=c, **options) for r, c in pairs]
+
+  def needs(self) -> list[list[Needs]]:
+    """What each record of each set takes of a row."""
+    return [all_needs(r, self.cfg, self.tokenizer, self.rules, self.files) for r in self.records]
+
+  def finished(self, shape: RowShape) -> RowShape:
+    """The shape with what cached features change in it."""
+    width = {"feature_width": self.cfg.img.width} if self.rules.cached else {}
+    frames = any(cache.frames for cache in self.caches)
+    return dataclasses.replace(shape, **width, frame_features=frames)
+
+
+def _dataset(sets: _Sets, failures: Failures) -> Made:
+  """Rows in the one way that the config names: packed, in buckets by length, or one a sample.
+
+  Raises:
+    InputError: more than one way, or weights for buckets.
   """
-  caches: Sequence[FeatureShards | None] = feature_caches(config, records) or [None] * len(records)
-  extra = {"feature_width": cfg.img.width} if rules.cached else {}
-  extra |= {"frame_features": any(cache is not None and cache.frames for cache in caches)}
-
-  def samples_of(shape: RowShape) -> list[Samples]:
-    options = {"media_root": config.input.media, "rules": rules}
-    pairs = zip(records, caches, strict=True)
-    return [Samples(r, tokenizer, shape, features=c, **options) for r, c in pairs]
-
-  packed, lengths, weights = config.input.pack, config.input.buckets, config.input.weights or None
-  if bool(packed) + bool(lengths) + bool(config.input.row_length) > 1:
+  given = sets.config.input
+  if bool(given.pack) + bool(given.buckets) + bool(given.row_length) > 1:
     raise InputError(
       "config.input: pack, buckets and row_length each say how long rows are; accepted: one of them"
     )
-  if not packed and not lengths:
-    shape = dataclasses.replace(row_shape(config, cfg, records, tokenizer, rules), **extra)
-    samples = samples_of(shape)
-    made = functools.partial(make_dataset, samples, drop_remainder=False, weights=weights)
-    return sum(map(len, records)), made
-  sizes, scene = row_sizes(cfg), cfg.num_frames
-  whole = fit_shape([], scene=scene, **sizes)  # rows are laid out by the plan's shape
-  samples = samples_of(whole)
-  wanted = [all_needs(r, cfg, tokenizer, rules, files) for r in records]
-  if lengths:
-    if weights:
-      raise InputError("config.input: weights do not go with buckets; accepted: pack, or neither")
-    found = make_buckets(list(itertools.chain(*wanted)), lengths, sizes=sizes, scene=scene)
-    found = [Bucket(b.numbers, dataclasses.replace(b.shape, **extra)) for b in found]
-    buckets = [BucketSamples(samples, bucket) for bucket in found]
-    rows = batches_of(buckets, config.input.batch_size) * config.input.batch_size
-    return rows, functools.partial(make_bucketed_dataset, buckets)
-  # Shares are those of rows, each of one set; without them samples of all sets share rows.
-  groups = [(list(itertools.chain(*wanted)), samples)]
+  if given.pack:
+    return _packed(sets, failures)
+  if given.buckets:
+    return _bucketed(sets)
+  return _one_a_sample(sets)
+
+
+def _one_a_sample(sets: _Sets) -> Made:
+  """A row is one sample; all rows have the shape of the largest."""
+  shape = row_shape(sets.config, sets.cfg, sets.records, sets.tokenizer, sets.rules)
+  samples = sets.samples(sets.finished(shape))
+  weights = sets.config.input.weights or None
+  made = functools.partial(make_dataset, samples, drop_remainder=False, weights=weights)
+  return sum(map(len, sets.records)), made
+
+
+def _bucketed(sets: _Sets) -> Made:
+  """A row is one sample, in the bucket of the least length that holds it; a batch is of one bucket.
+
+  An epoch has as many rows as its batches hold, the empty ones at the end of each bucket included.
+  """
+  config = sets.config
+  if config.input.weights:
+    raise InputError("config.input: weights do not go with buckets; accepted: pack, or neither")
+  sizes, scene = row_sizes(sets.cfg), sets.cfg.num_frames
+  samples = sets.samples(fit_shape([], scene=scene, **sizes))  # a bucket lays rows out
+  needs = list(itertools.chain(*sets.needs()))
+  buckets = [
+    BucketSamples(samples, Bucket(bucket.numbers, sets.finished(bucket.shape)))
+    for bucket in make_buckets(needs, config.input.buckets, sizes=sizes, scene=scene)
+  ]
+  rows = batches_of(buckets, config.input.batch_size) * config.input.batch_size
+  return rows, functools.partial(make_bucketed_dataset, buckets)
+
+
+def _packed(sets: _Sets, failures: Failures) -> Made:
+  """A row holds several samples, as a plan made beforehand says.
+
+  Samples of all sets share rows; where the sets have weights, which are shares of rows, each set
+  has rows of its own. All rows have one shape.
+  """
+  config = sets.config
+  sizes, scene = row_sizes(sets.cfg), sets.cfg.num_frames
+  samples = sets.samples(fit_shape([], scene=scene, **sizes))  # the plan lays rows out
+  needs, weights = sets.needs(), config.input.weights or None
+  groups = [(list(itertools.chain(*needs)), samples)]
   if weights:
-    groups = [(n, [s]) for n, s in zip(wanted, samples, strict=True)]
-  budgets = {
-    name: config.input[f"row_{name}"] for name in ("frames", "objects", "object_frames", "clips")
-  }
+    groups = [(n, [s]) for n, s in zip(needs, samples, strict=True)]
 
   def planned(budgets: dict[str, int]) -> list[Plan]:
     options = {"sizes": sizes, "scene": scene, "budgets": budgets, "seed": config.seed}
-    return [plan_rows(needs, packed, **options) for needs, _ in groups]
+    return [plan_rows(needs, config.input.pack, **options) for needs, _ in groups]
 
-  plans = planned(budgets)
-  if len(plans) > 1:  # one shape for all
+  names = ("frames", "objects", "object_frames", "clips")
+  plans = planned({name: config.input[f"row_{name}"] for name in names})
+  if len(plans) > 1:  # again, with budgets that suit all groups
     each = [budgets_of(plan.shape) for plan in plans]
-    plans = planned({name: max(b[name] for b in each) for name in budgets})
-  plans = [dataclasses.replace(p, shape=dataclasses.replace(p.shape, **extra)) for p in plans]
+    plans = planned({name: max(budgets[name] for budgets in each) for name in names})
+  plans = [dataclasses.replace(plan, shape=sets.finished(plan.shape)) for plan in plans]
   for plan, (needs, _) in zip(plans, groups, strict=True):
     log.info(fill_line(plan, len(needs)))
   rows = [PackedSamples(s, p, failures) for (_, s), p in zip(groups, plans, strict=True)]
@@ -262,9 +303,7 @@ def _dataset(
   return sum(map(len, rows)), made
 
 
-def feature_caches(
-  config: ConfigDict, records: Sequence[RecordFile | ShardSet]
-) -> list[FeatureShards]:
+def feature_caches(config: ConfigDict, records: Sequence[Container]) -> list[FeatureShards]:
   """The caches of `input.features`, one for each set; [] where there are none.
 
   Raises InputError: not one for each set, sets that are no shards, or a tower that trains.
@@ -291,34 +330,32 @@ def feature_caches(
 
 
 def all_needs(
-  records: RecordFile | ShardSet,
+  records: Container,
   cfg: VideoReferConfig,
   tokenizer: Tokenizer,
   rules: RowRules,
   files: Mapping[str, bytes],
 ) -> list[Needs]:
-  """What each record of a set takes of a row; of shards it is found once and kept beside them."""
+  """What each record of a set takes of a row; beside shards it is kept, so it is read once."""
   kept = None
   if isinstance(records, ShardSet):
     key = needs_key(records.manifest, sorted(files.items()), rules, cfg.num_frames)
     kept = records.path / f"needs-{key}.npy"
-    if (found := read_needs(kept)) is not None and len(found) == len(records):
-      return found
-  wanted = [
+    if (needs := read_needs(kept)) is not None and len(needs) == len(records):
+      return needs
+  needs = [
     record_needs(records[i], i, tokenizer, cfg.num_frames, rules) for i in range(len(records))
   ]
   if kept is not None:
-    write_needs(kept, wanted)
-  return wanted
+    write_needs(kept, needs)
+  return needs
 
 
-def read_set(path: str, config: ConfigDict, cfg: VideoReferConfig) -> RecordFile | ShardSet:
-  """One of `input.files`: an annotation file, or a folder that `vr data prepare` has filled."""
-  if not Path(path).is_dir():
-    return RecordFile(path)
-  shards = ShardSet(path)
-  shards.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
-  return shards
+def read_set(path: str, cfg: VideoReferConfig) -> Container:
+  """One of `input.files`, whatever container it is, checked to suit the model."""
+  records = open_records(path)
+  records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  return records
 
 
 def row_rules(config: ConfigDict, cfg: VideoReferConfig) -> RowRules:
@@ -338,12 +375,10 @@ def row_rules(config: ConfigDict, cfg: VideoReferConfig) -> RowRules:
 
 def bench_inputs(
   file: str, model: str, tokenizer: str | None, masks: str
-) -> tuple[RecordFile | ShardSet, Tokenizer, dict[str, int], RowRules]:
+) -> tuple[Container, Tokenizer, dict[str, int], RowRules]:
   """What `vr data bench` times: a file or folder read as a named model needs it."""
   cfg = get_variant(model)
-  records = ShardSet(file) if Path(file).is_dir() else RecordFile(file)
-  if isinstance(records, ShardSet):
-    records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
+  records = read_set(file, cfg)
   rules = RowRules(aspect_ratio=cfg.image_aspect_ratio, masks=masks, max_text_ids=cfg.max_text_ids)
   return records, Tokenizer.from_folder(tokenizer or VR_MINI), row_sizes(cfg), rules
 
@@ -361,7 +396,7 @@ def row_sizes(cfg: VideoReferConfig) -> dict[str, int]:
 def row_shape(
   config: ConfigDict,
   cfg: VideoReferConfig,
-  records: Sequence[Sequence[Record] | RecordFile],
+  records: Sequence[Sequence[Record]],
   tokenizer: Tokenizer,
   rules: RowRules,
 ) -> RowShape:

@@ -47,8 +47,8 @@ def make_assemble(settings: Mapping[str, Any], names: Mapping[str, str]) -> Proc
     rows = []
     for file, text in texts.items():
       key = f"{item.key}/{file}"
-      asked = wordings[file][int(digest([settings["seed"], key]), 16) % len(wordings[file])]
-      sample = _item(key, clip, [(f"<video>\n{asked}", text)], [masks["masks"]])
+      question = wordings[file][int(digest([settings["seed"], key]), 16) % len(wordings[file])]
+      sample = _item(key, clip, [(f"<video>\n{question}", text)], [masks["masks"]])
       rows.append(SampleRow(key, file, sample, _provenance(key, item, clip, names, [masks])))
     return Outcome(rows)
 
@@ -83,8 +83,8 @@ def _item(
   key: str, clip: Mapping[str, Any], pairs: Sequence[tuple[str, str]], masks: Sequence[Mapping]
 ) -> dict[str, Any]:
   turns = []
-  for asked, said in pairs:
-    turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+  for question, answer in pairs:
+    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
   return {
     "id": key,
     "video": clip["video"],

@@ -13,8 +13,9 @@ from data_pipes.engine.graph import Item, Outcome, Process, Rejected
 from data_pipes.engine.quality import duplicates
 from data_pipes.engine.quality.shots import Shot, find_shots, perceptual_hash, split_long
 from data_pipes.engine.rows import ClipRow, VideoRow
-from data_pipes.engine.store import atomic, stop_if_full
+from data_pipes.engine.store import stop_if_full
 from data_pipes.errors import InputError
+from data_pipes.files import replaced
 from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.video import Video, open_video
 
@@ -127,7 +128,7 @@ def _link(media: Path, row: Mapping[str, Any], source: Path) -> str:
   target, link = source.resolve(), media / name
   link.parent.mkdir(parents=True, exist_ok=True)
   if not link.is_symlink() or Path(os.readlink(link)) != target:
-    with atomic(link, durable=False, alone=False) as part:
+    with replaced(link, durable=False, alone=False) as part:
       part.symlink_to(target)
   return str(name)
 
@@ -137,7 +138,7 @@ def _cut(media: Path, video: Video, video_id: str, shot: Shot) -> str:
   name = f"clips/{video_id}_{shot.start:06d}_{shot.end:06d}.mp4"
   path = media / name
   if not path.is_file():
-    with stop_if_full(path), atomic(path, alone=False) as part:
+    with stop_if_full(path), replaced(path, alone=False) as part:
       write_clip(part, video, shot.start, shot.end)
   return name
 
@@ -184,12 +185,12 @@ def benchmark_videos(names: Iterable[str]) -> list[Path]:
     if root.is_file():
       out.append(root)
       continue
-    found = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
+    videos = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
     folders = [root, *(p for p in sorted(root.rglob("*")) if p.is_dir())] if root.is_dir() else []
-    found += [f for f in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.iterdir())]
-    if not found:
+    videos += [f for f in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.iterdir())]
+    if not videos:
       raise InputError(f"duplicates.benchmark: {root}: found no videos; accepted: files or folders")
-    out += found
+    out += videos
   return out
 
 

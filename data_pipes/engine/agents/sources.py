@@ -28,20 +28,20 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
   root = Path(settings["input"]["videos"])
   if not root.is_dir():
     raise InputError(f"input.videos={str(root)!r}: no such folder; accepted: a folder of videos")
-  found: dict[str, dict[str, Any]] = {}
+  by_name: dict[str, dict[str, Any]] = {}
   files = settings["input"]["files"]
   entries = _from_files(files) if files else _from_folder(root)
   for where, entry in entries:
     name, caption, given = _read_entry(where, entry, settings["path"] == "qa")
-    if name in found and not given:
+    if name in by_name and not given:
       continue  # the first caption of a video counts
-    row = found.setdefault(
+    row = by_name.setdefault(
       name, {"key": name, "path": str(root / name), "caption": caption, "given": []}
     )
     row["given"] = row["given"] + given
-  if not found:
+  if not by_name:
     raise InputError(f"{root}: found no videos; accepted: {', '.join(VIDEO_SUFFIXES)}")
-  rows = [_stamped(found[name]) for name in sorted(found)]
+  rows = [_stamped(by_name[name]) for name in sorted(by_name)]
   limit = settings["input"]["limit"]
   return rows[:limit] if limit else rows
 

@@ -29,17 +29,17 @@ def make_annotate(
   def process(item: Item) -> Outcome:
     row, clip = item.row, clip_of(item.joined[clips], settings)
     masks = masks_of(item.joined[objects]) if objects else None
-    said = annotator.describe(clip, row["noun"], masks)
+    description = annotator.describe(clip, row["noun"], masks)
     text = TextRow(
       key=row["key"],
       clip_id=row["clip_id"],
       noun_id=row["noun_id"] if objects else row["key"],
       noun=row["noun"],
-      motion=said.motion.strip(),
-      appearance=said.appearance.strip(),
-      static=said.static,
-      source=said.source,
-      facts=dict(said.facts),
+      motion=description.motion.strip(),
+      appearance=description.appearance.strip(),
+      static=description.static,
+      source=description.source,
+      facts=dict(description.facts),
     )
     return Outcome([text])
 
@@ -63,10 +63,10 @@ def make_text_gate(settings: Mapping[str, Any]) -> Process:
 
 def described(row: Mapping[str, Any]) -> Described:
   """A TextRow as the Refiner takes it."""
-  said = Description(
+  description = Description(
     row["motion"], row["appearance"], row["static"], row["source"], row["facts"] or {}
   )
-  return Described(row["noun"], said)
+  return Described(row["noun"], description)
 
 
 def make_review(

@@ -63,8 +63,8 @@ class NounPhrases:
     subjects: list[str] = []
     others: list[str] = []
     for sentence in _tagged(clip.caption):
-      found, verb = _noun_phrases(sentence)
-      for phrase, plural, at, after_preposition in found:
+      phrases, verb = _noun_phrases(sentence)
+      for phrase, plural, at, after_preposition in phrases:
         is_subject = not plural and at < verb and not after_preposition
         (subjects if is_subject else others).append(phrase)
     names = {p.split()[-1] for p in subjects}
@@ -107,7 +107,7 @@ def _corrected(tokens: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _noun_phrases(tokens: list[tuple[str, str]]):
   """[(phrase, plural, place, after a preposition)], and the place of the first finite verb."""
-  found, verb, i = [], len(tokens), 0
+  phrases, verb, i = [], len(tokens), 0
   preposition = False
   while i < len(tokens):
     tag = tokens[i][1]
@@ -127,11 +127,11 @@ def _noun_phrases(tokens: list[tuple[str, str]]):
       words = [w.lower() for w, _ in tokens[i:k]]
       if words[-1].isalpha() and words[-1] not in _UNSEEN:
         plural = tokens[k - 1][1] == "NNS"
-        found.append((" ".join(words), plural, i, preposition))
+        phrases.append((" ".join(words), plural, i, preposition))
       i = k
     else:
       i += 1
-  return found, verb
+  return phrases, verb
 
 
 def _without_repeats(phrases: list[str]) -> list[str]:
@@ -306,9 +306,9 @@ class AttributeJudge:
     share = re.search(r"\((\d+)%", claim.region)
     confidence = int(share[1]) / 100 if share else 0.5
     for text, name in ((claim.noun, "noun"), (claim.annotated, "text")):
-      said = colour_word(text)
-      if said and seen and said != seen:
-        return Verdict(False, f"the {name} says {said}, the region is {seen}", confidence)
+      named = colour_word(text)
+      if named and seen and named != seen:
+        return Verdict(False, f"the {name} says {named}, the region is {seen}", confidence)
     return Verdict(True, "no attribute disagrees", confidence)
 
 
@@ -341,8 +341,8 @@ class Templates:
     for i in range(len(objects) - 1):
       facts, other = objects[i].description.facts, objects[i + 1].description.facts
       if facts and other:
-        asked = f"Which is faster, {{{i}}} or {{{i + 1}}}, and why?"
-        out.append(Question(asked, _faster(facts, other), "reasoning", (i, i + 1)))
+        question = f"Which is faster, {{{i}}} or {{{i + 1}}}, and why?"
+        out.append(Question(question, _faster(facts, other), "reasoning", (i, i + 1)))
     return out
 
 

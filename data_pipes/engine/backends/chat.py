@@ -1,26 +1,24 @@
-"""A client for chat endpoints that speak the OpenAI protocol: vLLM, SGLang, llama.cpp, hosted ones.
+"""Answers of chat endpoints (data_pipes.chat) that a schema describes, at a pace and a price.
 
-Answers are JSON that a schema describes; servers may ignore the schema, so every answer is checked,
-and asked for again with what was wrong, before the item is given up. Answered calls are stored
-before they are used: no answer is paid for twice.
+Servers may ignore the schema, so every answer is checked, and asked for again with what was wrong,
+before the item is given up. Answered calls are stored before they are used: no answer is paid for
+twice.
 """
 
 import json
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
+from data_pipes.chat import Client, Completion, NoCompletion
 from data_pipes.engine.calls import Calls, Price, request_key
 from data_pipes.engine.graph import StopRun, canonical
 from data_pipes.engine.quality.text import refused
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 
-_RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _KEY_REFUSED = {401, 402, 403}
 _DOWN_AFTER = 5  # calls in a row, over all threads, that failed for good
 
@@ -63,8 +61,6 @@ class ChatClient:
   """Asks one endpoint; used by many threads."""
 
   def __init__(self, endpoint: Endpoint, calls: Callable[[], Calls], stage: str):
-    import httpcore
-
     self.endpoint, self.stage = endpoint, stage
     self._calls = calls
     key = ""
@@ -72,15 +68,9 @@ class ChatClient:
       key = os.environ.get(endpoint.api_key_env, "")
       if not key:
         raise InputError(f"environment variable {endpoint.api_key_env} is empty; it holds the key")
-    if not endpoint.base_url.startswith(("http://", "https://")):
-      raise InputError(f"base_url {endpoint.base_url!r}; accepted: http://... or https://...")
-    self._headers = {"content-type": "application/json"}
-    if key:
-      self._headers["authorization"] = f"Bearer {key}"
-    self._url = endpoint.base_url.rstrip("/") + "/chat/completions"
-    secure = self._url.startswith("https:")
-    self._tls = httpcore.default_ssl_context() if secure else None
-    self._of_thread = threading.local()
+    self._client = Client(
+      endpoint.base_url, key, timeout=endpoint.timeout, tries=endpoint.retries + 1
+    )
     self._validators: dict[str, Any] = {}
     self._slots = threading.BoundedSemaphore(endpoint.concurrency)
     self._pace = Pace(endpoint.requests_per_minute, endpoint.tokens_per_minute)
@@ -152,20 +142,26 @@ class ChatClient:
         request, self.stage, endpoint.model, endpoint.price.usd(min(size, 4000), 200)
       )
       try:
-        reply = self._post(raw.encode("utf-8"))
+        completion = self._complete(raw.encode("utf-8"))
       except BaseException as error:
-        calls.end(number, None, note=" ".join(str(error).split())[:200])
+        calls.end(number, None, note=one_line(error))
         raise
-      usage = reply["usage"]
-      usd = endpoint.price.usd(usage[0], usage[1])
+      tokens_in = completion.usage.get("prompt_tokens", 0)
+      tokens_out = completion.usage.get("completion_tokens", 0)
+      self._pace.spent(tokens_in + tokens_out)
+      answer = {
+        "text": completion.text,
+        "refusal": completion.refusal,
+        "finish": completion.finish,
+      }
       calls.end(
         number,
-        reply["answer"],
-        input_tokens=usage[0],
-        output_tokens=usage[1],
-        usd=usd,
+        answer,
+        input_tokens=tokens_in,
+        output_tokens=tokens_out,
+        usd=endpoint.price.usd(tokens_in, tokens_out),
       )
-    return reply["answer"]
+    return answer
 
   def read(
     self, text: str, schema: Mapping[str, Any], name: str, finish: str = ""
@@ -177,72 +173,33 @@ class ChatClient:
       self._validators[name] = jsonschema.Draft202012Validator(schema)
     return _parse(text, self._validators[name], finish)
 
-  def _caller(self) -> Any:
-    """The connection of this thread."""
-    from data_pipes.engine.backends.timed_http import Caller
-
-    if not hasattr(self._of_thread, "caller"):
-      self._of_thread.caller = Caller(self._url, self._headers, self.endpoint.timeout, self._tls)
-    return self._of_thread.caller
-
-  def _post(self, body: bytes) -> dict[str, Any]:
-    """One call with its retries."""
-    from data_pipes.engine.backends import timed_http
-
-    reason = ""
-    for attempt in range(self.endpoint.retries + 1):
-      wait = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
-      try:
-        response = self._caller().post(body)
-      except timed_http.LATE:
-        reason = f"no answer within {self.endpoint.timeout:g} s"
-      except timed_http.ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
-      else:
-        if response.status in _KEY_REFUSED:
-          raise StopRun(f"{self._who()}: status {response.status}: {_short(response.text)}")
-        if response.status not in _RETRY:
-          return self._read(response)
-        reason = f"status {response.status}: {_short(response.text)}"
-        wait = retry_after(response.headers.get("retry-after"), wait)
-      if attempt < self.endpoint.retries:
-        time.sleep(wait)
-    with self._lock:
-      self._failed += 1
-      down = self._failed >= _DOWN_AFTER
-    message = f"{self._who()}: {reason}, after {self.endpoint.retries + 1} tries"
-    if down:
-      raise StopRun(f"{message}; {self._failed} calls in a row failed: the endpoint seems down")
-    raise Unanswered(message)
-
-  def _read(self, response) -> dict[str, Any]:
-    """What a reply says; one that is no chat completion leaves nothing to ask again for."""
+  def _complete(self, body: bytes) -> Completion:
+    """One answer, and whether the endpoint is still there. Raises as `ask`."""
+    where = f"{self.endpoint.base_url} ({self.endpoint.model})"
+    try:
+      completion = self._client.complete(body)
+    except NoCompletion as error:
+      reason = one_line(error, 120)
+      if error.kind == "status":
+        reason = f"status {error.status}: {reason}"
+      elif error.kind == "unreadable":
+        reason = f"found {reason!r}; accepted: a chat completion"
+      if error.status in _KEY_REFUSED:
+        raise StopRun(f"{where}: {reason}") from None
+      with self._lock:
+        self._failed = 0 if error.final else self._failed + 1
+        failed = self._failed
+      if error.final:  # the endpoint is there, and asking it again would not help
+        raise Unanswered(f"{where}: {reason}") from None
+      message = f"{where}: {reason}, after {error.calls} tries"
+      if failed >= _DOWN_AFTER:
+        raise StopRun(
+          f"{message}; {failed} calls in a row failed: the endpoint seems down"
+        ) from None
+      raise Unanswered(message) from None
     with self._lock:
       self._failed = 0
-    if response.status >= 400:
-      raise Unanswered(f"{self._who()}: status {response.status}: {_short(response.text)}")
-    try:
-      reply = json.loads(response.body)
-      choice = reply["choices"][0]
-      message = choice["message"]
-      answer = {
-        "text": message.get("content") or "",
-        "refusal": message.get("refusal")
-        or ("content filter" if choice.get("finish_reason") == "content_filter" else ""),
-        "finish": choice.get("finish_reason") or "",
-      }
-      assert isinstance(answer["text"], str)
-    except Exception:
-      raise Unanswered(
-        f"{self._who()}: found {_short(response.text)!r}; accepted: a chat completion"
-      ) from None
-    usage = reply.get("usage") or {}
-    tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    self._pace.spent(sum(tokens))
-    return {"answer": answer, "usage": tokens}
-
-  def _who(self) -> str:
-    return f"{self.endpoint.base_url} ({self.endpoint.model})"
+    return completion
 
 
 class Pace:
@@ -272,20 +229,6 @@ class Pace:
       self._mean_tokens = 0.8 * (self._mean_tokens or tokens) + 0.2 * tokens
 
 
-def retry_after(header: str | None, otherwise: float) -> float:
-  """Seconds that a Retry-After header asks for (a number, or a date), at most ten minutes."""
-  if not header:
-    return otherwise
-  try:
-    seconds = float(header)
-  except ValueError:
-    try:
-      seconds = parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
-      return otherwise
-  return min(max(seconds, 0.0), 600.0) + random.uniform(0, 0.1)
-
-
 def _parse(text: str, validator: Any, finish: str) -> tuple[Any, str]:
   """The JSON value of an answer, and what is wrong with it ("" for nothing)."""
   inner = text.strip()
@@ -301,7 +244,3 @@ def _parse(text: str, validator: Any, finish: str) -> tuple[Any, str]:
     where = "/".join(map(str, errors[0].absolute_path)) or "the value"
     return None, f"{where}: {errors[0].message}"[:300]
   return value, ""
-
-
-def _short(text: str) -> str:
-  return " ".join(text.split())[:120]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.drawing import data_url, outline, shrunk
+from data_pipes.drawing import FOR_MODELS, data_uri, outline, shrunk
 from data_pipes.engine.backends.chat import ChatClient, Endpoint
 from data_pipes.engine.calls import Price
 from data_pipes.engine.graph import digest
@@ -119,7 +119,7 @@ class _ChatAgent:
       numbers = [seen[i] for i in places]
     frames = clip.open().frames(numbers)
     return [
-      data_url(outline(f, masks[n], self.size) if masks else shrunk(f, self.size))
+      data_uri(outline(f, masks[n], self.size) if masks else shrunk(f, self.size), FOR_MODELS)
       for n, f in zip(numbers, frames, strict=True)
     ]
 
@@ -144,8 +144,8 @@ class ChatAnalyzer(_ChatAgent):
       return None
 
     images = [] if caption else self._pictures(clip)
-    found = self._ask(self.prompts[0], images, invented, caption=caption)
-    return Nouns(tuple(found["subjects"]), tuple(found["others"]))
+    value = self._ask(self.prompts[0], images, invented, caption=caption)
+    return Nouns(tuple(value["subjects"]), tuple(value["others"]))
 
 
 class ChatAnnotator(_ChatAgent):
@@ -174,7 +174,9 @@ class ChatDescriber(_ChatAgent):
   def region(self, clip: Clip, masks: Masks, frame: int) -> str:
     picture = outline(clip.open().frames([frame])[0], masks[frame], self.size)
     return self._ask(
-      self.prompts[0], [data_url(picture)], lambda value: self._text_fault(value["text"])
+      self.prompts[0],
+      [data_uri(picture, FOR_MODELS)],
+      lambda value: self._text_fault(value["text"]),
     )["text"]
 
 
@@ -189,13 +191,13 @@ class ChatJudge(_ChatAgent):
   }
 
   def compare(self, claim: Claim) -> Verdict:
-    found = self._ask(
+    value = self._ask(
       self.prompts[0],
       noun=claim.noun,
       annotated=as_data(claim.annotated),
       region=as_data(claim.region),
     )
-    return Verdict(found["same_object"], found["reason"], found["confidence"])
+    return Verdict(value["same_object"], value["reason"], value["confidence"])
 
 
 class ChatRefiner(_ChatAgent):
@@ -218,19 +220,19 @@ class ChatRefiner(_ChatAgent):
   }
 
   def caption(self, clip: Clip, described: Described) -> Caption:
-    said = described.description
+    description = described.description
 
     def fault(value: Any) -> str | None:
       return self._text_fault(value["detailed"]) or self._text_fault(value["short"], 2)
 
-    found = self._ask(
+    value = self._ask(
       self.prompts[0],
       check=fault,
       noun=described.noun,
-      appearance=as_data(said.appearance),
-      motion=as_data(said.motion),
+      appearance=as_data(description.appearance),
+      motion=as_data(description.motion),
     )
-    return Caption(found["detailed"], found["short"])
+    return Caption(value["detailed"], value["short"])
 
   def questions(self, clip: Clip, objects: Sequence[Described]) -> list[Question]:
     listed = "\n".join(
@@ -247,8 +249,8 @@ class ChatRefiner(_ChatAgent):
       return None
 
     rounds = max(3, min(8, 2 * len(objects)))
-    found = self._ask(self.prompts[1], check=fault, objects=listed, rounds=rounds)
+    value = self._ask(self.prompts[1], check=fault, objects=listed, rounds=rounds)
     return [
       Question(q["question"], q["answer"], q["type"], tuple(q["objects"]))
-      for q in found["questions"]
+      for q in value["questions"]
     ]

@@ -129,14 +129,14 @@ class _Carrier:
 def _propose(small: list[np.ndarray], colour: str | None) -> tuple[int, str | None, list[Proposal]]:
   """The frame to start from, the colour to go by (None: motion), and proposals, best first."""
   tried = sorted({int(len(small) * share) for share in (0.5, 0.25, 0.75, 0.1, 0.9)})
-  found = {n: _of_colours(small[n], colour) for n in tried} if colour else {}
-  if not colour or any(regions is None for regions in found.values()):
-    colour, found = None, {n: _moving(small, n) for n in tried}
-  ranked = [(p[0][0], -abs(n - len(small) // 2), n) for n, p in found.items() if p]
+  candidates = {n: _of_colours(small[n], colour) for n in tried} if colour else {}
+  if not colour or any(regions is None for regions in candidates.values()):
+    colour, candidates = None, {n: _moving(small, n) for n in tried}
+  ranked = [(p[0][0], -abs(n - len(small) // 2), n) for n, p in candidates.items() if p]
   if not ranked:
     return 0, colour, []
   start = max(ranked)[2]
-  return start, colour, found[start] or []
+  return start, colour, candidates[start] or []
 
 
 def _of_colours(frame: np.ndarray, colour: str) -> list[Proposal] | None:
@@ -234,8 +234,8 @@ def _grabcut(frame: np.ndarray, box: tuple[int, int, int, int], moving: np.ndarr
     cv2.grabCut(bgr, labels, None, *models, 3, cv2.GC_INIT_WITH_MASK)
   except cv2.error:  # the box covers the frame: nothing to tell apart
     return np.zeros((height, width), bool)
-  found = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
-  count, parts, stats, _ = cv2.connectedComponentsWithStats(found)
+  foreground = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
+  count, parts, stats, _ = cv2.connectedComponentsWithStats(foreground)
   if count < 2:
     return np.zeros((height, width), bool)
   return parts == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())

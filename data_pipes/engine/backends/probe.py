@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipes.drawing import data_url
+from data_pipes.drawing import FOR_MODELS, data_uri
 from data_pipes.engine.backends.chat import ChatClient, Unanswered
 from data_pipes.engine.calls import Calls, ledger
 from data_pipes.engine.graph import StopRun
@@ -47,8 +47,8 @@ def probe(roles: Mapping[str, Mapping[str, Any]]) -> list[Probed]:
       out.append(_endpoint(tuple(members), options))
       continue
     known = [options[key] for key in _MODELS if isinstance(options.get(key), str)]
-    found = {f"licence of {model}": licence(model) for model in known}
-    out.append(Probed(tuple(members), name, True, found))
+    findings = {f"licence of {model}": licence(model) for model in known}
+    out.append(Probed(tuple(members), name, True, findings))
   return out
 
 
@@ -59,43 +59,51 @@ def _context(calls: Calls | None) -> Context:
 def _endpoint(members: tuple[str, ...], options: Mapping[str, Any]) -> Probed:
   sees = any(role in _SEES for role in members)
   name = f"{options['base_url']} ({options['model']})"
-  found = {f"licence of {options['model']}": "unknown here: read the model's and the host's terms"}
+  findings = {
+    f"licence of {options['model']}": "unknown here: read the model's and the host's terms"
+  }
   with tempfile.TemporaryDirectory() as folder:
     calls = Calls(Path(folder))
     try:
       role = next((r for r in members if r in _SEES), members[0])
       agent = make_backend(role, {**options, "retries": 1}, _context(calls))
-      usable = _ask_both(agent.client, agent.frames if sees else 0, found)
+      usable = _ask_both(agent.client, agent.frames if sees else 0, findings)
     finally:
       calls.close()
     tokens = sum(entry["input_tokens"] + entry["output_tokens"] for entry in ledger(Path(folder)))
   if usable:
-    found["usage"] = f"{tokens} tokens for this probe" if tokens else "not returned: no cost known"
-  return Probed(members, name, usable, found)
+    findings["usage"] = (
+      f"{tokens} tokens for this probe" if tokens else "not returned: no cost known"
+    )
+  return Probed(members, name, usable, findings)
 
 
-def _ask_both(client: ChatClient, pictures: int, found: dict[str, str]) -> bool:
+def _ask_both(client: ChatClient, pictures: int, findings: dict[str, str]) -> bool:
   """The schema alone, then with as many pictures as the roles show; fills `found`."""
   try:
     text = _say(client, "Write the word hello, and nothing else.", 0)
     _, wrong = client.read(text, _WORD, "word")
-    found["schema"] = "enforced"
+    findings["schema"] = "enforced"
     if wrong:
-      found["schema"] = f"not enforced, it said {text[:40]!r}: answers are checked and asked again"
+      findings["schema"] = (
+        f"not enforced, it said {text[:40]!r}: answers are checked and asked again"
+      )
   except (Unanswered, StopRun) as error:
-    found["fault"] = str(error)
+    findings["fault"] = str(error)
     if "status 400" in str(error) and client.endpoint.schema:
-      found["fault"] += "; if it refuses response_format, set schema=False"
+      findings["fault"] += "; if it refuses response_format, set schema=False"
     return False
   if not pictures:
     return True
   try:
     text = _say(client, "Which colour is this picture? Answer with `word`.", pictures)
   except (Unanswered, StopRun) as error:
-    found["fault"] = f"{pictures} pictures: {error}"
+    findings["fault"] = f"{pictures} pictures: {error}"
     return False
   seen = "red" in text.lower()
-  found["pictures"] = f"{pictures} taken" if seen else f"{pictures} taken, but said {text[:40]!r}"
+  findings["pictures"] = (
+    f"{pictures} taken" if seen else f"{pictures} taken, but said {text[:40]!r}"
+  )
   return True
 
 
@@ -109,7 +117,7 @@ _WORD = {
 
 def _say(client: ChatClient, words: str, pictures: int) -> str:
   content: list[dict[str, Any]] = [{"type": "text", "text": words}]
-  url = data_url(Image.new("RGB", (_SIDE, _SIDE), (220, 20, 20)))
+  url = data_uri(Image.new("RGB", (_SIDE, _SIDE), (220, 20, 20)), FOR_MODELS)
   content += [{"type": "image_url", "image_url": {"url": url}}] * pictures
   message = {"role": "user", "content": content if pictures else words}
   return client.once([message], _WORD, "word")["text"]
@@ -128,8 +136,8 @@ def licence(model: str) -> str:
   try:
     from huggingface_hub import model_info
 
-    said = model_info(model, timeout=10).card_data
-    name = said and (said.get("license_name") or said.get("license"))
+    page = model_info(model, timeout=10).card_data
+    name = page and (page.get("license_name") or page.get("license"))
   except Exception:  # no network, no such page, no package: the answer is the same
     name = None
   return f"{name or 'unknown'}; read https://huggingface.co/{model}"
@@ -140,5 +148,5 @@ def lines(probed: list[Probed]) -> list[str]:
   out = []
   for one in probed:
     out.append(f"{one.backend}: {', '.join(one.roles)}" + ("" if one.usable else ": NOT USABLE"))
-    out += [f"  {what}: {said}" for what, said in one.found.items()]
+    out += [f"  {what}: {finding}" for what, finding in one.found.items()]
   return out

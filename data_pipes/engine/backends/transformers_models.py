@@ -25,7 +25,7 @@ from data_pipes.engine.roles import (
   Track,
   model_version,
 )
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from data_pipes.frame_rules import uniform_frames
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's normalisation
@@ -81,22 +81,22 @@ class DinoSam2:
 
   @staticmethod
   def identity(options: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    own = {key: value for key, value in options.items() if key != "device"}
+    decides = {key: value for key, value in options.items() if key != "device"}
     versions = {name: model_version(options[name]) for name in ("detector", "tracker")}
     return {
       "backend": f"transformers {options['detector']} + {options['tracker']}",
-      "options": own,
+      "options": decides,
       "versions": versions,
     }
 
   def tracks(self, clip: Clip, noun: str, frames: Sequence[int]) -> list[Track]:
     images = clip.open().frames(frames)
     tried = sorted(set(uniform_frames(len(images), self.tries).tolist()))
-    found = [(n, self._boxes(images[n], noun)) for n in tried]
-    found = [(n, boxes) for n, boxes in found if boxes]
-    if not found:
+    seen = [(n, self._boxes(images[n], noun)) for n in tried]
+    seen = [(n, boxes) for n, boxes in seen if boxes]
+    if not seen:
       return []
-    start, boxes = max(found, key=lambda f: f[1][0][1])
+    start, boxes = max(seen, key=lambda f: f[1][0][1])
     if len(boxes) > self.most_boxes:
       raise Ambiguous(
         f"ambiguous: {len(boxes)} boxes for {noun!r} on frame {frames[start]}, at most "
@@ -338,5 +338,5 @@ class _named:
 
   def __exit__(self, kind, error, traceback) -> None:
     if isinstance(error, OSError | ValueError):
-      line = " ".join(str(error).split())[:200]
+      line = one_line(error)
       raise InputError(f"{self.role} {self.name!r} cannot be loaded: {line}") from error

@@ -46,9 +46,9 @@ class Index:
             of_place = best.setdefault(name, {})
             of_place[place] = min(apart, of_place.get(place, apart))
     close = [
-      (-len(found), sum(found.values()) / len(found), name)
-      for name, found in best.items()
-      if 2 * len(found) > len(hashes)
+      (-len(distances), sum(distances.values()) / len(distances), name)
+      for name, distances in best.items()
+      if 2 * len(distances) > len(hashes)
     ]
     if not close:
       return None
@@ -75,10 +75,10 @@ def survey(
   )
   for key, straight, mirrored in ordered:
     both = [[int(h, 16) for h in hashes] for hashes in (straight, mirrored)]
-    if found := held_out.near(both[0]) or held_out.near(both[1]):
-      dropped[key] = f"benchmark video: like {found[0]} (distance {found[1]})"
-    elif found := seen.near(both[0]) or seen.near(both[1]):
-      dropped[key] = f"near-duplicate: like {found[0]} (distance {found[1]})"
+    if match := held_out.near(both[0]) or held_out.near(both[1]):
+      dropped[key] = f"benchmark video: like {match[0]} (distance {match[1]})"
+    elif match := seen.near(both[0]) or seen.near(both[1]):
+      dropped[key] = f"near-duplicate: like {match[0]} (distance {match[1]})"
     else:
       seen.add(key, both[0])
   return dropped

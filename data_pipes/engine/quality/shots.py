@@ -38,8 +38,8 @@ def find_shots(video: Video, adaptive_threshold: float = 3.0, min_content: float
   cuts, change, last = [], [0.0], None
   fps = video.fps or 25.0
   for number, frame in enumerate(small_frames(video)):
-    found = detector.process_frame(FrameTimecode(number, fps=fps), frame[..., ::-1].copy())
-    cuts += [cut.frame_num for cut in found]
+    scenes = detector.process_frame(FrameTimecode(number, fps=fps), frame[..., ::-1].copy())
+    cuts += [cut.frame_num for cut in scenes]
     grey = frame.mean(-1, dtype=np.float32)
     if last is not None:
       change.append(float(np.abs(grey - last).mean()))

@@ -45,8 +45,8 @@ def fault(text: str, language: str = "en", least: int = MIN_WORDS) -> str | None
     return f"text too long: {len(words)} words, at most {MAX_WORDS}"
   if other := wrong_language(words, language):
     return f"text in another language: {other}"
-  if found := _META.search(text):
-    return f"text talks about the picture or the task: {found[0]!r}"
+  if match := _META.search(text):
+    return f"text talks about the picture or the task: {match[0]!r}"
   if len(words) >= 12:
     triples = Counter(zip(words, words[1:], words[2:], strict=False))
     (triple, count), *_ = triples.most_common(1)

@@ -7,14 +7,15 @@ Format and prompt: the later edition of the published code; of the paper's no sc
 """
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipes.errors import InputError
 from data_pipes.records import parse_objects, read_items
 from data_pipes.tokenizer import REGION
+from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file, one_truth
 from vr_jax.evaluation.items import Item, Prediction
+from vr_jax.evaluation.scoring.captions import CAPTION
 
 PROMPT = (
   f"Please describe the important aspects of the marked object {REGION} in the video. "
@@ -22,8 +23,9 @@ PROMPT = (
 )
 
 
-def read(path: Path) -> list[Item]:
+def read(source: Source) -> list[Item]:
   """The items; without an id they take their place in the file."""
+  (path,) = source.files
   return [_item(item, i, f"{path}: item {i}") for i, item in enumerate(read_items(path))]
 
 
@@ -36,7 +38,6 @@ def _item(item: Any, index: int, where: str) -> Item:
     id=item.get("id", index),
     where=where,
     video=item["video"],
-    question=PROMPT,
     truth=item["caption"],
     objects=parse_objects({"masks": [{str(frame): item["mask"]}]}, where),
     frame=frame,
@@ -59,5 +60,33 @@ def coco_files(predictions: Sequence[Prediction]) -> tuple[str, str]:
     "images": [{"id": i} for i in range(len(answered))],
     "annotations": [{"id": i, "image_id": i, "caption": p.truth} for i, p in enumerate(answered)],
   }
-  said = [{"image_id": i, "caption": p.pred} for i, p in enumerate(answered)]
-  return json.dumps(references, ensure_ascii=False), json.dumps(said, ensure_ascii=False)
+  captions = [{"image_id": i, "caption": p.pred} for i, p in enumerate(answered)]
+  return json.dumps(references, ensure_ascii=False), json.dumps(captions, ensure_ascii=False)
+
+
+def export(predictions: Sequence[Prediction]) -> Mapping[str, str]:
+  """The published lines, and both COCO files."""
+  references, captions = coco_files(predictions)
+  return {
+    "published.jsonl": published_lines(predictions),
+    "coco_references.json": references,
+    "coco_predictions.json": captions,
+  }
+
+
+HC_STVG = Benchmark(
+  name="hc-stvg",
+  title="HC-STVG",
+  kind=CAPTION,
+  split="",
+  files=one_file("*.json"),
+  root=in_videos,
+  read=read,
+  prompt=lambda question, options: PROMPT,
+  export=export,
+  new_tokens=128,
+  regions=True,
+  published=one_truth("video", "Answer", "pred", truth="Answer"),
+  paper=(Row("VideoRefer-7B", {"CIDEr": 0.686}), Row("Artemis", {"CIDEr": 0.532})),
+  prompt_template="published, later edition",
+)

@@ -7,15 +7,18 @@ Format and prompt: videorefer/eval/inference_video_mcqa_mvbench.py.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipes.bench_prompts import multiple_choice_prompt
 from data_pipes.errors import InputError
+from data_pipes.prompts import LETTER_ONLY
 from data_pipes.records import read_items
-from vr_jax.evaluation.answers import mvbench_index
+from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
+from vr_jax.evaluation.benchmark import Benchmark, Published, Row, Source
 from vr_jax.evaluation.items import Item, Prediction
+from vr_jax.evaluation.scoring.choice import CHOICE
 
 # Task -> folder of its media; the file is the task's name in lower case with underscores.
 TASKS = {
@@ -48,8 +51,6 @@ BOUNDED = {
   "Action Localization",
   "Episodic Reasoning",
 }
-
-
 _KEYS = ("video", "question", "candidates", "answer")
 
 
@@ -57,22 +58,30 @@ def task_file(task: str) -> str:
   return f"{task.lower().replace(' ', '_').replace('-', '_')}.json"
 
 
-def read(folder: Path) -> list[Item]:
-  """The items of every task whose file is in the folder; ids are "<task>/<number>".
+def task_files(data: Path) -> list[Path]:
+  """The file of every task, in the order of TASKS.
 
   Raises:
-    InputError: a task's file is absent (all twenty make the average), or an item is malformed.
+    InputError: one is absent (all twenty make the average).
   """
-  absent = [task_file(task) for task in TASKS if not (folder / task_file(task)).is_file()]
+  folder = data if data.is_dir() else data.parent
+  folder = folder / "json" if (folder / "json").is_dir() else folder
+  files = [folder / task_file(task) for task in TASKS]
+  absent = [file.name for file in files if not file.is_file()]
   if absent:
     raise InputError(
       f"{folder}: {len(absent)} of {len(TASKS)} task files are absent, the first {absent[0]}; "
       "accepted: all twenty"
     )
+  return files
+
+
+def read(source: Source) -> list[Item]:
+  """The items of every task; ids are "<task>/<number>"."""
   return [
-    _item(item, task, i, f"{folder / task_file(task)}: item {i}")
-    for task in TASKS
-    for i, item in enumerate(read_items(folder / task_file(task)))
+    _item(item, task, i, f"{file}: item {i}")
+    for task, file in zip(TASKS, source.files, strict=True)
+    for i, item in enumerate(read_items(file))
   ]
 
 
@@ -91,13 +100,37 @@ def _item(item: Any, task: str, number: int, where: str) -> Item:
     id=f"{task}/{number}",
     where=where,
     video=f"{TASKS[task]}/{item['video']}",
-    question=multiple_choice_prompt(item["question"], options),
-    asked=item["question"],
+    bare_question=item["question"],
     type=task,
-    truth=f"({chr(ord('A') + truths[-1])}) {item['answer']}",  # of equal candidates the last
+    truth=f"({letter_at(truths[-1])}) {item['answer']}",  # of equal candidates the last
     options=options,
     seconds=seconds,
   )
+
+
+def multiple_choice_prompt(question: str, options: Sequence[str]) -> str:
+  """The question of MVBench and Perception-Test; `options` are bare texts, any number of them."""
+  lines = "".join(f"({letter_at(i)}) {option}\n" for i, option in enumerate(options))
+  return f"Question: {question}\nOptions:\n{lines}{LETTER_ONLY} and only give the best option."
+
+
+def mvbench_index(prediction: str, options: Sequence[str]) -> int:
+  """The first capital within the options' letters wherever it stands ("A man ..." is A).
+
+  "A," with its comma counts as nothing, as published.
+  """
+  text = without_answer(prediction)
+  last = letter_at(len(options) - 1)
+  match = re.search(rf"[\(, ]*[A-{last}][\), ]*", text)
+  if match:
+    letter = match[0].strip().strip("()")
+    return ord(letter) - ord("A") if len(letter) == 1 else FALLBACK
+  return next((i for i, o in enumerate(options) if o.lower() in text.lower()), FALLBACK)
+
+
+def _published_prediction(record: Mapping[str, Any], index: int) -> Iterator[Prediction]:
+  pred, truth = (f"({letter_at(int(record[key]))})" for key in ("pred", "gt"))
+  yield Prediction(index, str(record["vid"]), pred, truth, str(record["task_type"]))
 
 
 def published_lines(predictions: Sequence[Prediction]) -> str:
@@ -109,3 +142,19 @@ def published_lines(predictions: Sequence[Prediction]) -> str:
       pred = mvbench_index(p.pred, p.options)
       lines.append(json.dumps({"vid": p.video, "task_type": p.type, "pred": pred, "gt": gt}))
   return "".join(f"{line}\n" for line in lines)
+
+
+MVBENCH = Benchmark(
+  name="mvbench",
+  title="MVBench",
+  kind=CHOICE,
+  files=task_files,
+  root=lambda folder: folder / "video",
+  read=read,
+  prompt=multiple_choice_prompt,
+  export=lambda predictions: {"published.jsonl": published_lines(predictions)},
+  new_tokens=64,
+  published=Published(("vid", "task_type", "pred", "gt"), _published_prediction),
+  parse=lambda text, options: letter_at(mvbench_index(text, options)),
+  paper=(Row("VideoRefer-7B", {"All": 0.596}),),
+)

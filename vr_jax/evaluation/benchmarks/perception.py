@@ -7,20 +7,23 @@ Format and prompt: videorefer/eval/inference_video_mcqa_perception_test_mcqa.py.
 """
 
 import json
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from data_pipes.bench_prompts import multiple_choice_prompt
 from data_pipes.errors import InputError
-from vr_jax.evaluation.answers import perception_index
+from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
+from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file
+from vr_jax.evaluation.benchmarks.mvbench import multiple_choice_prompt
 from vr_jax.evaluation.items import Item, Prediction
+from vr_jax.evaluation.scoring.choice import CHOICE
 
 ACCEPTED = "mc_question_*.json, {video_id: {metadata, mc_question: [...]}}"
 
 
-def read(path: Path) -> list[Item]:
+def read(source: Source) -> list[Item]:
   """The questions in the file's order; an id is "<video>/<question>", the truth None if hidden."""
+  (path,) = source.files
   try:
     videos = json.loads(path.read_text(encoding="utf-8"))
   except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -53,16 +56,25 @@ def _item(question: Any, video: str, where: str) -> Item:
     id=f"{video}/{question['id']}",
     where=where,
     video=f"{video}.mp4",
-    question=multiple_choice_prompt(question["question"], options),
-    asked=question["question"],
+    bare_question=question["question"],
     type=str(question.get("area") or ""),
-    truth=None if answer is None else f"({chr(ord('A') + int(answer))}) {options[int(answer)]}",
+    truth=None if answer is None else f"({letter_at(int(answer))}) {options[int(answer)]}",
     options=options,
     slices={
       "reasoning": str(question.get("reasoning") or ""),
       "tag": ", ".join(tags) if isinstance(tags, list) else str(tags),
     },
   )
+
+
+def perception_index(prediction: str, options: Sequence[str]) -> int:
+  """The first of A, B, C anywhere, else an option's exact text; there are three options."""
+  text = without_answer(prediction)
+  match = re.search(r"[A-C]", text)
+  if match:
+    return ord(match[0]) - ord("A")
+  lowered = [o.lower() for o in options]
+  return lowered.index(text.lower()) if text.lower() in lowered else FALLBACK
 
 
 def submission(predictions: Sequence[Prediction]) -> str:
@@ -79,3 +91,19 @@ def submission(predictions: Sequence[Prediction]) -> str:
     entry = {"id": int(number), "answer_id": index, "answer": p.options[index]}
     videos.setdefault(video, []).append(entry)
   return json.dumps(videos, ensure_ascii=False)
+
+
+PERCEPTION_TEST = Benchmark(
+  name="perception-test",
+  title="Perception-Test",
+  kind=CHOICE,
+  split="",
+  files=one_file("mc_question_*.json"),
+  root=in_videos,
+  read=read,
+  prompt=multiple_choice_prompt,
+  export=lambda predictions: {"submission.json": submission(predictions)},
+  new_tokens=64,
+  parse=lambda text, options: letter_at(perception_index(text, options)),
+  paper=(Row("VideoRefer-7B", {"All": 0.563}),),
+)

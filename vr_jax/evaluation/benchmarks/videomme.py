@@ -10,17 +10,26 @@ Format and prompt: videorefer/eval/inference_video_mcqa_videomme.py.
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipes.bench_prompts import videomme_prompt
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
+from data_pipes.prompts import LETTER_ONLY
 from data_pipes.records import read_items
 from data_pipes.video import open_video
-from vr_jax.evaluation.answers import videomme_index
-from vr_jax.evaluation.items import Item, Prediction
+from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
+from vr_jax.evaluation.benchmark import (
+  Benchmark,
+  Published,
+  Row,
+  Source,
+  in_videos,
+  one_file,
+)
+from vr_jax.evaluation.items import MISSING, Item, Prediction
+from vr_jax.evaluation.scoring.choice import CHOICE
 
 KEYS = (
   "video_id",
@@ -37,9 +46,13 @@ KEYS = (
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
-def read(path: Path, media: Path, subtitles: Path | None = None) -> list[Item]:
-  """The questions; with `subtitles`, the folder of SRT files, each is asked with its subtitles."""
-  return [_item(row, media, subtitles, f"{path}: row {i}") for i, row in enumerate(_rows(path))]
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def read(source: Source) -> list[Item]:
+  """The questions; with a folder of SRT files each is asked with its subtitles."""
+  (path,) = source.files
+  return [_item(row, source, f"{path}: row {i}") for i, row in enumerate(_rows(path))]
 
 
 def _rows(path: Path) -> Sequence[Mapping[str, Any]]:
@@ -57,21 +70,20 @@ def _rows(path: Path) -> Sequence[Mapping[str, Any]]:
   return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _item(row: Mapping[str, Any], media: Path, subtitles: Path | None, where: str) -> Item:
+def _item(row: Mapping[str, Any], source: Source, where: str) -> Item:
   missing = [key for key in KEYS if key not in row]
   if missing:
     raise InputError(f"{where}: no column {missing[0]!r}; accepted: {', '.join(KEYS)}")
   names = [f"{row['videoID']}{suffix}" for suffix in SUFFIXES]
   options = tuple(row["options"])
   preface = None
-  if subtitles is not None:
-    preface = functools.partial(_preface, subtitles / f"{row['videoID']}.srt")
+  if source.subtitles is not None:
+    preface = functools.partial(_preface, source.subtitles / f"{row['videoID']}.srt")
   return Item(
     id=row["question_id"],
     where=where,
-    video=next((name for name in names if (media / name).exists()), names[0]),
-    question=videomme_prompt(row["question"], options),
-    asked=row["question"],
+    video=next((name for name in names if (source.media / name).exists()), names[0]),
+    bare_question=row["question"],
     type=row["task_type"],
     truth=row["answer"],
     options=options,
@@ -85,6 +97,21 @@ def _item(row: Mapping[str, Any], media: Path, subtitles: Path | None, where: st
   )
 
 
+def videomme_prompt(question: str, choices: Sequence[str]) -> str:
+  """The question with its choices, which carry their letters, as in "A. Two."."""
+  lines = "".join(f"{choice}\n" for choice in choices)
+  return (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+    f"{question}\n{lines}{LETTER_ONLY} and only give the best option. The best answer is: "
+  )
+
+
+def subtitles_preface(text: str) -> str:
+  """What stands in front of the question where subtitles are shown."""
+  return f"This video's subtitles are listed below:\n{text}\n"
+
+
 def _preface(subtitles: Path, video: Path, scene_frames: int) -> str:
   """The prompt's opening: the subtitles of the sampled frames, none if there is no file."""
   text = ""
@@ -92,13 +119,13 @@ def _preface(subtitles: Path, video: Path, scene_frames: int) -> str:
     shown = open_video(video)
     numbers = grid_frames(len(shown), scene_frames)  # the older rule, as published (B20)
     text = subtitle_text(read_srt(subtitles), [round(1000 * n / shown.fps) for n in numbers])
-  return f"This video's subtitles are listed below:\n{text}\n"
+  return subtitles_preface(text)
 
 
 def subtitle_text(entries: Sequence[tuple[int, int, str]], times: Sequence[float]) -> str:
-  """For each time (ms) the first entry strictly around it, a line each, not de-duplicated."""
-  found = (next((text for a, b, text in entries if a < t < b), "") for t in times)
-  return "\n".join(text for text in found if text.strip())
+  """The first entry strictly around each time (ms), a line each, not de-duplicated."""
+  shown = (next((text for a, b, text in entries if a < t < b), "") for t in times)
+  return "\n".join(text for text in shown if text.strip())
 
 
 _TIME = r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})"
@@ -123,6 +150,24 @@ def read_srt(path: Path) -> list[tuple[int, int, str]]:
   return sorted(entries, key=lambda entry: entry[:2])
 
 
+def videomme_index(prediction: str, choices: Sequence[str]) -> int:
+  """The first of A-D anywhere, else an option's text or its number as a word.
+
+  `choices` carry letters, "A. Two.". Unlike upstream, whose pattern cuts off the last character of
+  an option whatever it is (B20 in the model specification), only a closing dot is cut.
+  """
+  text = without_answer(prediction)
+  match = re.search(r"[A-D]", text)
+  if match:
+    return ord(match[0]) - ord("A")
+  for i, choice in enumerate(choices):
+    option = re.sub(r"^\s*[A-D]\. ?", "", choice).removesuffix(".").lower()
+    spelt = _WORDS[int(option)] if re.fullmatch("[0-9]", option) else option
+    if option in text.lower() or spelt in text.lower():
+      return i
+  return FALLBACK
+
+
 def published_json(predictions: Sequence[Prediction]) -> str:
   """The file of the published scorer: a list of videos with the letters of their questions."""
   videos: dict[str, dict[str, Any]] = {}
@@ -140,7 +185,7 @@ def published_json(predictions: Sequence[Prediction]) -> str:
       },
     )
     video["missing"] |= p.pred is None
-    letter = "" if p.pred is None else "ABCD"[videomme_index(p.pred, p.options)]
+    letter = "" if p.pred is None else letter_at(videomme_index(p.pred, p.options))
     video["questions"].append(
       {
         "question_id": p.id,
@@ -152,3 +197,39 @@ def published_json(predictions: Sequence[Prediction]) -> str:
       }
     )
   return json.dumps(list(videos.values()), ensure_ascii=False, indent=1)
+
+
+def _published_predictions(record: Mapping[str, Any], index: int) -> Iterator[Prediction]:
+  """The questions of one video; "missing" takes the whole video out, as published."""
+  slices = {k: str(record.get(k, "")) for k in ("duration", "domain", "sub_category")}
+  for question in record["questions"]:
+    yield Prediction(
+      id=question["question_id"],
+      video=str(record.get("video_id") or record.get("youtube_id")),
+      pred=None if record["missing"] else question.get("response", ""),
+      truth=question["answer"],
+      type=question["task_type"],
+      options=tuple(question.get("choices") or ()),
+      slices=slices,
+      error=MISSING if record["missing"] else None,
+    )
+
+
+VIDEOMME = Benchmark(
+  name="videomme",
+  title="VideoMME",
+  kind=CHOICE,
+  files=one_file("videomme/*.parquet", "*.parquet", "*.jsonl", "*.json"),
+  root=in_videos,
+  read=read,
+  prompt=videomme_prompt,
+  export=lambda predictions: {"published.json": published_json(predictions)},
+  new_tokens=64,
+  subtitles=True,
+  published=Published(("questions", "missing"), _published_predictions),
+  parse=lambda text, options: letter_at(videomme_index(text, options)),
+  paper=(
+    Row("VideoRefer-7B, no subtitles", {"All": 0.559}),
+    Row("VideoRefer-7B, with subtitles", {"All": 0.576}),
+  ),
+)

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from data_pipes.masks import segmentation_to_mask
 from data_pipes.video import open_video
-from vr_jax.evaluation.benchmarks.registry import benchmark
+from vr_jax.evaluation.benchmark import Kind
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.pages.page import Example, Frame, TextExample
 from vr_jax.evaluation.results import Result
@@ -27,14 +27,14 @@ def choice_examples(
   for record in result.items:
     if record["error"] is None:
       kinds.setdefault((record["type"], bool(record["score"])), []).append(record)
-  order = [of[i] for i in range(count) for of in kinds.values() if i < len(of)]
+  order = [records[i] for i in range(count) for records in kinds.values() if i < len(records)]
   return [
     Example(
       type=record["type"],
       mode=mode,
       video=record["video"],
       frames=shown_frames(by_id.get(record["id"]), media, mode_of(result)),
-      question=by_id[record["id"]].asked if record["id"] in by_id else record["prompt"],
+      question=by_id[record["id"]].bare_question if record["id"] in by_id else record["prompt"],
       options=record["options"],
       answer=record["raw"],
       letter=record["parsed"],
@@ -45,7 +45,7 @@ def choice_examples(
 
 
 def text_examples(
-  result: Result, items: Sequence[Item], media: Path, count: int
+  kind: Kind, result: Result, items: Sequence[Item], media: Path, count: int
 ) -> list[TextExample]:
   """Descriptions from the worst to the best in equal steps, those without scores first."""
   by_id = {item.id: item for item in items}
@@ -56,15 +56,14 @@ def text_examples(
   failed = failed[: count // 4]
   steps = np.linspace(0, len(scored) - 1, min(count - len(failed), len(scored))).round()
   return [
-    _text_example(result, r, by_id, media) for r in (*failed, *(scored[int(i)] for i in steps))
+    _text_example(kind, result, r, by_id, media)
+    for r in (*failed, *(scored[int(i)] for i in steps))
   ]
 
 
 def _text_example(
-  result: Result, record: Mapping[str, Any], by_id: Mapping[Any, Item], media: Path
+  kind: Kind, result: Result, record: Mapping[str, Any], by_id: Mapping[Any, Item], media: Path
 ) -> TextExample:
-  judged = benchmark(result.benchmark).kind == "judged"
-  scores = (record["parsed"] if judged else record["scores"]) or {}
   replies = [reply for reply in record.get("replies", ()) if reply]
   return TextExample(
     video=record["video"],
@@ -73,7 +72,7 @@ def _text_example(
     reference=record["gt"] or "",
     answer=record["raw"] or "",
     score=record["score"],
-    scores=[(n, f"{v:g}" if judged else f"{100 * v:.1f}") for n, v in dict(scores).items()],
+    scores=kind.item_scores(record),
     explanation="\n\n".join(replies),
     problem=record["problem"] or "",
   )
@@ -84,7 +83,7 @@ def mode_of(result: Result) -> str:
 
 
 def shown_frames(item: Item | None, media: Path, mode: str) -> list[Frame]:
-  """Frames of the item with its objects as the model was told of them.
+  """Frames of the item with its objects as the model saw them.
 
   The frame of single-frame mode, or some of multi-frame mode; none where the media is not at hand.
   """
@@ -94,8 +93,8 @@ def shown_frames(item: Item | None, media: Path, mode: str) -> list[Frame]:
     if item.objects:
       return frames_of(item, media, [item.frame] if mode == "single" else spread(item))
     video = open_video(media / item.video)
-    numbers = np.linspace(0, len(video) - 1, SCENE_FRAMES + 2).round().astype(int)[1:-1]
-    numbers = list(dict.fromkeys(int(n) for n in numbers))
+    places = np.linspace(0, len(video) - 1, SCENE_FRAMES + 2).round().astype(int)[1:-1]
+    numbers = list(dict.fromkeys(int(n) for n in places))
     return [Frame(f, {}, f"frame {n}") for n, f in zip(numbers, video.frames(numbers), strict=True)]
   except InputError:
     return []

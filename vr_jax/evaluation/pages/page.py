@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from data_pipes.drawing import colour_of, data_uri, draw_objects, luminance
+from data_pipes import page
+from data_pipes.drawing import LOSSLESS, colour_of, data_uri, draw_objects, luminance
+from data_pipes.page import Bar, percent
 from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.answers import labelled
 from vr_jax.evaluation.results import write
@@ -147,7 +148,9 @@ def write_report(path: Path | str, report: Report) -> Path:
     "report.html.j2",
     report=report,
     tiles=[_tile(scored) for scored in report.scored],
-    bars=_bars(report.scored),
+    rows=_rows(report.scored),
+    bars=[(row["name"], [_bar(*mode) for mode in row["modes"]]) for row in _rows(report.scored)],
+    scale=", ".join(_heat(i / 8) for i in range(9)),
     curves=[_curve(curve) for curve in report.curves],
     examples=[example_cells(example) for example in report.examples],
     right=sum(example.correct for example in report.examples),
@@ -158,35 +161,30 @@ def write_report(path: Path | str, report: Report) -> Path:
 
 def render(path: Path, template: str, **content: Any) -> Path:
   """Writes a page from a template; an older page is replaced in one step."""
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("vr_jax.evaluation.pages"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-  )
-  scale = ", ".join(_heat(i / 8) for i in range(9))
-  page = environment.get_template(template).render(percent=_percent, scale=scale, **content)
-  write(path, page)
+  write(path, page.render(template, "vr_jax.evaluation.pages", **content))
   return path
-
-
-def _percent(share: float, digits: int = 0) -> str:
-  return f"{100 * share:.{digits}f}"
 
 
 def _tile(scored: Scored) -> dict[str, Any]:
   return {"mode": scored.mode, "all": scored.summary.micro, "macro": scored.summary.macro}
 
 
-def _bars(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+def _rows(scored: Sequence[Scored]) -> list[dict[str, Any]]:
   """Per question type (and "All" last) the accuracy of each mode."""
   names = list(dict.fromkeys(t.name for s in scored for t in s.summary.types))
-  found: dict[str, list[tuple[str, Accuracy]]] = {name: [] for name in [*names, "All"]}
+  rows: dict[str, list[tuple[str, Accuracy]]] = {name: [] for name in [*names, "All"]}
   for s in scored:
     for slice_ in (*s.summary.types, s.summary.micro):
-      found[slice_.name].append((s.mode, slice_))
-  return [{"name": name, "modes": modes} for name, modes in found.items() if modes]
+      rows[slice_.name].append((s.mode, slice_))
+  return [{"name": name, "modes": modes} for name, modes in rows.items() if modes]
+
+
+def _bar(mode: str, part: Accuracy) -> Bar:
+  """The accuracy of one mode with its Wilson interval, beside chance."""
+  low, high = part.wilson.low, part.wilson.high
+  note = f", interval {percent(low)}–{percent(high)} %, chance {percent(part.chance)} %"
+  text = f"{percent(part.value)} %"
+  return Bar(mode, part.value, text, part.n, low, high, part.chance, note)
 
 
 # --- Losses.
@@ -235,7 +233,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _linear_ticks(high: float) -> list[float]:
-  """From 0 to at least `high` in three to six round steps."""
+  """Ticks from 0 to at least `high` in three to six round steps."""
   rough = max(high, 1e-9) / 4
   unit = 10.0 ** math.floor(math.log10(rough))
   step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
@@ -256,9 +254,9 @@ def example_cells(example: Example) -> dict[str, Any]:
   names = _object_names(example.question)
   options = []
   for letter, text in zip(*labelled(example.options), strict=True):
-    truth, said = letter == example.truth, letter == example.letter
+    truth, answered = letter == example.truth, letter == example.letter
     text = _chips(text, names)
-    options.append({"letter": letter, "text": text, "truth": truth, "said": said})
+    options.append({"letter": letter, "text": text, "truth": truth, "said": answered})
   wide = 480 if len(example.frames) == 1 else 360
   return {
     "it": example,
@@ -371,7 +369,7 @@ def _strip(similarity: ObjectSimilarity) -> dict[str, Any]:
     "digits": "%.2f" if high - low >= 0.1 else "%.3f",
     "low": low,
     "high": high,
-    "matrix": data_uri(picture, lossless=True),
+    "matrix": data_uri(picture, LOSSLESS),
     "cuts": [100 * (i + 1) / count for i, cell in enumerate(cells) if cell["cut"]],
     "lowest": lowest,
     "highest": highest,

@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.page import Bar
+from vr_jax.evaluation.benchmark import Benchmark, Dataset, Kind
 from vr_jax.evaluation.benchmarks import registry
-from vr_jax.evaluation.benchmarks.registry import Benchmark, Dataset, benchmark
+from vr_jax.evaluation.metrics import BY_VIDEO, Metric
 from vr_jax.evaluation.pages.gallery import choice_examples, text_examples
-from vr_jax.evaluation.pages.page import example_cells, render, text_cells
-from vr_jax.evaluation.paper import rows_of
-from vr_jax.evaluation.results import BY_VIDEO, Metric, Result, load, write
-from vr_jax.evaluation.score import (
-  Comparison,
-  by_slice,
-  compare,
-  headline,
-  interval_text,
-  shown,
+from vr_jax.evaluation.pages.page import (
+  Example,
+  TextExample,
+  example_cells,
+  render,
+  text_cells,
 )
-from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
+from vr_jax.evaluation.pages.terminal import by_slice, headline, interval_text, shown
+from vr_jax.evaluation.results import Result, load, write
+from vr_jax.evaluation.scoring.comparison import Comparison, compare
+from vr_jax.evaluation.settings import ReportOptions
 
 MOST_COLUMNS = 9  # of the headline; more types are in the bars and tables below
 MODES = {"single": "Single-frame", "multi": "Multi-frame"}
-
 
 # Columns of the tables below the headline: title, key of the row.
 DETAILS = (
@@ -67,67 +67,42 @@ class Line:
   paper: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bar:
-  """One bar, in shares of the whole width; `reference` is the paper's, None if there is none."""
-
-  name: str
-  value: float
-  text: str
-  n: int
-  low: float | None
-  high: float | None
-  reference: float | None = None
-
-
 def write_reports(
   folders: Sequence[Path | str],
   out: Path | str,
-  data: Path | str | None = None,
-  media: Path | str | None = None,
-  examples: int = 24,
-  common: bool = False,
+  options: ReportOptions | None = None,
 ) -> list[Path]:
   """Writes both files; returns their paths.
 
   Args:
     folders: result folders, or run folders with results in them, all of one benchmark; the gallery
       is of the first.
-    data, media: where the benchmark lies now; by default where `vr eval` read it. Without it the
-      gallery has no pictures.
-    common: compare items that both results have, where they differ.
   """
+  options = options or ReportOptions()
   results = [load(f) for f in _result_folders(folders)]
   names = {r.benchmark for r in results}
   if len(names) > 1:
     raise InputError(f"results of {', '.join(sorted(names))}; accepted: of one benchmark a report")
-  of, first = benchmark(results[0].benchmark), results[0]
+  benchmark, first = registry.benchmark(results[0].benchmark), results[0]
   labels = _labels(results)
-  pairs = list(itertools.combinations(range(len(results)), 2))
-  compared = [(i, j) for i, j in pairs if _comparable(results[i], results[j])]
-  differences = []
-  for i, j in compared:
-    rows = [_difference(c, headline(first).unit) for c in compare(results[i], results[j], common)]
-    title = f"{labels[i]} minus {labels[j]}"
-    differences.append({"title": title, "columns": filled(DIFFERENCES, rows), "rows": rows})
-  dataset, problem = _dataset(of, first, data, media)
-  gallery, texts = _gallery(of, first, dataset, examples)
-  table = headline_table(of, results, labels)
+  dataset, problem = _dataset(benchmark, first, options.data, options.media)
+  questions, texts = _gallery(benchmark.kind, first, dataset, options.examples)
+  columns, lines = headline_table(benchmark, results, labels)
   content = {
-    "title": of.title,
+    "title": benchmark.title,
     "results": list(zip(labels, results, strict=True)),
-    "benchmark": of,
-    "columns": table[0],
-    "lines": table[1],
-    "bars": bar_rows(of, results, labels),
-    "top": "5 points" if of.kind == "judged" else "100 %",
+    "benchmark": benchmark,
+    "kind": benchmark.kind,
+    "columns": columns,
+    "lines": lines,
+    "bars": bar_rows(benchmark, results, labels),
     "groups": [_details(label, r) for label, r in zip(labels, results, strict=True)],
-    "examples": [example_cells(e) for e in gallery],
+    "examples": [example_cells(e) for e in questions],
     "texts": [text_cells(t) for t in texts],
-    "right": sum(e.correct for e in gallery),
+    "right": sum(e.correct for e in questions),
     "pictures_problem": problem,
-    "histograms": histograms(results, labels) if of.kind == "judged" else [],
-    "differences": differences,
+    "histograms": histograms(benchmark.kind.dimensions, results, labels),
+    "differences": list(_differences(results, labels, options.common)),
     "provenance": [(label, provenance(r)) for label, r in zip(labels, results, strict=True)],
     "warnings": list(dict.fromkeys(w for r in results for w in r.warnings)),
   }
@@ -138,15 +113,27 @@ def write_reports(
 
 
 def _result_folders(folders: Sequence[Path | str]) -> list[Path]:
-  found: list[Path] = []
+  paths: list[Path] = []
   for folder in map(Path, folders):
     below = sorted(p.parent for p in folder.glob("*/result.json"))
     below.sort(key=lambda p: not p.name.startswith("strict"))
     here = [folder] if (folder / "result.json").is_file() else below
     if not here:
       raise InputError(f"{folder}: no results; accepted: a folder that vr score wrote, or its run")
-    found += here
-  return found
+    paths += here
+  return paths
+
+
+def _differences(
+  results: Sequence[Result], labels: Sequence[str], common: bool
+) -> Iterator[dict[str, Any]]:
+  """A table for every two results that were read in the same way."""
+  unit = headline(results[0]).unit
+  for i, j in itertools.combinations(range(len(results)), 2):
+    if _comparable(results[i], results[j]):
+      rows = [_difference(c, unit) for c in compare(results[i], results[j], common)]
+      title = f"{labels[i]} minus {labels[j]}"
+      yield {"title": title, "columns": filled(DIFFERENCES, rows), "rows": rows}
 
 
 def _comparable(a: Result, b: Result) -> bool:
@@ -170,10 +157,10 @@ def _labels(results: Sequence[Result]) -> list[str]:
 
 
 def headline_table(
-  of: Benchmark, results: Sequence[Result], labels: Sequence[str]
+  benchmark: Benchmark, results: Sequence[Result], labels: Sequence[str]
 ) -> tuple[list[str], list[Line]]:
   """Columns, and our rows above the paper's. Caption values are times 100, as printed."""
-  ours = [_main(of, r) for r in results]
+  ours = [_main(benchmark.kind, r) for r in results]
   columns = list(dict.fromkeys(name for values in ours for name in values))
   columns.sort(key=lambda name: name not in ("All", "Average"))  # the one number first
   if len(columns) > MOST_COLUMNS:
@@ -190,7 +177,7 @@ def headline_table(
         cells.append(Cell(_number(metric.value, metric.unit), interval))
     lines.append(Line(label, cells))
   unit = headline(results[0]).unit
-  for row in rows_of(of.name):
+  for row in benchmark.paper:
     cells = [Cell(_number(row.values[n], unit) if n in row.values else "") for n in columns]
     if any(cell.text for cell in cells):
       lines.append(Line(row.system, cells, row.source))
@@ -206,30 +193,29 @@ def _signed(value: float, unit: str) -> str:
   return ("+" if value > 0 else "") + _number(value, unit)
 
 
-def _main(of: Benchmark, result: Result) -> dict[str, Metric]:
+def _main(kind: Kind, result: Result) -> dict[str, Metric]:
   """The metrics of the headline by column: types and the whole, dimensions, or caption metrics."""
-  if of.kind == "caption":
+  if not kind.columns:
     return {m.name: m for m in result.metrics}
-  name = "mean" if of.kind == "judged" else "accuracy"
-  found: dict[str, Metric] = {}
+  columns: dict[str, Metric] = {}
   for m in result.metrics:
-    if m.name == name and ": " not in m.slice:
-      found.setdefault(m.slice, m)
-  return found
+    if m.name == kind.columns and ": " not in m.slice:
+      columns.setdefault(m.slice, m)
+  return columns
 
 
 def bar_rows(
-  of: Benchmark, results: Sequence[Result], labels: Sequence[str]
+  benchmark: Benchmark, results: Sequence[Result], labels: Sequence[str]
 ) -> list[tuple[str, list[Bar]]]:
   """Per type (or dimension, or metric) a bar for each result, with the paper's value to compare.
 
   The paper's value is that of VideoRefer-7B in the same mode, where there is one.
   """
-  whole = 5.0 if of.kind == "judged" else 1.0
+  whole = benchmark.kind.whole
   rows: dict[str, list[Bar]] = {}
   for label, result in zip(labels, results, strict=True):
-    reference = _reference(of, result)
-    for name, m in _main(of, result).items():
+    reference = _reference(benchmark, result)
+    for name, m in _main(benchmark.kind, result).items():
       if m.value is None:
         continue
       paper = reference.get(name)
@@ -247,13 +233,13 @@ def bar_rows(
   return list(rows.items())
 
 
-def _reference(of: Benchmark, result: Result) -> Mapping[str, float]:
+def _reference(benchmark: Benchmark, result: Result) -> Mapping[str, float]:
   inference = result.run.get("inference") or {}
-  wanted = inference.get("mode") or ""
-  if of.name == "videomme":
-    wanted = "with subtitles" if inference.get("subtitles") else "no subtitles"
-  of_system = [r for r in rows_of(of.name) if r.system.startswith("VideoRefer-7B")]
-  return next((r.values for r in of_system if wanted in r.system), {})
+  way = inference.get("mode") or ""
+  if benchmark.subtitles:
+    way = "with subtitles" if inference.get("subtitles") else "no subtitles"
+  rows = (row for row in benchmark.paper if row.system.startswith("VideoRefer-7B"))
+  return next((row.values for row in rows if way in row.system), {})
 
 
 def _details(label: str, result: Result) -> dict[str, Any]:
@@ -307,10 +293,12 @@ def _difference(c: Comparison, unit: str) -> dict[str, Any]:
   }
 
 
-def histograms(results: Sequence[Result], labels: Sequence[str]) -> list[dict[str, Any]]:
+def histograms(
+  dimensions: Sequence[str], results: Sequence[Result], labels: Sequence[str]
+) -> list[dict[str, Any]]:
   """How often each score was given, per dimension and result."""
   out = []
-  for name in DIMENSIONS:
+  for name in dimensions:
     rows = []
     for label, result in zip(labels, results, strict=True):
       given = [i["parsed"][name] for i in result.items if i["parsed"] and name in i["parsed"]]
@@ -354,7 +342,7 @@ def provenance(result: Result) -> dict[str, str]:
     "Decoding": f"{inference['decoding']}, up to {inference.get('max_new_tokens')} tokens"
     if inference.get("decoding")
     else "",
-    "Subtitles": {True: "with", False: "without"}.get(inference.get("subtitles"), ""),
+    "Subtitles": {True: "with", False: "without", None: ""}[inference.get("subtitles")],
     "Parser": result.parser,
     "Judge": _judge_text(judge) if judge else "",
     "Environment": f"Python {env['python']}, JAX {env['jax']}, {env['device']}"
@@ -388,30 +376,29 @@ def _sha(value: str | None) -> str:
 
 
 def _dataset(
-  of: Benchmark, result: Result, data: Path | str | None, media: Path | str | None
+  benchmark: Benchmark, result: Result, data: Path | str | None, media: Path | str | None
 ) -> tuple[Dataset | None, str]:
   """The benchmark's items, or why there are no pictures."""
   task = result.run.get("task") or {}
   paths = [data] if data else task.get("data") or []
   if not paths:
     return None, "no pictures: give --data"
-  path = Path(paths[0])
-  if of.name == "mvbench" and path.is_file():
-    path = path.parent
+  split = task.get("split") or "any"
   try:
-    found = registry.read(of, path, media or task.get("media"), task.get("split") or "any")
+    return registry.read(benchmark, Path(paths[0]), media or task.get("media"), split), ""
   except InputError as error:
     return None, f"no pictures: {error}"
-  return found, ""
 
 
-def _gallery(of: Benchmark, result: Result, dataset: Dataset | None, count: int):
+def _gallery(
+  kind: Kind, result: Result, dataset: Dataset | None, count: int
+) -> tuple[list[Example], list[TextExample]]:
   items = list(dataset.items) if dataset else []
   media = dataset.media if dataset else Path()
-  if of.kind == "choice":
+  if kind.graded:
     mode = MODES.get((result.run.get("inference") or {}).get("mode") or "", "")
     return choice_examples(result, items, media, count, mode), []
-  return [], text_examples(result, items, media, count)
+  return [], text_examples(kind, result, items, media, count)
 
 
 # --- Markdown.
@@ -435,9 +422,8 @@ def markdown(content: Mapping[str, Any]) -> Iterator[str]:
     ],
   )
   yield ""
-  unit = {"choice": "In percent", "judged": "Points from 0 to 5", "caption": "Times 100"}
   yield (
-    f"{unit[content['benchmark'].kind]}; in brackets 95 % intervals. The paper's rows are copied "
+    f"{content['kind'].unit}; in brackets 95 % intervals. The paper's rows are copied "
     "from it, not measured here."
   )
   for group in content["groups"]:

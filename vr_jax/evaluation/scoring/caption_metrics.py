@@ -37,21 +37,26 @@ def ngrams(text: str, orders: int = ORDERS) -> Counter[tuple[str, ...]]:
 
 def bleu(references: References, predictions: Sequence[str]) -> list[Scored]:
   """BLEU-1 .. BLEU-4; a corpus score comes of summed counts."""
-  per_item = [bleu_counts(of, said) for of, said in zip(references, predictions, strict=True)]
-  items = np.array([bleu_of_counts(*counts) for counts in per_item]).reshape(-1, ORDERS)
-  sums = [np.sum([c[k] for c in per_item], axis=0) for k in range(4)]
-  corpus = bleu_of_counts(*sums) if per_item else [0.0] * ORDERS
+  per_item = [bleu_counts(r, p) for r, p in zip(references, predictions, strict=True)]
+  items = np.array([bleu_from_counts(*counts) for counts in per_item]).reshape(-1, ORDERS)
+  corpus = [0.0] * ORDERS
+  if per_item:
+    matches, guesses, lengths, closest = zip(*per_item, strict=True)
+    sums = np.sum(matches, axis=0), np.sum(guesses, axis=0)
+    corpus = bleu_from_counts(*sums, sum(lengths), sum(closest))
   return [Scored(float(corpus[n]), tuple(float(v) for v in items[:, n])) for n in range(ORDERS)]
 
 
-def bleu_counts(references: Sequence[str], said: str) -> tuple[np.ndarray, np.ndarray, int, int]:
+def bleu_counts(
+  references: Sequence[str], prediction: str
+) -> tuple[np.ndarray, np.ndarray, int, int]:
   """Matches and guesses by order, length of the prediction and of the closest reference."""
-  length = len(said.split())
+  length = len(prediction.split())
   most: Counter[tuple[str, ...]] = Counter()
   for reference in references:
     most |= ngrams(reference)
   matches = np.zeros(ORDERS)
-  for gram, count in ngrams(said).items():
+  for gram, count in ngrams(prediction).items():
     matches[len(gram) - 1] += min(count, most[gram])
   guesses = np.maximum(0, length - np.arange(ORDERS)).astype(float)
   lengths = [len(reference.split()) for reference in references]
@@ -59,7 +64,7 @@ def bleu_counts(references: Sequence[str], said: str) -> tuple[np.ndarray, np.nd
   return matches, guesses, length, closest
 
 
-def bleu_of_counts(
+def bleu_from_counts(
   matches: np.ndarray, guesses: np.ndarray, length: int, reference: int
 ) -> list[float]:
   tiny, small = 1e-15, 1e-9  # so that nothing is divided by zero
@@ -74,12 +79,12 @@ def bleu_of_counts(
 
 def rouge_l(references: References, predictions: Sequence[str]) -> Scored:
   """F-measure of the longest common subsequence; mean over items."""
-  items = tuple(_rouge(of, said) for of, said in zip(references, predictions, strict=True))
+  items = tuple(_rouge(r, p) for r, p in zip(references, predictions, strict=True))
   return Scored(float(np.mean(np.array(items))) if items else 0.0, items)
 
 
-def _rouge(references: Sequence[str], said: str) -> float:
-  words = said.split(" ")  # an empty text is one empty word, as in pycocoevalcap
+def _rouge(references: Sequence[str], prediction: str) -> float:
+  words = prediction.split(" ")  # an empty text is one empty word, as in pycocoevalcap
   common = [
     (_longest(reference.split(" "), words), reference.split(" ")) for reference in references
   ]
@@ -107,10 +112,10 @@ def cider_d(references: References, predictions: Sequence[str]) -> Scored:
 
   A corpus of one item scores 0: every n-gram is in every document.
   """
-  counted = [[ngrams(reference) for reference in of] for of in references]
+  counted = [[ngrams(reference) for reference in texts] for texts in references]
   frequency: Counter[tuple[str, ...]] = Counter()
-  for of in counted:
-    frequency.update({gram for reference in of for gram in reference})
+  for grams in counted:
+    frequency.update({gram for reference in grams for gram in reference})
   log_items = math.log(float(len(references))) if references else 0.0
 
   def vector(counts: Counter[tuple[str, ...]]):
@@ -125,10 +130,10 @@ def cider_d(references: References, predictions: Sequence[str]) -> Scored:
     return weights, np.sqrt(norms), bigrams
 
   items = []
-  for of, said in zip(counted, predictions, strict=True):
-    ours, our_norms, our_length = vector(ngrams(said))
+  for grams, prediction in zip(counted, predictions, strict=True):
+    ours, our_norms, our_length = vector(ngrams(prediction))
     score = np.zeros(ORDERS)
-    for reference in of:
+    for reference in grams:
       theirs, their_norms, length = vector(reference)
       delta = float(our_length - length)
       for n in range(ORDERS):
@@ -139,5 +144,5 @@ def cider_d(references: References, predictions: Sequence[str]) -> Scored:
         if our_norms[n] and their_norms[n]:
           value /= our_norms[n] * their_norms[n]
         score[n] += value * math.e ** (-(delta**2) / (2 * SIGMA**2))
-    items.append(float(np.mean(score) / max(len(of), 1) * 10.0))
+    items.append(float(np.mean(score) / max(len(grams), 1) * 10.0))
   return Scored(float(np.mean(items)) if items else 0.0, tuple(items))

@@ -5,7 +5,6 @@ numbers were made with are Java programs of the extra [java]; SPICE needs a Core
 is in no package. A metric that cannot be computed says why and is never 0.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -20,54 +19,36 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.benchmarks.registry import Benchmark
-from vr_jax.evaluation.items import Prediction
+from vr_jax.evaluation.benchmark import Benchmark, Kind
+from vr_jax.evaluation.items import Prediction, counts, item_record
+from vr_jax.evaluation.metrics import BY_VIDEO, Interval, Metric
 from vr_jax.evaluation.provenance import java_version
-from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
+from vr_jax.evaluation.results import Result
 from vr_jax.evaluation.scoring.caption_metrics import (
   ORDERS,
   Scored,
   bleu,
   bleu_counts,
-  bleu_of_counts,
+  bleu_from_counts,
   cider_d,
   rouge_l,
 )
 from vr_jax.evaluation.scoring.ptb import one_line, tokenize, without_punctuation
-from vr_jax.evaluation.scoring.statistics import Interval, cluster_bootstrap
+from vr_jax.evaluation.scoring.statistics import cluster_bootstrap
+from vr_jax.evaluation.settings import FILTERS, TOKENIZERS, CaptionSettings
 
-TOKENIZERS = ("ptb-py", "ptb-jar")
-FILTERS = ("none", "artemis")
 BLEU_DRAWS = 1000
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 # SPICE's serialisation looks into these packages, which Java 16 and later close.
 _OPENED = ("lang", "math", "util", "util.concurrent", "net", "text")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How captions are scored.
-
-  Attributes:
-    tokenizer: "ptb-py" (ours) or "ptb-jar" (Stanford's, extra [java]).
-    meteor: computed where Java and the extra are there.
-    length_filter: "artemis" leaves out predictions of at most 5 or at least 300 characters before
-      scoring, as the source of the paper's baseline rows does.
-    spice_home: a folder with the two CoreNLP files of SPICE; None leaves SPICE out.
-  """
-
-  tokenizer: str = "ptb-py"
-  meteor: bool = True
-  length_filter: str = "none"
-  spice_home: Path | None = None
-
-
 def score(
-  of: Benchmark,
+  benchmark: Benchmark,
   predictions: Sequence[Prediction],
   run: Mapping[str, Any],
   parser: str,
-  settings: Settings,
+  settings: CaptionSettings,
 ) -> Result:
   """Scores the answered items; those without an answer are counted, an empty answer scores 0."""
   for name, value, accepted in (
@@ -84,51 +65,45 @@ def score(
     raise InputError("no captions to score; at least one is needed")
   cut = jar_tokenize if settings.tokenizer == "ptb-jar" else ours
   references = [[text] for text in cut([p.truth or "" for p in kept])]
-  said = cut([p.pred or "" for p in kept])
-  videos = [p.video for p in kept]
-  found: dict[str, Scored | str] = {
-    f"BLEU-{n}": scored for n, scored in enumerate(bleu(references, said), 1)
-  }
-  found["METEOR"] = _meteor(references, said) if settings.meteor else "left out"
-  found["ROUGE_L"] = rouge_l(references, said)
-  found["CIDEr"] = cider_d(references, said)
-  found["SPICE"] = _spice(references, said, settings.spice_home)
-  left_out = len(predictions) - len(kept)
+  captions = cut([p.pred or "" for p in kept])
+  scored = _all_metrics(references, captions, settings)
+  videos, left_out = [p.video for p in kept], len(predictions) - len(kept)
   metrics = []
-  for name, scored in found.items():
-    if isinstance(scored, str):
-      note = f"n/a ({scored})"
+  for name, corpus in scored.items():
+    if isinstance(corpus, str):
+      note = f"n/a ({corpus})"
       metrics.append(Metric(name, "All", None, "score", 0, len(predictions), note=note))
       continue
     if name.startswith("BLEU"):
-      interval = _bleu_interval(references, said, videos, int(name[-1]))
+      interval = _bleu_interval(references, captions, videos, int(name[-1]))
     else:
-      interval = cluster_bootstrap(scored.items, videos)
-    fields = {"name": name, "slice": "All", "value": scored.corpus, "unit": "score"}
-    metrics.append(Metric.of(interval, BY_VIDEO, n=len(kept), n_failed=left_out, **fields))
-  items = [_record(p) for p in predictions]
-  place = {p.id: i for i, p in enumerate(kept)}
-  for item in items:
-    i = place.get(item["id"])
-    if i is not None:
-      scores = {n: s.items[i] for n, s in found.items() if isinstance(s, Scored)}
-      item |= {"parsed": said[i], "scores": scores, "score": scores["CIDEr"]}
-    elif item["error"] is None:
-      item["problem"] = "left out by the length filter"
-  counts = {
-    "total": len(predictions),
-    "answered": len(answered),
-    "kept": len(kept),
-    "missing_media": sum(p.missing for p in predictions),
-    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
-    "empty": sum(not (p.pred or "").strip() for p in answered),
-  }
+      interval = cluster_bootstrap(corpus.items, videos)
+    fields = {"name": name, "slice": "All", "value": corpus.corpus, "unit": "score"}
+    metrics.append(
+      Metric.with_interval(interval, BY_VIDEO, n=len(kept), n_failed=left_out, **fields)
+    )
+  numbers = {"total": 0, "answered": 0, "kept": len(kept)} | counts(predictions)
   extra = {
     "tokenizer": settings.tokenizer,
     "length_filter": f"{settings.length_filter}: {len(kept)} of {len(answered)} kept",
     "java": java_version(),
   }
-  return Result(of.name, run, parser, metrics, counts, items, extra=extra)
+  place = {p.id: i for i, p in enumerate(kept)}
+  items = [_record(p, place.get(p.id), captions, scored) for p in predictions]
+  return Result(benchmark.name, run, parser, metrics, numbers, items, extra=extra)
+
+
+def _all_metrics(
+  references: Sequence[Sequence[str]], captions: Sequence[str], settings: CaptionSettings
+) -> dict[str, Scored | str]:
+  """Every metric by name; a text says why one cannot be computed."""
+  scored: dict[str, Scored | str] = {}
+  scored |= {f"BLEU-{n}": corpus for n, corpus in enumerate(bleu(references, captions), 1)}
+  scored["METEOR"] = _meteor(references, captions) if settings.meteor else "left out"
+  scored["ROUGE_L"] = rouge_l(references, captions)
+  scored["CIDEr"] = cider_d(references, captions)
+  scored["SPICE"] = _spice(references, captions, settings.spice_home)
+  return scored
 
 
 def ours(texts: Sequence[str]) -> list[str]:
@@ -157,15 +132,15 @@ def jar_tokenize(texts: Sequence[str]) -> list[str]:
 
 def _java_home() -> Path:
   """The folder of pycocoevalcap, whose wheel holds the Java programs."""
-  found = util.find_spec("pycocoevalcap")
-  if found is None or not found.submodule_search_locations:
+  package = util.find_spec("pycocoevalcap")
+  if package is None or not package.submodule_search_locations:
     raise InputError("pycocoevalcap is not installed; accepted: pip install 'vr-jax[java]'")
   if not shutil.which("java"):
     raise InputError("no java on the path; accepted: a Java 8 or later")
-  return Path(found.submodule_search_locations[0])
+  return Path(package.submodule_search_locations[0])
 
 
-def _meteor(references: Sequence[Sequence[str]], said: Sequence[str]) -> Scored | str:
+def _meteor(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Scored | str:
   """METEOR 1.5, or why there is none."""
   try:
     _java_home()
@@ -177,14 +152,14 @@ def _meteor(references: Sequence[Sequence[str]], said: Sequence[str]) -> Scored 
     return " ".join(text.replace("|||", " ").split())
 
   corpus, items = Meteor().compute_score(
-    {i: [clean(r) for r in of] for i, of in enumerate(references)},
-    {i: [clean(text)] for i, text in enumerate(said)},
+    {i: [clean(text) for text in texts] for i, texts in enumerate(references)},
+    {i: [clean(text)] for i, text in enumerate(captions)},
   )
   return Scored(float(corpus), tuple(float(v) for v in items))
 
 
 def _spice(
-  references: Sequence[Sequence[str]], said: Sequence[str], home: Path | None
+  references: Sequence[Sequence[str]], captions: Sequence[str], home: Path | None
 ) -> Scored | str:
   """SPICE 1.0 with the user's CoreNLP, or why there is none.
 
@@ -207,12 +182,12 @@ def _spice(
   jars = [spice / "spice-1.0.jar", spice / "lib" / "*", *(home.resolve() / n for n in CORENLP)]
   opens = " ".join(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in _OPENED)
   records = [
-    {"image_id": i, "test": text, "refs": list(of)}
-    for i, (of, text) in enumerate(zip(references, said, strict=True))
+    {"image_id": i, "test": text, "refs": list(texts)}
+    for i, (texts, text) in enumerate(zip(references, captions, strict=True))
   ]
   with tempfile.TemporaryDirectory() as folder:
-    asked, told = Path(folder, "captions.json"), Path(folder, "scores.json")
-    asked.write_text(json.dumps(records), encoding="utf-8")
+    source, scores = Path(folder, "captions.json"), Path(folder, "scores.json")
+    source.write_text(json.dumps(records), encoding="utf-8")
     command = [
       "java",
       "-Xmx8G",
@@ -221,58 +196,72 @@ def _spice(
       "edu.anu.spice.SpiceScorer",
     ]
     done = subprocess.run(
-      [*command, str(asked), "-out", str(told), "-subset", "-silent"],
+      [*command, str(source), "-out", str(scores), "-subset", "-silent"],
       capture_output=True,
       text=True,
       cwd=folder,
       env={**os.environ, "JDK_JAVA_OPTIONS": opens},  # Java 8, which knows no opens, ignores it
     )
-    if done.returncode or not told.is_file():
+    if done.returncode or not scores.is_file():
       lines = [line for line in done.stderr.splitlines() if "JDK_JAVA_OPTIONS" not in line]
       return f"SPICE's program failed: {lines[0] if lines else f'exit code {done.returncode}'}"
-    return spice_scores(told.read_text(encoding="utf-8"), len(said))
+    return spice_scores(scores.read_text(encoding="utf-8"), len(captions))
 
 
 def spice_scores(text: str, count: int) -> Scored | str:
   """The scores in what SPICE's program writes, in the order of the captions."""
-  found = {record["image_id"]: float(record["scores"]["All"]["f"]) for record in json.loads(text)}
-  lost = [i for i in range(count) if not math.isfinite(found.get(i, math.nan))]
+  by_id = {record["image_id"]: float(record["scores"]["All"]["f"]) for record in json.loads(text)}
+  lost = [i for i in range(count) if not math.isfinite(by_id.get(i, math.nan))]
   if lost:
     return f"SPICE's program gave no score for {len(lost)} of {count} captions"
-  items = tuple(found[i] for i in range(count))
+  items = tuple(by_id[i] for i in range(count))
   return Scored(sum(items) / count, items)
 
 
 def _bleu_interval(
-  references: Sequence[Sequence[str]], said: Sequence[str], videos: Sequence[str], order: int
+  references: Sequence[Sequence[str]], captions: Sequence[str], videos: Sequence[str], order: int
 ) -> Interval:
   """Cluster bootstrap of the corpus score: the counts of the drawn videos, added up."""
   names = {v: i for i, v in enumerate(dict.fromkeys(videos))}
   sums = np.zeros((len(names), 2 * ORDERS + 2))
-  for of, text, video in zip(references, said, videos, strict=True):
-    matches, guesses, length, closest = bleu_counts(of, text)
+  for texts, caption, video in zip(references, captions, videos, strict=True):
+    matches, guesses, length, closest = bleu_counts(texts, caption)
     sums[names[video]] += [*matches, *guesses, length, closest]
   rng = np.random.default_rng(0)
   times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=BLEU_DRAWS)
   drawn = [
-    bleu_of_counts(row[:ORDERS], row[ORDERS : 2 * ORDERS], row[-2], row[-1])[order - 1]
+    bleu_from_counts(row[:ORDERS], row[ORDERS : 2 * ORDERS], row[-2], row[-1])[order - 1]
     for row in times @ sums
   ]
   low, high = np.quantile(drawn, [0.025, 0.975])
   return Interval(float(low), float(high))
 
 
-def _record(p: Prediction) -> dict[str, Any]:
-  return {
-    "id": p.id,
-    "video": p.video,
-    "type": p.type,
-    "prompt": p.question,
-    "raw": p.pred,
-    "parsed": None,
-    "gt": p.truth,
-    "score": None,
-    "scores": {},
-    "problem": None,
-    "error": p.error,
-  }
+def _record(
+  p: Prediction,
+  place: int | None,
+  captions: Sequence[str],
+  scored: Mapping[str, Scored | str],
+) -> dict[str, Any]:
+  """A prediction's record; `place` is its own among the captions, None where it is left out."""
+  if place is None:
+    problem = None if p.error else "left out by the length filter"
+    return item_record(p, gt=p.truth, problem=problem, scores={})
+  scores = {name: s.items[place] for name, s in scored.items() if isinstance(s, Scored)}
+  return item_record(p, parsed=captions[place], gt=p.truth, score=scores["CIDEr"], scores=scores)
+
+
+CAPTION = Kind(
+  name="caption",
+  score=lambda benchmark, predictions, run, settings: score(
+    benchmark, predictions, run, settings.parser, settings.captions
+  ),
+  headline=("CIDEr", "All"),
+  columns="",
+  unit="Times 100",
+  axis=("0", "20", "40", "60", "80", "100"),
+  bars_title="Metrics",
+  bars_text="Times 100; CIDEr may exceed 100 and is then cut off here.",
+  item_scores=lambda record: [(n, f"{100 * v:.1f}") for n, v in (record["scores"] or {}).items()],
+  item_mark=lambda score: f"CIDEr {100 * score:.1f}",
+)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.answers import Graded, grade, published_truth, strict_letter
-from vr_jax.evaluation.benchmarks.registry import Benchmark
-from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
+from vr_jax.evaluation.answers import Graded, grade, strict_letter
+from vr_jax.evaluation.benchmark import Benchmark, Kind
+from vr_jax.evaluation.items import Prediction, counts, item_record
+from vr_jax.evaluation.metrics import BY_VIDEO, Metric
+from vr_jax.evaluation.results import Result
 from vr_jax.evaluation.scoring.statistics import (
   Accuracy,
   Answered,
@@ -19,7 +20,7 @@ from vr_jax.evaluation.scoring.statistics import (
 
 
 def score(
-  of: Benchmark, predictions: Sequence[Prediction], run: Mapping[str, Any], parser: str
+  benchmark: Benchmark, predictions: Sequence[Prediction], run: Mapping[str, Any], parser: str
 ) -> Result:
   """Grades every answer.
 
@@ -30,71 +31,63 @@ def score(
   known = [p for p in predictions if p.truth is not None]
   if not known:
     raise InputError(
-      f"{of.title}: the answers of this split are hidden, so it cannot be scored here; "
+      f"{benchmark.title}: the answers of this split are hidden, so it cannot be scored here; "
       "submission.json is what the challenge's server takes"
     )
-  graded = [(p, grade_one(of, p, parser)) for p in known if p.pred is not None]
-  found = {p.id: g for p, g in graded}
-  items = [_record(p, found.get(p.id)) for p in known]
-  answered = [of_record(item) for item in items if item["error"] is None]
+  graded = {p.id: grade_one(benchmark, p, parser) for p in known if p.pred is not None}
+  items = [_record(p, graded.get(p.id)) for p in known]
+  answered = [answered_of(item) for item in items if item["error"] is None]
   summary = summarize(answered)
-  failed = len(known) - len(answered)
+  numbers = {"total": 0, "hidden": len(predictions) - len(known)} | counts(known)
+  numbers |= {
+    "total": len(predictions),
+    "answered": len(answered),
+    "empty": sum(g.problem == "empty" for g in graded.values()),
+    "unparsed": summary.micro.unparsed,
+    "correct": summary.micro.correct,
+  }
   metrics = [m for part in (*summary.types, summary.micro) for m in _metrics(part)]
-  right = summary.micro.correct
-  metrics.append(
-    Metric.of(
-      wilson(right, len(known)),
-      "wilson",
-      name="accuracy_all",
-      slice="All",
-      value=right / len(known),
-      unit="share",
-      n=len(known),
-      note="items that were not answered count as wrong" if failed else None,
-    )
-  )
-  metrics.append(
-    Metric("macro", "All", summary.macro, "share", len(answered), failed, note="mean of the types")
-  )
-  metrics.append(
-    Metric.of(
-      wilson(summary.micro.unparsed, len(answered)),
-      "wilson",
-      name="unparsed",
-      slice="All",
-      value=summary.micro.unparsed / len(answered),
-      unit="share",
-      n=len(answered),
-    )
-  )
+  metrics += _whole(summary, len(known), len(answered))
   for grouping, groups in _groupings(items).items():
     for group, members in groups.items():
-      metrics += list(_metrics(accuracy(f"{grouping}: {group}", [of_record(i) for i in members])))
-  counts = {
-    "total": len(predictions),
-    "hidden": len(predictions) - len(known),
-    "answered": len(answered),
-    "missing_media": sum(p.missing for p in known),
-    "unusable": sum(bool(p.error) and not p.missing for p in known),
-    "empty": sum(g.problem == "empty" for _, g in graded),
-    "unparsed": summary.micro.unparsed,
-    "correct": right,
-  }
-  printed = published_text(summary) if parser == "published" and of.name == "bench-q" else ""
-  return Result(of.name, run, parser, metrics, counts, items, printed=printed)
+      part = accuracy(f"{grouping}: {group}", [answered_of(item) for item in members])
+      metrics += _metrics(part)
+  printed = benchmark.printed(summary) if parser == "published" else ""
+  return Result(benchmark.name, run, parser, metrics, numbers, items, printed=printed)
 
 
-def grade_one(of: Benchmark, prediction: Prediction, parser: str) -> Graded:
+def _whole(summary: Summary, known: int, answered: int) -> Iterator[Metric]:
+  """The metrics of all items: `known` have a truth, `answered` of them an answer."""
+  right, unparsed, failed = summary.micro.correct, summary.micro.unparsed, known - answered
+  yield Metric.with_interval(
+    wilson(right, known),
+    "wilson",
+    name="accuracy_all",
+    slice="All",
+    value=right / known,
+    unit="share",
+    n=known,
+    note="items that were not answered count as wrong" if failed else None,
+  )
+  yield Metric("macro", "All", summary.macro, "share", answered, failed, note="mean of the types")
+  yield Metric.with_interval(
+    wilson(unparsed, answered),
+    "wilson",
+    name="unparsed",
+    slice="All",
+    value=unparsed / answered,
+    unit="share",
+    n=answered,
+  )
+
+
+def grade_one(benchmark: Benchmark, prediction: Prediction, parser: str) -> Graded:
   """One answer, read as the benchmark's published script does or strictly."""
   text, truth = prediction.pred or "", prediction.truth or ""
-  if parser == "published" and of.published_index and prediction.options:
-    letter = chr(ord("A") + of.published_index(text, prediction.options))
-    right = published_truth(truth)
-    return Graded(letter, right, letter == right)
-  return grade(text, truth, prediction.options, parser)
+  return grade(text, truth, prediction.options, parser, benchmark.parse)
 
 
-def of_record(item: Mapping[str, Any]) -> Answered:
+def answered_of(item: Mapping[str, Any]) -> Answered:
   """An item's record as the statistics take it."""
   return Answered(
     item["type"] or "All types",
@@ -107,47 +100,48 @@ def of_record(item: Mapping[str, Any]) -> Answered:
 
 def summary_of(result: Result) -> Summary:
   """Accuracies of a result's answered items."""
-  return summarize([of_record(item) for item in result.items if item["error"] is None])
+  return summarize([answered_of(item) for item in result.items if item["error"] is None])
 
 
 def _record(p: Prediction, graded: Graded | None) -> dict[str, Any]:
-  return {
-    "id": p.id,
-    "video": p.video,
-    "type": p.type,
-    "slices": dict(p.slices),
-    "prompt": p.question,
-    "options": list(p.options),
-    "raw": p.pred,
-    "parsed": graded and graded.letter,
-    "gt": graded.truth if graded else strict_letter(p.truth or "", p.options),
-    "score": graded and int(graded.correct),
-    "problem": graded and graded.problem,
-    "error": p.error,
-  }
+  return item_record(
+    p,
+    parsed=graded.letter if graded else None,
+    gt=graded.truth if graded else strict_letter(p.truth or "", p.options),
+    score=int(graded.correct) if graded else None,
+    problem=graded.problem if graded else None,
+    slices=dict(p.slices),
+    options=list(p.options),
+  )
 
 
 def _metrics(part: Accuracy) -> Iterator[Metric]:
   fields = {"slice": part.name, "value": part.value, "unit": "share", "n": part.n}
-  yield Metric.of(part.wilson, "wilson", name="accuracy", **fields)
-  yield Metric.of(part.by_video, BY_VIDEO, name="accuracy", **fields)
+  yield Metric.with_interval(part.wilson, "wilson", name="accuracy", **fields)
+  yield Metric.with_interval(part.by_video, BY_VIDEO, name="accuracy", **fields)
 
 
 def _groupings(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
   """Answered items by grouping and group; groupings with a group an item (ids) are left out."""
-  found: dict[str, dict[str, list]] = {}
+  groupings: dict[str, dict[str, list]] = {}
   for item in items:
     for grouping, group in item["slices"].items():
       if item["error"] is None and grouping != "video_id" and group:
-        found.setdefault(grouping, {}).setdefault(group, []).append(item)
-  return found
+        groupings.setdefault(grouping, {}).setdefault(group, []).append(item)
+  return groupings
 
 
-def published_text(summary: Summary) -> str:
-  """What videorefer/eval/eval_videorefer_bench_q.py prints."""
-  parts = [(f"  {part.name}  ", part) for part in summary.types] + [(" average ", summary.micro)]
-  return "".join(
-    f"#######{title}#######\nall num:  {part.n}\nright num:  {part.correct}\n"
-    f"accuracy:  {part.value}\n"
-    for title, part in parts
-  )
+CHOICE = Kind(
+  name="choice",
+  score=lambda benchmark, predictions, run, settings: score(
+    benchmark, predictions, run, settings.parser
+  ),
+  headline=("accuracy", "All"),
+  columns="accuracy",
+  unit="In percent",
+  axis=("0", "20", "40", "60", "80", "100 %"),
+  bars_title="Accuracy by type",
+  bars_text="Share of questions answered right; an answer from which no option can be read is "
+  "wrong.",
+  graded=True,
+)

@@ -2,56 +2,70 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vr_jax.evaluation.benchmarks.registry import Benchmark
-from vr_jax.evaluation.items import Prediction
-from vr_jax.evaluation.results import BY_VIDEO, Metric, Result
-from vr_jax.evaluation.scoring.judge import Judge, Verdict, holds_markers
-from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS, BenchD, Scores, mean_scores
+from data_pipes.errors import InputError
+from vr_jax.evaluation.benchmark import Benchmark, Kind
+from vr_jax.evaluation.items import Prediction, counts, item_record
+from vr_jax.evaluation.metrics import BY_VIDEO, Metric
+from vr_jax.evaluation.results import Result
+from vr_jax.evaluation.scoring.judge import (
+  SYSTEM,
+  Judge,
+  Replay,
+  Sampling,
+  Verdict,
+  holds_markers,
+  open_judge,
+  read_records,
+)
+from vr_jax.evaluation.scoring.judge_scores import (
+  DIMENSIONS,
+  HIGHEST,
+  BenchD,
+  Scores,
+  mean_scores,
+)
+from vr_jax.evaluation.scoring.settings import ScoreSettings
 from vr_jax.evaluation.scoring.statistics import (
   bootstrap_mean_of_means,
   cluster_bootstrap,
   clustered_standard_error,
 )
+from vr_jax.evaluation.settings import JudgeSettings
 
 EMPTY = "empty prediction"
 
 
 def score(
-  of: Benchmark,
+  benchmark: Benchmark,
   predictions: Sequence[Prediction],
   run: Mapping[str, Any],
   parser: str,
   judge: Judge,
-  progress=lambda done, total: None,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
   """Has every description judged.
 
-  A strict score of an empty description is 0 in all four, unasked: there is nothing to judge, and
+  A strict score of an empty description is 0 in all four, unjudged: there is nothing to judge, and
   leaving it out would raise the means. Items without a prediction, and replies that cannot be read,
   have no scores; `lower_bound` counts them as 0.
   """
   strict = parser == "strict"
   answered = [p for p in predictions if p.pred is not None]
-  asked = [p for p in answered if not strict or (p.pred or "").strip()]
-  verdicts = judge.judge([(p.id, p.truth or "", p.pred or "") for p in asked], progress)
-  found: dict[Any, Verdict] = dict(zip((p.id for p in asked), verdicts, strict=True))
+  judged = [p for p in answered if not strict or (p.pred or "").strip()]
+  verdicts = judge.judge([(p.id, p.truth or "", p.pred or "") for p in judged], progress)
+  by_id: dict[Any, Verdict] = dict(zip((p.id for p in judged), verdicts, strict=True))
   zero = Verdict((Scores(dict.fromkeys(DIMENSIONS, 0.0)),), (None,))
-  merged = {p.id: _mean(found.get(p.id, zero)) for p in answered}
-  items = [_record(p, found.get(p.id), merged.get(p.id)) for p in predictions]
+  merged = {p.id: _mean(by_id.get(p.id, zero)) for p in answered}
+  items = [_record(p, by_id.get(p.id), merged.get(p.id)) for p in predictions]
   # The published means know only of items in the prediction file.
   whole = mean_scores([merged.get(p.id, Scores({}, p.error)) for p in predictions])
   means = mean_scores([merged[p.id] for p in answered])
-  metrics = list(_metrics(means, whole, answered, merged))
-  counts = {
-    "total": len(predictions),
-    "answered": len(answered),
-    "missing_media": sum(p.missing for p in predictions),
-    "unusable": sum(bool(p.error) and not p.missing for p in predictions),
-    "empty": sum(not (p.pred or "").strip() for p in answered),
+  numbers = counts(predictions) | {
     "judged": sum(not s.error for s in merged.values()),
     "judge_failed": means.failed,
     "failed_replies": sum(s.error is not None for v in verdicts for s in v.scores),
@@ -62,20 +76,31 @@ def score(
     "injected_markers": sum(holds_markers(p.pred or "") for p in answered),
   }
   facts = judge.facts()
-  warnings = []
+  return Result(
+    benchmark.name,
+    run,
+    parser,
+    list(_metrics(means, whole, answered, merged)),
+    numbers,
+    items,
+    list(_warnings(facts, numbers["injected_markers"], strict)),
+    facts,
+    {"agreement": agreement(verdicts)} if judge.repeats > 1 else {},
+    "" if strict else benchmark.printed(means),
+  )
+
+
+def _warnings(facts: Mapping[str, Any], markers: int, strict: bool) -> Iterator[str]:
   if not facts["comparable"]:
-    warnings.append(
+    yield (
       f"judge {facts['name']} is a rule-based stand-in: its scores are not comparable with any "
       "published ones"
     )
-  if counts["injected_markers"]:
+  if markers:
     handled = "taken apart before judging" if strict else "kept, as published"
-    warnings.append(f"{counts['injected_markers']} predictions hold the judge's markers: {handled}")
+    yield f"{markers} predictions hold the judge's markers: {handled}"
   if len(facts["models"]) > 1:
-    warnings.append(f"the judge answered as several models: {', '.join(facts['models'])}")
-  extra = {"agreement": agreement(verdicts)} if judge.repeats > 1 else {}
-  printed = "" if strict else published_text(means)
-  return Result(of.name, run, parser, metrics, counts, items, warnings, facts, extra, printed)
+    yield f"the judge answered as several models: {', '.join(facts['models'])}"
 
 
 def agreement(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int | None]]:
@@ -94,13 +119,6 @@ def agreement(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float | int | 
       "mean_difference": fmean(gaps) if gaps else None,
     }
   return out
-
-
-def published_text(means: BenchD) -> str:
-  """What 2.extract_re.py and 3.analyze_score.py of videorefer/eval/videorefer_bench_d print."""
-  text = f"####error num:  {means.failed}\n" if means.failed else ""
-  text += "".join(f"{d.name} :  {d.mean}\n{d.n}\n" for d in means.dimensions if d.mean is not None)
-  return text + (f"all....\n{means.average}\n" if means.average is not None else "")
 
 
 def published_file(result: Result) -> str:
@@ -126,32 +144,27 @@ def _mean(verdict: Verdict) -> Scores:
 
 def _record(p: Prediction, verdict: Verdict | None, merged: Scores | None) -> dict[str, Any]:
   empty = merged is not None and verdict is None
-  return {
-    "id": p.id,
-    "video": p.video,
-    "type": p.type,
-    "prompt": p.question,
-    "raw": p.pred,
-    "parsed": dict(merged.values) if merged and not merged.error else None,
-    "gt": p.truth,
-    "score": fmean(merged.values.values()) if merged and merged.values else None,
-    "scores": [dict(s.values) or None for s in verdict.scores] if verdict else [],
-    "replies": list(verdict.replies) if verdict else [],
-    "problem": EMPTY if empty else merged.error if merged else None,
-    "error": p.error,
-  }
+  return item_record(
+    p,
+    parsed=dict(merged.values) if merged and not merged.error else None,
+    gt=p.truth,
+    score=fmean(merged.values.values()) if merged and merged.values else None,
+    problem=EMPTY if empty else merged.error if merged else None,
+    scores=[dict(s.values) or None for s in verdict.scores] if verdict else [],
+    replies=list(verdict.replies) if verdict else [],
+  )
 
 
 def _metrics(
   means: BenchD, whole: BenchD, answered: Sequence[Prediction], merged: Mapping[Any, Scores]
-):
+) -> Iterator[Metric]:
   columns = []
   for dimension, bound in zip(means.dimensions, whole.dimensions, strict=True):
     valid = [p for p in answered if dimension.name in merged[p.id].values]
     values = [merged[p.id].values[dimension.name] for p in valid]
     videos = [p.video for p in valid]
     columns.append((values, videos))
-    fields = {
+    fields: dict[str, Any] = {
       "slice": dimension.name,
       "value": dimension.mean,
       "unit": "points",
@@ -160,7 +173,7 @@ def _metrics(
     }
     if values:
       error = clustered_standard_error(values, videos)
-      yield Metric.of(
+      yield Metric.with_interval(
         cluster_bootstrap(values, videos),
         BY_VIDEO,
         name="mean",
@@ -181,5 +194,74 @@ def _metrics(
   if means.average is None:
     yield Metric(note="a dimension has no scores", **fields)
   else:
-    yield Metric.of(bootstrap_mean_of_means(columns), BY_VIDEO, **fields)
+    yield Metric.with_interval(bootstrap_mean_of_means(columns), BY_VIDEO, **fields)
   yield Metric("lower_bound", "Average", whole.lower_bound, "points", whole.total)
+
+
+def _score(
+  benchmark: Benchmark,
+  predictions: Sequence[Prediction],
+  run: Mapping[str, Any],
+  settings: ScoreSettings,
+) -> Result:
+  judge = _open(settings.judge, settings.source, settings.home, settings.parser)
+
+  def progress(done: int, total: int) -> None:
+    if done % 50 == 0 or done == total:
+      settings.progress(f"judged {done} of {total}")
+
+  return score(benchmark, predictions, run, settings.parser, judge, progress)
+
+
+def _open(settings: JudgeSettings, source: Path, home: Path, parser: str) -> Judge:
+  """The judge that the settings name; its log stands in `home`."""
+  spec = settings.spec
+  recorded = source.is_file() and any("gpt" in r for r in read_records(source))
+  if not spec and recorded:  # upstream keeps the judge's replies in the file itself
+    spec = f"replay:{source}"
+  if not spec:
+    raise InputError(
+      "VideoRefer-Bench-D needs a judge; accepted: --judge URL (an OpenAI-compatible endpoint), "
+      "--judge replay:FILE, --judge rule (not comparable)"
+    )
+  options: dict[str, Any] = {}
+  if spec.startswith("http"):
+    for field in ("timeout", "tries", "first_pause"):
+      options[field] = getattr(settings, field)
+  backend = open_judge(spec, settings.model, settings.key_variable, settings.allow_alias, **options)
+  system = SYSTEM
+  if settings.prompt is not None:
+    try:
+      system = settings.prompt.read_text(encoding="utf-8")
+    except OSError as error:
+      raise InputError(f"--judge-prompt {settings.prompt}: {error.strerror}") from None
+  sampling = None
+  if settings.temperature is not None:
+    sampling = Sampling(temperature=settings.temperature)
+  return Judge(
+    backend,
+    home / "judge.jsonl",
+    system=system,
+    sampling=sampling,
+    parser=parser,
+    repeats=settings.repeats,
+    budget=settings.budget,
+    concurrency=1 if isinstance(backend, Replay) else settings.concurrency,
+  )
+
+
+JUDGED = Kind(
+  name="judged",
+  score=_score,
+  headline=("mean", "Average"),
+  columns="mean",
+  unit="Points from 0 to 5",
+  axis=("0", "1", "2", "3", "4", "5 points"),
+  bars_title="Mean score by dimension",
+  bars_text="Points from 0 to 5 by the judge, over the items that it scored.",
+  dimensions=DIMENSIONS,
+  whole=HIGHEST,
+  item_scores=lambda record: [(n, f"{v:g}") for n, v in (record["parsed"] or {}).items()],
+  item_mark="Mean {:.2f}".format,
+  files=lambda result: {"published_judged.json": published_file(result)},
+)

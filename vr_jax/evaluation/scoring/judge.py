@@ -3,30 +3,28 @@
 Backends: an OpenAI-compatible endpoint (any provider, or a local server), `replay` of recorded
 replies, and `rule`, a stand-in that counts common words and is comparable with nothing.
 
-Every reply is appended to a log (one JSON line, flushed to disk), keyed by all that it depends on:
-a restart asks only what has no reply yet. Keys of an endpoint come from the environment and are
-never written anywhere.
+Every reply is appended to a log, a JSON line keyed by all that it depends on: a restart asks only
+what has no reply yet. Keys of an endpoint come from the environment and are never written anywhere.
 """
 
+import contextlib
 import dataclasses
-import email.utils
 import hashlib
-import http.client
 import itertools
 import json
 import os
-import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipes.errors import InputError
+from data_pipes.chat import Client, NoCompletion
+from data_pipes.errors import InputError, one_line
+from data_pipes.files import JsonLines
 from vr_jax.evaluation.scoring.judge_scores import (
   DIMENSIONS,
   HIGHEST,
@@ -68,7 +66,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Of the judge: greedy; the published settings are V1_SAMPLING."""
+  """How the judge samples: greedily; the published settings are V1_SAMPLING."""
 
   temperature: float = 0.0
   top_p: float = 1.0
@@ -80,7 +78,7 @@ V1_SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said once. `text` is None where it said nothing, and `error` says why.
+  """One reply of a judge. `text` is None where there is none, and `error` says why.
 
   `permanent`: asking again would not help.
   """
@@ -111,15 +109,14 @@ class Stopped(InputError):
 
 @dataclasses.dataclass
 class Endpoint:
-  """An OpenAI-compatible `/chat/completions`.
-
-  Plain `urllib`: one kind of POST needs no client library, and each attempt is counted here.
+  """An OpenAI-compatible `/chat/completions` (data_pipes.chat).
 
   Attributes:
     url: up to and without `/chat/completions`.
     key: sent as a bearer token; "" for none.
-    tries: attempts for one reply; between them an exponential pause with jitter, or what the
-      server's Retry-After asks for.
+    timeout: seconds that a call may take, from connecting to the last byte of its reply.
+    tries: calls for one reply; between them an exponential pause with jitter, or what the server's
+      Retry-After asks for.
   """
 
   name: str
@@ -129,79 +126,54 @@ class Endpoint:
   tries: int = 5
   first_pause: float = 1.0
   comparable: bool = True
-  sleep: Callable[[float], None] = time.sleep
+
+  def __post_init__(self):
+    self._client = Client(
+      self.url,
+      self.key,
+      timeout=self.timeout,
+      tries=self.tries,
+      first_pause=self.first_pause,
+      longest_pause=_LONGEST_WAIT,
+      longest_wait=_LONGEST_WAIT,
+      insist=True,
+    )
 
   def ask(self, messages: Messages, sampling: Sampling, item_id: Any, repeat: int) -> Reply:
     started = time.perf_counter()
     body = {"model": self.name, "messages": list(messages), **dataclasses.asdict(sampling)}
-    reply = Reply(None, "not asked")
-    for attempt in range(1, self.tries + 1):
-      pause = None
-      try:
-        reply = self._once(body)
-      except urllib.error.HTTPError as error:
-        reply, pause = self._refused(error)
-      except (OSError, http.client.HTTPException, ValueError) as error:
-        reply = Reply(None, f"no answer: {_line(error)}")
-      reply = dataclasses.replace(reply, attempts=attempt, latency=time.perf_counter() - started)
-      if reply.text is not None or reply.permanent:
-        break
-      if attempt < self.tries:
-        if pause is None:
-          pause = self.first_pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-        self.sleep(min(pause, _LONGEST_WAIT))
-    return reply
-
-  def _once(self, body: Mapping[str, Any]) -> Reply:
-    headers = {"Content-Type": "application/json"}
-    if self.key:
-      headers["Authorization"] = f"Bearer {self.key}"
-    request = urllib.request.Request(
-      f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=self.timeout) as response:
-      content = json.loads(response.read())
+    text, error, permanent = None, None, False
     try:
-      choice = content["choices"][0]
-      text = choice["message"].get("content")
-    except (KeyError, IndexError, TypeError, AttributeError):
-      return Reply(None, f"no choices in the answer: {_line(json.dumps(content))}")
-    usage = content.get("usage") or {}
-    fields = {
-      "model": content.get("model"),
-      "finish": choice.get("finish_reason"),
-      "usage": {k: v for k, v in usage.items() if isinstance(v, int)},
-    }
-    if not text or not text.strip():
-      refusal = choice["message"].get("refusal")
-      if refusal:
-        return Reply(None, f"refused: {_line(refusal)}", permanent=True, **fields)
-      return Reply(None, "an empty reply", **fields)
-    return Reply(text, **fields)
+      completion = self._client.complete(json.dumps(body).encode())
+    except NoCompletion as failure:
+      completion, calls = failure.completion, failure.calls
+      error, permanent = self._reason(failure), failure.final
+    else:
+      text, calls = completion.text, completion.calls
+      if not text.strip():
+        text, error, permanent = None, f"refused: {one_line(completion.refusal, 300)}", True
+    facts: dict[str, Any] = {}
+    if completion:
+      facts = {
+        "model": completion.model,
+        "finish": completion.finish or None,
+        "usage": completion.usage,
+      }
+    latency = time.perf_counter() - started
+    return Reply(text, error, permanent, latency=latency, attempts=calls, **facts)
 
-  def _refused(self, error: urllib.error.HTTPError) -> tuple[Reply, float | None]:
-    said = _line(error.read(2000).decode("utf-8", "replace"))
-    said = said.replace(self.key, "***") if self.key else said
-    what = f"HTTP {error.code}: {said}"
-    if error.code in (401, 403, 404):
-      raise Stopped(f"judge {self.url}: {what}; accepted: its key, model name and address")
-    transient = error.code in (408, 409, 425, 429) or error.code >= 500
-    return Reply(None, what, permanent=not transient), retry_after(error.headers)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-  """Seconds to wait, from a Retry-After of seconds or of a date."""
-  text = headers.get("Retry-After")
-  if not text:
-    return None
-  try:
-    return max(0.0, float(text))
-  except ValueError:
-    pass
-  try:
-    return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-  except ValueError:
-    return None
+  def _reason(self, failure: NoCompletion) -> str:
+    """Why there is no reply. Raises Stopped if there will be none to any request."""
+    reason = one_line(failure, 300)
+    if failure.kind == "status":
+      reason = f"HTTP {failure.status}: {reason}"
+    elif failure.kind == "unreadable":
+      reason = f"no choices in the answer: {reason}"
+    elif failure.kind == "broken":
+      reason = f"no answer: {reason}"
+    if failure.status in (401, 403, 404):
+      raise Stopped(f"judge {self.url}: {reason}; accepted: its key, model name and address")
+    return reason
 
 
 @dataclasses.dataclass
@@ -250,11 +222,11 @@ class Rule:
       r"##Correct answer: (.*)\n##Predicted answer: (.*)\n\Z", messages[1]["content"], re.DOTALL
     )
     assert match, messages
-    truth, said = (re.findall(r"\w+", text.lower()) for text in match.groups())
-    common = len(set(truth) & set(said))
+    truth, answer = (re.findall(r"\w+", text.lower()) for text in match.groups())
+    common = len(set(truth) & set(answer))
     recall = common / max(len(set(truth)), 1)
-    precision = common / max(len(set(said)), 1)
-    pairs = set(itertools.pairwise(truth)), set(itertools.pairwise(said))
+    precision = common / max(len(set(answer)), 1)
+    pairs = set(itertools.pairwise(truth)), set(itertools.pairwise(answer))
     order = len(pairs[0] & pairs[1]) / max(len(pairs[0]), 1)
     shares = (recall, recall, order, precision)
     lines = [
@@ -306,15 +278,15 @@ def open_judge(
   return Endpoint(model, spec, os.environ.get(key_variable, ""), **options)
 
 
-def user_message(truth: str, said: str, neutralise: bool) -> str:
+def user_message(truth: str, answer: str, neutralise: bool) -> str:
   """The published request. Strictly, the judge's own markers within the answer are taken apart."""
   if neutralise:
-    said = _MARKERS.sub(r"(\1)", said)
-  return f"##Correct answer: {truth}\n##Predicted answer: {said}\n"
+    answer = _MARKERS.sub(r"(\1)", answer)
+  return f"##Correct answer: {truth}\n##Predicted answer: {answer}\n"
 
 
-def holds_markers(said: str) -> bool:
-  return bool(_MARKERS.search(said))
+def holds_markers(answer: str) -> bool:
+  return bool(_MARKERS.search(answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,33 +295,6 @@ class Verdict:
 
   scores: tuple[Scores, ...]
   replies: tuple[str | None, ...]
-
-
-class Log:
-  """The replies there are, by key; appended to as they come."""
-
-  def __init__(self, path: Path):
-    self.path, self._lock = path, threading.Lock()
-    self.found: dict[str, dict[str, Any]] = {}
-    if path.is_file():
-      text = path.read_text(encoding="utf-8")
-      if text and not text.endswith("\n"):  # cut off by a kill
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
-      for line in text.split("\n"):
-        record = json.loads(line) if line else {}
-        if record.get("reply") is not None:
-          self.found[record["key"]] = record
-
-  def add(self, record: dict[str, Any]) -> None:
-    with self._lock:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      with open(self.path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-      if record["reply"] is not None:
-        self.found[record["key"]] = record
 
 
 class Judge:
@@ -381,7 +326,8 @@ class Judge:
     self.prompt_sha = hashlib.sha256(system.encode()).hexdigest()
     self.used = self.asked = self.cached = self.repaired = 0
     self.models: set[str] = set()
-    self._log, self._lock = Log(log), threading.Lock()
+    self._path, self._lock = log, threading.Lock()
+    self._log: JsonLines | None = None  # the replies there are, while judging
 
   def facts(self) -> dict[str, Any]:
     """What goes into result.json."""
@@ -407,13 +353,15 @@ class Judge:
     progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> list[Verdict]:
     """Judges (id, reference, prediction) items, several at a time; the order is kept."""
-    jobs = [(item, repeat) for item in items for repeat in range(self.repeats)]
+    asks = [(item, repeat) for item in items for repeat in range(self.repeats)]
     done: list[tuple[Scores, str | None]] = []
-    with ThreadPoolExecutor(self.concurrency) as pool:
+    paid = not isinstance(self.backend, Replay | Rule)
+    log = JsonLines(self._path, itemgetter("key")) if paid else contextlib.nullcontext()
+    with log as self._log, ThreadPoolExecutor(self.concurrency) as pool:
       try:
-        for result in pool.map(lambda job: self._one(*job), jobs):
+        for result in pool.map(lambda ask: self._one(*ask), asks):
           done.append(result)
-          progress(len(done), len(jobs))
+          progress(len(done), len(asks))
       except Stopped:
         pool.shutdown(cancel_futures=True)
         raise
@@ -422,11 +370,11 @@ class Judge:
     return [Verdict(tuple(s for s, _ in c), tuple(r for _, r in c)) for c in chunks]
 
   def _one(self, item: tuple[Any, str, str], repeat: int) -> tuple[Scores, str | None]:
-    item_id, truth, said = item
+    item_id, truth, answer = item
     strict = self.parser == "strict"
     messages = [
       {"role": "system", "content": self.system},
-      {"role": "user", "content": user_message(truth, said, strict)},
+      {"role": "user", "content": user_message(truth, answer, strict)},
     ]
     reply = self._ask(messages, item_id, repeat)
     if reply.text is None:
@@ -463,12 +411,12 @@ class Judge:
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    found = self._log.found.get(key)
-    if found is not None:
+    logged = {} if self._log is None else self._log.records.get(key, {})
+    if logged.get("reply") is not None:
       with self._lock:
         self.cached += 1
-        self.models.add(found.get("model") or self.backend.name)
-      return Reply(found["reply"], model=found.get("model"), finish=found.get("finish"))
+        self.models.add(logged.get("model") or self.backend.name)
+      return Reply(logged["reply"], model=logged.get("model"), finish=logged.get("finish"))
     with self._lock:
       if self.budget is not None and self.used >= self.budget:
         return Reply(None, f"the budget of {self.budget} tokens is spent", permanent=True)
@@ -491,11 +439,6 @@ class Judge:
       **{k: getattr(reply, k) for k in ("model", "finish", "usage", "latency", "attempts")},
       "time": time.time(),
     }
-    if not isinstance(self.backend, Replay | Rule):
+    if self._log is not None:
       self._log.add(record)
     return reply
-
-
-def _line(error: Any) -> str:
-  text = str(getattr(error, "reason", error)) or type(error).__name__
-  return " ".join(text.split())[:300]

@@ -64,9 +64,9 @@ def published_scores(reply: str | None) -> Scores:
   """
   if reply is None:
     return Scores({}, "no reply")
-  found = re.findall(r"\d+\.\s+(.*?):\s+([\d.]+)", reply)
+  pairs = re.findall(r"\d+\.\s+(.*?):\s+([\d.]+)", reply)
   try:
-    return Scores({name: float(score) for name, score in found})
+    return Scores({name: float(score) for name, score in pairs})
   except ValueError as error:
     return Scores({}, str(error))
 
@@ -88,15 +88,15 @@ def strict_scores(reply: str | None) -> Scores:
     words = r"\s+".join(name.split())
     score = rf"{words}\s*(?:\([^)\n]*\))?\s*[:=–-]\s*(?:score\s*:?\s*)?{_NUMBER}"
     # At the start of a line (numbered or not) it is the score; elsewhere it may be a quotation.
-    found = re.findall(rf"(?im)^[ \t-]*(?:\d+\s*[.)])?\s*{score}", text)
-    found = found or re.findall(rf"(?i)\d\s*[.)]\s*{score}", text)
-    if not found:
+    given = re.findall(rf"(?im)^[ \t-]*(?:\d+\s*[.)])?\s*{score}", text)
+    given = given or re.findall(rf"(?i)\d\s*[.)]\s*{score}", text)
+    if not given:
       return Scores({}, f"no score for {name}")
-    if len(set(found)) > 1:
-      return Scores({}, f"{len(set(found))} different scores for {name}")
-    value, maximum = float(found[0][0]), found[0][1]
+    if len(set(given)) > 1:
+      return Scores({}, f"{len(set(given))} different scores for {name}")
+    value, maximum = float(given[0][0]), given[0][1]
     if not 0 <= value <= HIGHEST or (maximum and int(maximum) != HIGHEST):
-      shown = "/".join(filter(None, found[0]))
+      shown = "/".join(filter(None, given[0]))
       return Scores({}, f"{name}: {shown} is not between 0 and {HIGHEST:g}")
     values[name] = value
   return Scores(values)

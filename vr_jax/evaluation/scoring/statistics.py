@@ -13,14 +13,9 @@ from statistics import NormalDist, fmean
 import numpy as np
 
 from data_pipes.errors import InputError
+from vr_jax.evaluation.metrics import Interval
 
 DRAWS = 10_000
-
-
-@dataclass(frozen=True)
-class Interval:
-  low: float
-  high: float
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,8 @@ def bootstrap_mean_of_means(
 
   `columns` are (values, clusters); a column may lack clusters that another has.
   """
-  numbers = {c: i for i, c in enumerate(dict.fromkeys(c for _, of in columns for c in of))}
+  names = dict.fromkeys(cluster for _, clusters in columns for cluster in clusters)
+  numbers = {cluster: i for i, cluster in enumerate(names)}
   rng = np.random.default_rng(seed)
   times = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), size=draws)
   means = np.zeros(draws)
@@ -194,74 +190,6 @@ def needed_items(
   z = NormalDist().inv_cdf((1 + confidence) / 2)
   error = clustered_standard_error(gaps, clusters)
   return max(1, ceil(len(gaps) * (z * error / gaps.mean()) ** 2))
-
-
-@dataclass(frozen=True)
-class Confusion:
-  """A reviewer's verdicts against a manual check (Table 8 of the paper).
-
-  Every share is (value, interval, n); the intervals are Wilson's. `precision` is the share of
-  accepted items that are good, `npv` of rejected ones that are bad; they hold however many of
-  either kind were checked. `recall`, `specificity`, `accuracy` and what is computed from them hold
-  for the population only where items were checked in the proportion in which they occur: with
-  `accept_rate`, the share the reviewer accepts, they are re-weighted to it (and have no interval).
-  """
-
-  precision: tuple[float, Interval, int]
-  npv: tuple[float, Interval, int]
-  recall: tuple[float, Interval | None, int]
-  specificity: tuple[float, Interval | None, int]
-  accuracy: tuple[float, Interval | None, int]
-  f1: float
-  mcc: float
-  kappa: float
-  accept_rate: float | None
-
-
-def confusion(
-  true_positive: int,
-  false_positive: int,
-  false_negative: int,
-  true_negative: int,
-  accept_rate: float | None = None,
-) -> Confusion:
-  """Counts of accepted and good, accepted and bad, rejected and good, rejected and bad items."""
-  counts = [true_positive, false_positive, false_negative, true_negative]
-  accepted, rejected = sum(counts[:2]), sum(counts[2:])
-  if min(counts) < 0 or not accepted or not rejected:
-    raise InputError(f"counts {counts}; accepted: at least one accepted and one rejected item")
-  if accept_rate is not None and not 0 < accept_rate < 1:
-    raise InputError(f"accept rate {accept_rate}; accepted: between 0 and 1")
-  up = down = 1.0
-  if accept_rate is not None:
-    up, down = accept_rate / accepted, (1 - accept_rate) / rejected
-  tp, fp, fn, tn = (
-    true_positive * up,
-    false_positive * up,
-    false_negative * down,
-    true_negative * down,
-  )
-  total = tp + fp + fn + tn
-
-  def share(part: float, whole: float, k: int, n: int) -> tuple[float, Interval | None, int]:
-    return (part / whole if whole else 0.0), (wilson(k, n) if accept_rate is None else None), n
-
-  good, bad = true_positive + false_negative, false_positive + true_negative
-  right = true_positive + true_negative
-  accuracy = (tp + tn) / total
-  chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / total**2
-  spread = sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-  return Confusion(
-    precision=(true_positive / accepted, wilson(true_positive, accepted), accepted),
-    npv=(true_negative / rejected, wilson(true_negative, rejected), rejected),
-    recall=share(tp, tp + fn, true_positive, good),
-    specificity=share(tn, tn + fp, true_negative, bad),
-    accuracy=share(tp + tn, total, right, sum(counts)),
-    f1=2 * tp / (2 * tp + fp + fn) if tp else 0.0,
-    mcc=(tp * tn - fp * fn) / spread if spread else 0.0,
-    kappa=(accuracy - chance) / (1 - chance) if chance < 1 else 0.0,
-    accept_rate=accept_rate,
-  )
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:

@@ -1,0 +1,70 @@
+"""What a user chooses for an answer; without jax, for the --help of `vr ask`."""
+
+import dataclasses
+from dataclasses import field
+from typing import TYPE_CHECKING
+
+from data_pipes.errors import InputError
+from data_pipes.masks import GRID_RULES
+
+if TYPE_CHECKING:
+  from vr_jax.inference.sampling import Sampling
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+# What `vr ask` and `vr eval` have in common, as their --help prints it.
+NEW_TOKENS = {"help": "the most tokens of an answer", "metavar": "N"}
+SCENE_FRAMES = {"help": "default: as many as in training", "metavar": "N"}
+BATCH_SIZE = {"help": "answers at once", "metavar": "N"}
+MASK_RULE = {
+  "help": "masks on the tower's grid: keep (default) leaves every object a cell, published may not",
+  "choices": GRID_RULES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to answer; the keywords of `ask`, `ask_many`, `answer_each`, `stream` and `warm_up`.
+
+  Attributes:
+    max_new_tokens: the most tokens of an answer.
+    temperature, top_k, top_p: of `Sampling`; temperature 0 is greedy.
+    seed: sampled answers are a function of it and of the request's place in the list.
+    scene_frames: frames of the scene; None is as many as in training.
+    batch_size: answers under way at once. Greedy answers do not depend on what else is asked, nor
+      on how many requests there are; with 1 a single answer comes soonest.
+    share: questions about one video share what is computed of it. Off, each is computed by itself;
+      the answers are the same.
+    mask_rule: how masks come onto the tower's grid, as `input.mask_rule` in training: "keep"
+      (default) leaves every object at least one cell, "published" may lose small ones, "area".
+  """
+
+  max_new_tokens: int = field(default=256, metadata=NEW_TOKENS)
+  temperature: float = field(default=0.0, metadata={"help": "0 (default) is greedy"})
+  top_k: int = field(
+    default=0,
+    metadata={"help": "sample from the K likeliest tokens; 0 (default): from all", "metavar": "K"},
+  )
+  top_p: float = field(
+    default=1.0,
+    metadata={"help": "sample from the likeliest tokens that hold this share", "metavar": "P"},
+  )
+  seed: int = field(default=0, metadata={"help": "of the sampling"})
+  scene_frames: int | None = field(default=None, metadata=SCENE_FRAMES)
+  batch_size: int = field(default=8, metadata=BATCH_SIZE)
+  share: bool = True
+  mask_rule: str = field(default="keep", metadata=MASK_RULE)
+
+  def __post_init__(self):
+    if self.mask_rule not in GRID_RULES:
+      raise InputError(f"mask_rule={self.mask_rule!r}; accepted: {', '.join(GRID_RULES)}")
+    for name in ("max_new_tokens", "batch_size"):
+      if getattr(self, name) < 1:
+        raise InputError(f"{name}={getattr(self, name)}; accepted: 1 or more")
+
+  def sampling(self, default: "Sampling") -> "Sampling":
+    try:
+      return dataclasses.replace(
+        default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+      )
+    except ValueError as error:
+      raise InputError(str(error)) from None

@@ -1,0 +1,210 @@
+"""Requests as read on the host: frames, masks on the tower's grid and text ids; without jax.
+
+Threads read ahead of the device, video by video. The questions about one video at one time span are
+a group: each of its frames is decoded once.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from data_pipes.batch import Clip, RowShape
+from data_pipes.clips import read_clip
+from data_pipes.errors import InputError
+from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
+from data_pipes.tokenizer import REGION, Tokenizer
+from data_pipes.video import Video, open_video
+from vr_jax.inference.options import Options
+from vr_jax.inference.regions import objects_of, warnings_of
+from vr_jax.inference.requests import Request
+
+TOGETHER = 32  # the most questions of a group: the frames of all their masks are held at once
+READERS = min(8, os.cpu_count() or 1)  # threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A request as read; its frames are in the Clip that its group shares.
+
+  Attributes:
+    index: the request's place in the list.
+    names: of the objects; `objects` are their masks uint8 [N] by frame number, in merge order.
+  """
+
+  index: int
+  text: Text
+  names: tuple[str, ...]
+  objects: Sequence[Mapping[int, np.ndarray]]
+  warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Questions about one video at one time span.
+
+  Attributes:
+    video: hash of the scene frames; None where nothing is shared.
+    head: ids of the text before the media.
+  """
+
+  clip: Clip
+  video: bytes | None
+  head: np.ndarray
+  questions: Sequence[Question]
+
+
+Refused = tuple[int, InputError]  # a request's place in the list, and why it cannot be asked
+
+
+class Reader:
+  """Reads the requests of one call."""
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    shape: RowShape,
+    options: Options,
+    *,
+    aspect_ratio: str = "square",
+    notice: str = "",
+  ):
+    """`shape` gives the sizes of scene, image and grid; `notice` goes with every answer."""
+    self._tokenizer, self._shape, self._options = tokenizer, shape, options
+    self._aspect_ratio, self._notice = aspect_ratio, notice
+
+  def ahead(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Group | Refused]:
+    """Groups, read by threads, in the order of their first requests; refusals among them."""
+    groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
+    for i, request in requests:
+      video = _identity(request.video), request.seconds
+      groups[video if self._options.share else (video, i)].append((i, request))
+    parts = (
+      members[at : at + TOGETHER]
+      for members in groups.values()
+      for at in range(0, len(members), TOGETHER)
+    )
+    with ThreadPoolExecutor(READERS) as threads:
+      reading = collections.deque(
+        threads.submit(self.read, part) for part in itertools.islice(parts, READERS + 1)
+      )
+      while reading:
+        results = reading.popleft().result()
+        for part in itertools.islice(parts, 1):
+          reading.append(threads.submit(self.read, part))
+        yield from results
+
+  def read(self, requests: Sequence[tuple[int, Request]]) -> list[Group | Refused]:
+    """Reads requests about one video at one time span; a bad one is refused alone.
+
+    Each frame is decoded once, for all of them. If that fails, as on a mask of another size, each
+    is read by itself to learn which one it is.
+    """
+    first = requests[0][1]
+    try:
+      source = open_video(first.video)
+      if source.kind == "image" and first.seconds is not None:
+        raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
+    except InputError as error:
+      return [(i, error) for i, _ in requests]
+    prepared: list[tuple[Question, Sequence[Mapping[int, Any]]]] = []
+    results: list[Group | Refused] = []
+    for i, request in requests:
+      try:
+        prepared.append(self._prepare(i, request, source))
+      except InputError as error:
+        results.append((i, error))
+    if not prepared:
+      return results
+    try:
+      clip = self._read_clip(first, source, [masks for _, marked in prepared for masks in marked])
+    except InputError as error:
+      if len(requests) == 1:
+        return [(requests[0][0], error)]
+      return [result for one in requests for result in self.read([one])]
+    cells = iter(clip.objects)
+    questions = [
+      dataclasses.replace(question, objects=list(itertools.islice(cells, len(marked))))
+      for question, marked in prepared
+    ]
+    head, _ = around_media(questions[0].text)
+    video = _content(clip) if self._options.share else None
+    return [*results, Group(clip, video, head, questions)]
+
+  def _prepare(
+    self, index: int, request: Request, source: Video
+  ) -> tuple[Question, list[Mapping[int, Any]]]:
+    """The question without its cells, and the masks of its objects at full size."""
+    marked = objects_of(request.regions, source)
+    objects = [m.masks for m in marked] + list(request.annotation)
+    question = (request.preface() if request.preface else "") + request.question
+    count = question.count(REGION)
+    if count != len(objects):
+      raise InputError(
+        f"question {request.question!r}: found {count} {REGION} but {len(objects)} objects; "
+        f"accepted: one {REGION} for each object"
+      )
+    media = "image" if source.kind == "image" else "video"
+    text = question_prompt(question, self._tokenizer, media)[1]
+    around_media(text)
+    names = [m.name for m in marked]
+    names += [f"object {n}" for n in range(len(names), len(objects))]
+    warnings = warnings_of(marked, self._shape.grid, self._aspect_ratio, self._options.mask_rule)
+    warnings = [line for line in (self._notice, *warnings) if line]
+    return Question(index, text, tuple(names), (), tuple(warnings)), objects
+
+  def _read_clip(
+    self, request: Request, source: Video, objects: Sequence[Mapping[int, Any]]
+  ) -> Clip:
+    image = source.kind == "image"
+    start, end = request.seconds or (None, None)
+    clip = read_clip(
+      request.video if image else source,
+      self._shape,
+      objects,
+      image=image,
+      aspect_ratio=self._aspect_ratio,
+      mask_rule=self._options.mask_rule,
+      start=start,
+      end=end,
+    )
+    scene = self._shape.scene
+    if len(clip.scene) != scene:
+      raise InputError(
+        f"{source.name}: {len(clip.scene)} frames, which are all taken as the scene; accepted: "
+        f"up to {scene}, or scene_frames={len(clip.scene)}"
+      )
+    return clip
+
+
+def around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
+  """Ids before and after the one media tag."""
+  tags = np.flatnonzero(np.isin(text.ids, list(MEDIA_IDS.values())))
+  if len(tags) != 1:
+    raise InputError(
+      f"found {len(tags)} media tags in the text; accepted: exactly one, which is put before the "
+      "question"
+    )
+  return text.ids[: tags[0]], text.ids[tags[0] + 1 :]
+
+
+def _identity(video: Any) -> Hashable:
+  """What tells a video from the others of one call."""
+  if isinstance(video, np.ndarray):  # views of the same memory are the same video
+    memory = video.__array_interface__
+    return memory["data"][0], video.shape, video.strides, video.dtype.str
+  return str(video) if isinstance(video, str | os.PathLike) else id(video)
+
+
+def _content(clip: Clip) -> bytes:
+  """A hash of the scene frames: what tells a video from all others, whatever held it."""
+  content = hashlib.blake2b(digest_size=16)
+  for number in dict.fromkeys(clip.scene):
+    content.update(np.ascontiguousarray(clip.frames[number]))
+  return content.digest()
