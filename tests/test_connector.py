@@ -45,6 +45,7 @@ def test_golden(golden):
   results = run_parity(golden, ["02_projectors"])
   assert not [str(r) for r in results if r.status != "pass"]
   assert len(results) == 12
+  assert not [str(r) for r in results if r.unknown]
 
 
 def test_golden_notices_another_epsilon(golden, monkeypatch):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from rounding import assert_same_up_to_rounding, gradient_roundings, loss_roundings, share
 
 from vr_jax.hlo import Program
-from vr_jax.models import decoder
+from vr_jax.models import embedder
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.region import RegionConfig, RegionEncoder
 from vr_jax.models.videorefer import VideoRefer
@@ -90,7 +90,7 @@ MESHES = {
 )
 def test_meshes_agree_with_one_device(name, cfg, monkeypatch):
   """With table and head gathered in three chunks, which one device does not do."""
-  monkeypatch.setattr(decoder, "LOOKUP_CHUNK", 64)
+  monkeypatch.setattr(embedder, "LOOKUP_CHUNK", 64)
   axes, rules, strategy = MESHES[name]
   params, rows, (loss, grads) = on_one_device(cfg)
   mesh = make_mesh(axes)

@@ -29,6 +29,7 @@ def test_golden(golden, stage, cases):
   results = run_parity(golden, [stage])
   assert not [str(r) for r in results if r.status != "pass"]
   assert len(results) == cases
+  assert not [str(r) for r in results if r.unknown]
 
 
 def loop_merge(x, u):

@@ -62,6 +62,7 @@ def test_golden(golden):
   skipped = {r.case for r in results if r.status == "skipped"}
   assert skipped == {r.case for r in results if r.case.startswith("clip")}
   assert len(results) - len(skipped) == 7
+  assert not [str(r) for r in results if r.unknown]
 
 
 def test_parameter_counts_of_so400m():

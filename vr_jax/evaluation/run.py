@@ -30,6 +30,7 @@ from vr_jax.evaluation.provenance import code_version, environment, model_facts
 from vr_jax.evaluation.results import RUN_SCHEMA, write
 from vr_jax.evaluation.settings import Settings
 from vr_jax.inference.model import Model
+from vr_jax.models.videorefer import VideoReferConfig
 
 
 def evaluate(
@@ -251,6 +252,15 @@ def _describe(
   }
 
 
+def _of_this_version(config: Any) -> Any:
+  """A model's config as an older version wrote it, with the fields that came since at their
+  defaults; as it is where it is none."""
+  try:
+    return json.loads(json.dumps(VideoReferConfig.from_dict(config).to_dict()))
+  except (InputError, TypeError):
+    return config
+
+
 def _claim(out: Path, run: Mapping[str, Any]) -> None:
   """Makes the folder this run's, or checks that it is; InputError if it holds another."""
   path = out / "parts" / "settings.json"
@@ -260,6 +270,8 @@ def _claim(out: Path, run: Mapping[str, Any]) -> None:
   mine = json.loads(json.dumps(mine))
   if path.is_file():
     held = json.loads(path.read_text(encoding="utf-8"))
+    if "model" in held:
+      held["model"]["config"] = _of_this_version(held["model"].get("config"))
     for part, fields in mine.items():
       for key, value in fields.items():
         if held.get(part, {}).get(key) != value:

@@ -43,10 +43,10 @@ class Decoding:
 
   cache: KVCache
   tokens: Int[Array, "B M"]
-  lengths: Int[Array, "B"]
-  done: Bool[Array, "B"]
-  start: Int[Array, "B"]
-  limits: Int[Array, "B"]
+  lengths: Int[Array, " B"]
+  done: Bool[Array, " B"]
+  start: Int[Array, " B"]
+  limits: Int[Array, " B"]
   keys: Array
   seen: Bool[Array, "B W"] | None
 
@@ -86,7 +86,7 @@ def generate(
   pad_id: int = 0,
   sampling: Sampling = GREEDY,
   keys: Array | None = None,
-) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]:
+) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, " B"]]:
   """New tokens [B,M] and how many each row has; a row's last is its end token, if it met one.
 
   Starts from what `prefill` (or `extend`, after a shared prefix) returned; the cache, which must
@@ -118,7 +118,7 @@ class Generator:
 
   def __call__(
     self, batch: Any, *, max_new_tokens: int | Sequence[int], **decoding: Any
-  ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]]:
+  ) -> tuple[Int[np.ndarray, "B M"], Int[np.ndarray, " B"]]:
     """New tokens of each row and their number; `decoding` are the other keywords of `generate`."""
     logits, cache = self.prefill(batch, int(np.max(max_new_tokens)))
     return generate(

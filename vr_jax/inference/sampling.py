@@ -41,7 +41,7 @@ def penalize(
   return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def pick(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
+def pick(logits: Float[Array, "B W"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
   """The next token of each row; `keys` [B] are the rows' own, so a row's draw is its alone."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -7,6 +7,7 @@ Source: google-research/big_vision at 0127fb6, `models/vit.py`, `models/ppp/gemm
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -148,20 +149,23 @@ def part_shapes(parts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes |= {f"img/{k}": v for k, v in hf_tower.tower_shapes(parts["img"]).items()}
   if "llm" in parts:
     shapes |= {f"llm/{k}": v for k, v in hf_decoder.decoder_shapes(parts["llm"]).items()}
-  if "connector" in parts or "region" in parts:
-    # Shapes of these depend on the tower's width alone.
-    whole = VideoReferConfig(
-      "", parts["img"], parts.get("connector", ConnectorConfig()), *_others(parts)
-    )
-    made = shapes_of(lambda key: init_params(whole, key), jax.random.key(0))
-    shapes |= {k: v for k, v in made.items() if k.split("/")[0] in parts}
+  for name in ("connector", "region"):
+    if name in parts:
+      whole = _with_stand_ins(parts["img"], name, parts[name])
+      made = shapes_of(functools.partial(init_params, whole), jax.random.key(0))
+      shapes |= {k: v for k, v in made.items() if k.split("/")[0] == name}
   return shapes
 
 
-def _others(parts: Mapping[str, Any]) -> tuple[Any, Any]:
-  tiny = DecoderConfig(8, 1, 1, 1, 8, 8, 8)
-  region = PARTS["region"](width=8)
-  return parts.get("region", region), parts.get("llm", tiny)
+def _with_stand_ins(img: Any, name: str, part: Any) -> VideoReferConfig:
+  """A model with this part; its shapes depend on the tower's width and on its own alone."""
+  E = part.width
+  parts = {
+    "connector": ConnectorConfig(width=E),
+    "region": PARTS["region"](width=E),
+    "llm": DecoderConfig(E, 1, 1, 1, 8, 8, 8),
+  }
+  return VideoReferConfig("", img, **{**parts, name: part})
 
 
 def _guess(tensors: Tensors, notes: list[str]) -> dict[str, Any]:

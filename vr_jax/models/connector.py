@@ -196,7 +196,7 @@ class Sampler(nn.Module):
   rules: ActivationRules = ()
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T h w C"]) -> Float[Array, "B t h2 w2 C"]:
+  def __call__(self, x: Float[Array, "B T h w C"]) -> Float[Array, "B t h2 w2 E"]:
     c, kind = self.cfg, KINDS[self.cfg.kind]
     pad = kind.padding
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (pad, pad), (0, 0)))

@@ -29,6 +29,7 @@ from typing import no_type_check
 
 import flax
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
@@ -57,7 +58,7 @@ class KVCache:
   k: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
   v: Float[Array, "X B K S H"] | tuple[Float[Array, "B K S H"], ...]
   positions: Int[Array, "B S"]
-  end: Int[Array, ""] | Int[Array, "B"]
+  end: Int[Array, ""] | Int[Array, " B"]
   fresh: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod
@@ -73,7 +74,7 @@ class KVCache:
       fresh=True,
     )
 
-  def take(self, rows: Int[Array, "B"]) -> "KVCache":
+  def take(self, rows: Int[Array, " B"]) -> "KVCache":
     """The cache of the given rows, repeated or reordered: one video prefix for many questions."""
     k, v = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), (self.k, self.v))
     return self.replace(k=k, v=v, positions=self.positions[rows])
@@ -84,7 +85,7 @@ def visible(
   key_positions: Int[Array, "B S"],
   *,
   window: int | None = None,
-  prefix: Int[Array, "B"] | None = None,
+  prefix: Int[Array, " B"] | None = None,
 ) -> Bool[Array, "B L S"]:
   """Which keys a query sees, from positions alone (-1: padding or empty, never seen).
 
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
     cache: KVCache | None = None,
     *,
     past: KVCache | None = None,
-    prefix: Int[Array, "B"] | None = None,
+    prefix: Int[Array, " B"] | None = None,
     segments: Int[Array, "B L"] | None = None,
   ) -> tuple[Float[Array, "B L D"], KVCache | None]:
     """Hidden states after the final norm, in `cfg.dtype`, and the cache with these slots added.

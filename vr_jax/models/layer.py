@@ -97,7 +97,7 @@ class Tables:
   mask: Bool[Array, "Z B L S"]
   cos: Float[Array, "Z B L A"]
   sin: Float[Array, "Z B L A"]
-  end: Int[Array, ""] | Int[Array, "B"] | None
+  end: Int[Array, ""] | Int[Array, " B"] | None
   fresh: bool = flax.struct.field(pytree_node=False)
   causal: Causal | None = None
   kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
