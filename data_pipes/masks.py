@@ -5,15 +5,13 @@ the columns and begin with the run of zeros; its compressed form writes the diff
 before last, 5 bits a character. Source of both, and of the polygon rule: the COCO API (maskApi.c).
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_pipes.errors import InputError
-from data_pipes.images import MAX_PIXELS, read_image
+from data_pipes.images import MAX_PIXELS
 
 GRID_RULES = ("keep", "published", "area")
 _POLYGON_SCALE = 5  # COCO draws polygon edges on a grid five times finer than the pixels
@@ -286,18 +284,6 @@ def mask_from_point(
   mask = (rows**2 + columns**2 <= radius**2).astype(np.uint8)
   mask[int(y), int(x)] = 1
   return mask
-
-
-def read_mask(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
-  """A mask image, uint8 [height, width]: what is not black, or not index 0 of a palette, is set."""
-  image = read_image(path)  # for its errors
-  with Image.open(path) as file:
-    if file.mode == "P":
-      image = np.asarray(file)[..., None]
-  try:
-    return check_size((image != 0).any(-1).astype(np.uint8), height, width)
-  except InputError as error:
-    raise InputError(f"{path}: {error}") from error
 
 
 def _numbers(values: Sequence[float], count: int, name: str, form: str) -> list[float]:

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_pipes.errors import InputError
 from data_pipes.masks import (
@@ -17,7 +16,6 @@ from data_pipes.masks import (
   mask_from_point,
   mask_to_counts,
   mask_to_grid,
-  read_mask,
   resize_mask,
   segmentation_to_mask,
   string_to_counts,
@@ -384,20 +382,3 @@ def test_point_radius():
 def test_bad_boxes_and_points(call, words):
   with pytest.raises(InputError, match=words):
     call()
-
-
-def test_read_mask(tmp_path):
-  wanted = mask_from_box((1, 2, 5, 4), 6, 8)
-  Image.fromarray(wanted * 255).save(tmp_path / "grey.png")
-  palette = Image.fromarray(wanted * 3, mode="P")
-  palette.putpalette([0, 0, 0] * 256)  # index 3 is black too: the index counts
-  palette.save(tmp_path / "palette.png")
-  Image.fromarray(np.stack([wanted * 9] * 3, -1)).save(tmp_path / "colour.png")
-  for name in ("grey", "palette", "colour"):
-    mask = read_mask(tmp_path / f"{name}.png", 6, 8)
-    np.testing.assert_array_equal(mask, wanted)
-    assert mask.dtype == np.uint8
-  with pytest.raises(InputError, match=r"grey\.png: the mask is 6x8 .* the video 8x6"):
-    read_mask(tmp_path / "grey.png", 8, 6)
-  with pytest.raises(InputError, match="no such image"):
-    read_mask(tmp_path / "absent.png", 8, 6)

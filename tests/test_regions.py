@@ -189,7 +189,7 @@ def test_wrong_regions_say_so(video, blob):
     (Region(mask=blob, frame=True), "frame True; accepted"),
     (Region(mask=blob, frame="two"), "frame 'two'; accepted"),
     (Region(mask=0 * blob, frame=0), "region mask@0: the mask is empty"),
-    (Region(rle={}, frame=0), "segmentation|size"),
+    (Region(rle={}, frame=0), "its mask is empty"),
   ):
     with pytest.raises(InputError, match=message):
       objects_of([region], video)
@@ -216,3 +216,81 @@ def test_warnings_name_objects_that_vanish_on_the_grid():
   assert "fly" in fly
   assert "frame 0: those frames tell nothing of it" in fly
   assert warnings_of(objects, grid=27, rule="area") == []
+
+
+def test_one_object_of_a_file_that_numbers_several(folder, video, blob):
+  ids = blob.copy()
+  ids[20:25, 1:6] = 2
+  Image.fromarray(ids).save("ids.png")
+  for number in (1, 2):
+    np.testing.assert_array_equal(only([f"ids.png#{number}@3"], video).masks[3], ids == number)
+  with pytest.raises(InputError, match="grey values 1, 2, which number objects; choose one"):
+    only(["ids.png@3"], video)
+  with pytest.raises(InputError, match="no object 7"):
+    only(["ids.png#7@3"], video)
+  Image.fromarray(blob * 255).save("a#2.png")  # a file of the whole name comes first
+  np.testing.assert_array_equal(only(["a#2.png@3"], video).masks[3], blob)
+
+
+def test_shares_of_the_picture(video):
+  half = only(["box:25%,50%,75%,100%@0"], video).masks[0]
+  np.testing.assert_array_equal(half, only(["box:10,15,30,30@0"], video).masks[0])
+  point = only(["point:50%,50%@0"], video).masks[0]
+  np.testing.assert_array_equal(point, only(["point:20,15@0"], video).masks[0])
+  with pytest.raises(InputError, match=r"relative\? write box:30%,30%,60%,60%"):
+    only(["box:0.3,0.3,0.6,0.6@0"], video)
+  whole = only(["box:0,0,1,1@0"], video).masks[0]  # one pixel, in whole numbers
+  assert whole.sum() == 1
+
+
+def test_a_box_that_leaves_the_picture_says_so(video):
+  marked = objects_of(parse_regions(["cat=box:-5,2,20,300@0"]), video)
+  (line,) = warnings_of(marked, 4)
+  assert (
+    line == "cat: the box -5,2,20,300 leaves the picture of 40x30 (width x height) and is cut to it"
+  )
+
+
+def test_soft_edges_are_told(folder, video, blob):
+  soft = (blob * 255.0).astype(np.uint8)
+  soft[4, 8:20] = 100
+  Image.fromarray(soft).save("soft.png")
+  marked = objects_of(parse_regions(["soft.png@0"]), video)
+  np.testing.assert_array_equal(marked[0].masks[0], blob)
+  assert "cut at half" in warnings_of(marked, 4)[0]
+
+
+def test_entries_of_rle_json(folder, video, blob):
+  one = encode_mask(blob)
+  content = {"4": {}, "2": {"segmentation": one}, "5": {"box": [8, 5, 20, 15]}, "6": None}
+  marked = objects_of([Region(rle=content)], video)[0].masks
+  assert list(marked) == [2, 4, 5, 6]
+  np.testing.assert_array_equal(marked[2], blob)
+  np.testing.assert_array_equal(marked[5], blob)
+  assert not marked[4].any()
+  assert not marked[6].any()
+  for key in ("segmentaton", "mask", "size"):
+    with pytest.raises(InputError, match=f"frame 7: key '{key}'; accepted: segmentation, box"):
+      objects_of([Region(rle={"2": one, "7": {key: [30, 40]}})], video)
+  with pytest.raises(InputError, match="two keys name one frame"):
+    objects_of([Region(rle={"2": one, "02": one})], video)
+
+
+def test_times_as_people_write_them(tmp_path):
+  for k in range(12):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+  folder = open_video(tmp_path, fps=10)
+  for text, number in (("0.5s", 5), ("0:00.5", 5), ("0:01", 10), ("0:00:01.1", 11)):
+    assert list(only([f"box:1,1,4,4@{text}"], folder).masks) == [number]
+
+
+def test_a_name_that_is_zero_is_a_name(video):
+  regions = [Region(box=(1, 1, 9, 9), frame=0), Region(box=(1, 1, 9, 9), frame=0, name=0)]
+  assert [m.name for m in objects_of(regions, video)] == ["object 0", "0"]
+  assert len(objects_of([regions[1], Region(point=(3, 3), frame=1, name=0)], video)) == 1
+
+
+@pytest.mark.parametrize("mask", [np.full((30, 40), -3.5), np.eye(30, 40) * 2 - 1])
+def test_logits_are_no_mask(video, mask):
+  with pytest.raises(InputError, match=r"accepted: bool, 0/1 or 0/255"):
+    objects_of([Region(mask=mask, frame=0)], video)

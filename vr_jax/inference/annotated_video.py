@@ -44,7 +44,7 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
     raise InputError(f"{path}: accepted: a file that ends in .mp4")
   if not path.parent.is_dir():
     raise InputError(f"{path}: cannot be written; accepted: a file in a folder that is there")
-  video = open_video(request.video)
+  video = open_video(request.video, upright=True)
   objects = [dict(marked.masks) for marked in objects_of(request.regions, video)]
   for annotation in request.annotation:
     objects.append({n: segmentation_to_mask(s, *video.size) for n, s in annotation.items()})

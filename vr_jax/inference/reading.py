@@ -108,7 +108,7 @@ class Reader:
     """
     first = requests[0][1]
     try:
-      source = open_video(first.video)
+      source = open_video(first.video, upright=True)
       if source.kind == "image" and first.seconds is not None:
         raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
     except InputError as error:
@@ -165,7 +165,7 @@ class Reader:
     image = source.kind == "image"
     start, end = request.seconds or (None, None)
     clip = read_clip(
-      request.video if image else source,
+      source,
       self._shape,
       objects,
       image=image,
@@ -176,10 +176,7 @@ class Reader:
     )
     scene = self._shape.scene
     if len(clip.scene) != scene:
-      raise InputError(
-        f"{source.name}: {len(clip.scene)} frames, which are all taken as the scene; accepted: "
-        f"up to {scene}, or scene_frames={len(clip.scene)}"
-      )
+      raise InputError(f"{source.name}: {len(clip.scene)} frames of the scene; accepted: {scene}")
     return clip
 
 

@@ -2,16 +2,19 @@
 
 A region on the command line is a SPEC, optionally with the object's name in front (`cat=...`):
 
-    mask.png@FRAME           an image of the video's size; what is not black is the object
-    box:x1,y1,x2,y2@FRAME    pixels of the source video, x to the right, y down
+    mask.png@FRAME           an image of the video's size: black and white, or the object alone in
+                             its transparency; mask.png#2 is object 2 of an image that numbers some
+    box:x1,y1,x2,y2@FRAME    pixels of the source video, x to the right, y down; or shares of its
+                             size, as in box:30%,20%,60%,70%
     point:x,y@FRAME          a disc around the point
     rle.json                 {"12": M, "20": M, ...}: a mask for each frame number; M is
                              {"size": [height, width], "counts": ...} (COCO run lengths, compressed
-                             or a list), polygons, or the published {"segmentation": ...}
+                             or a list), polygons, the published {"segmentation": ...}, or
+                             {"box": [x1, y1, x2, y2]}; null or {} where the object is not seen
     rle.json@FRAME           one such M
 
-FRAME is the 0-based number of a presented frame, or a time such as `1.5s`. It may be left out where
-the video has only one frame.
+FRAME is the 0-based number of a presented frame, or a time such as `1.5s` or `0:01.5`. It may be
+left out where the video has only one frame.
 """
 
 import dataclasses
@@ -25,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
+from data_pipes.mask_images import mask_of_array, read_mask_picture
 from data_pipes.masks import (
   annotation_to_mask,
   check_size,
   mask_from_box,
   mask_from_point,
   mask_to_grid,
-  read_mask,
   vanished,
 )
 from data_pipes.video import Video
@@ -47,17 +50,18 @@ class Region:
   without a name is an object of its own.
 
   Attributes:
-    mask: [H, W] bool or 0/1 of the video's size, or the path of a mask image.
-    box: x1, y1, x2, y2 in pixels of the source video.
-    point: x, y in pixels.
+    mask: [H, W] bool, 0/1 or 0/255 of the video's size, or the path of a mask image ("m.png#2": of
+      object 2).
+    box: x1, y1, x2, y2 in pixels of the source video, or shares of its size such as "30%".
+    point: x, y likewise.
     rle: the content of an `rle.json`, see this module's text, or the path of one.
-    frame: 0-based number of a presented frame, or a time such as "1.5s".
+    frame: 0-based number of a presented frame, or a time such as "1.5s" or "0:01.5".
     name: the object's name.
   """
 
   mask: Any = None
-  box: Sequence[float] | None = None
-  point: Sequence[float] | None = None
+  box: Sequence[float | str] | None = None
+  point: Sequence[float | str] | None = None
   rle: Any = None
   frame: int | str | None = None
   name: str | None = None
@@ -83,10 +87,14 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class MarkedObject:
-  """An object of the question: its name, and masks uint8 [H, W] by frame number, ascending."""
+  """An object of the question: its name, and masks uint8 [H, W] by frame number, ascending.
+
+  `notes` say what a user should know of how its regions were read.
+  """
 
   name: str
   masks: Mapping[int, np.ndarray]
+  notes: tuple[str, ...] = ()
 
 
 def parse_regions(specs: Sequence[str]) -> list[Region]:
@@ -101,12 +109,14 @@ def objects_of(regions: Sequence[Region], video: Video) -> list[MarkedObject]:
     InputError: one line naming the region: a frame that the video does not have, a box or point
       outside it, a mask of another size, a file that cannot be read, an object with nothing in it.
   """
-  objects: dict[str | int, dict[int, np.ndarray]] = {}
+  objects: dict[tuple[str, Any], dict[int, np.ndarray]] = {}
+  notes: dict[tuple[str, Any], list[str]] = {}
   for i, region in enumerate(regions):
-    # An index cannot be mistaken for a name, so a region without a name stays alone.
-    masks = objects.setdefault(i if region.name is None else region.name, {})
+    # A place cannot be mistaken for a name, so a region without a name stays alone.
+    key = ("place", i) if region.name is None else ("name", region.name)
+    masks = objects.setdefault(key, {})
     try:
-      further = _masks(region, video)
+      further = _masks(region, video, notes.setdefault(key, []))
       twice = masks.keys() & further.keys()
       if twice:
         raise InputError(f"frame {min(twice)} has a region of this object already; one is accepted")
@@ -115,10 +125,11 @@ def objects_of(regions: Sequence[Region], video: Video) -> list[MarkedObject]:
     masks.update(further)
   marked = []
   for i, (key, masks) in enumerate(objects.items()):
-    name = key if isinstance(key, str) else f"object {i}"
+    name = str(key[1]) if key[0] == "name" else f"object {i}"
     if not any(mask.any() for mask in masks.values()):
       raise InputError(f"{name}: its mask is empty; at least one pixel must belong to the object")
-    marked.append(MarkedObject(name, dict(sorted(masks.items()))))
+    lines = tuple(f"{name}: {note}" for note in notes[key])
+    marked.append(MarkedObject(name, dict(sorted(masks.items())), lines))
   return marked
 
 
@@ -128,7 +139,7 @@ def warnings_of(
   aspect_ratio: str = "square",
   rule: str = "keep",
 ) -> list[str]:
-  """One line for each object too small for the grid on some frame.
+  """The notes of the objects, and one line for each that is too small for the grid on some frame.
 
   Under "published" it is in no cell there, and the model cannot see it; under "keep" the cells it
   covers most stand for it.
@@ -137,6 +148,7 @@ def warnings_of(
   """
   lines = []
   for marked in objects:
+    lines += marked.notes
     lost = [
       number
       for number, mask in marked.masks.items()
@@ -172,9 +184,22 @@ def _parse(spec: str) -> Region:
 
 
 def _frame(text: str) -> int | str | None:
+  """A frame number, or a time as it stands; None where it is neither."""
   if text.isdecimal():
     return int(text)
-  return text if re.fullmatch(r"\d+(?:\.\d*)?s|\.\d+s", text) else None
+  return text if _seconds(text) is not None else None
+
+
+def _seconds(text: str) -> float | None:
+  """Seconds of a time such as `1.5s`, `0:01.5` or `1:02:03`."""
+  if re.fullmatch(r"\d+(?:\.\d*)?s|\.\d+s", text):
+    return float(text[:-1])
+  if re.fullmatch(r"(?:\d+:)?\d{1,2}:\d{1,2}(?:\.\d*)?", text):
+    seconds = 0.0
+    for part in text.split(":"):
+      seconds = 60 * seconds + float(part)
+    return seconds
+  return None
 
 
 def _marking(text: str) -> dict[str, Any]:
@@ -184,48 +209,118 @@ def _marking(text: str) -> dict[str, Any]:
       frame = numbers.partition("@")[2]
       raise InputError(f"FRAME: found {frame!r}; accepted: a frame number, or a time such as 1.5s")
     return {kind: tuple(_number(n) for n in numbers.split(","))}
-  if os.path.isfile(text):
+  path, _ = _object_of_file(text)
+  if os.path.isfile(path):
     return {"rle" if text.lower().endswith(".json") else "mask": text}
   raise InputError(f"found neither a file nor a region; accepted: {ACCEPTED}")
 
 
-def _number(text: str) -> float:
+def _object_of_file(text: str) -> tuple[str, int | None]:
+  """The path of `mask.png#2` and its object; a file of the whole name comes first."""
+  path, mark, number = text.rpartition("#")
+  if mark and number.isdecimal() and not os.path.isfile(text):
+    return path, int(number)
+  return text, None
+
+
+def _number(text: str) -> float | str:
+  share = text.strip().endswith("%")
   try:
-    value = float(text)
+    value = float(text.strip().removesuffix("%"))
   except ValueError:
     value = math.nan
   if not math.isfinite(value):
-    raise InputError(f"found {text!r}; accepted: numbers, in pixels of the source video")
+    raise InputError(f"found {text!r}; accepted: numbers, in pixels of the source video, or as 30%")
+  if share:
+    return text.strip()
   return int(value) if value.is_integer() else value
 
 
-def _masks(region: Region, video: Video) -> dict[int, np.ndarray]:
-  """The region's masks by frame number, checked against the video."""
+def _pixels(values: Sequence[float | str], video: Video, what: str) -> list[Any]:
+  """x, y, … in pixels, of numbers and of shares such as "30%"."""
   height, width = video.size
+  try:
+    numbers = list(values)
+  except TypeError:
+    raise InputError(f"{what} {values!r}; accepted: numbers, in pixels or as 30%") from None
+  for i, value in enumerate(numbers):
+    if isinstance(value, str) and value.endswith("%"):
+      numbers[i] = float(value[:-1]) / 100 * (height if i % 2 else width)
+  plain = [float(v) for v in numbers if isinstance(v, int | float | np.number)]
+  inside_a_pixel = len(plain) == len(numbers) and all(0 <= v <= 1 for v in plain)
+  if inside_a_pixel and any(v % 1 for v in plain):
+    shares = ",".join(f"{100 * v:g}%" for v in plain)
+    raise InputError(
+      f"{what} {','.join(f'{v:g}' for v in plain)} is smaller than a pixel; relative? write "
+      f"{what}:{shares}"
+    )
+  return numbers
+
+
+def _masks(region: Region, video: Video, notes: list[str]) -> dict[int, np.ndarray]:
+  """The region's masks by frame number, checked against the video; `notes` gets what to tell."""
   if region.rle is not None:
     by_frame = _frames_of_rle(region)
     if by_frame is not None:
-      return {
-        _in_video(number, video): annotation_to_mask(entry, height, width)
-        for number, entry in by_frame.items()
-      }
+      masks = {}
+      for number, entry in by_frame.items():
+        try:
+          masks[_in_video(number, video)] = _entry_mask(entry, video, notes)
+        except InputError as error:
+          raise InputError(f"frame {number}: {error}") from error
+      return masks
   number = _frame_number(region, video)
   if region.rle is not None:
-    mask = annotation_to_mask(_entry(_content(region.rle)), height, width)
-  elif region.box is not None:
-    mask = mask_from_box(region.box, height, width)
+    return {number: _entry_mask(_content(region.rle), video, notes)}
+  height, width = video.size
+  if region.box is not None:
+    mask = _box_mask(region.box, video, notes)
   elif region.point is not None:
-    mask = mask_from_point(region.point, height, width)
+    mask = mask_from_point(_pixels(region.point, video, "point"), height, width)
   elif isinstance(region.mask, str | os.PathLike):
-    mask = read_mask(region.mask, height, width)
+    path, number_in_file = _object_of_file(os.fspath(region.mask))
+    mask, note = read_mask_picture(path, number_in_file)
+    try:
+      mask = check_size(mask, height, width)
+    except InputError as error:
+      raise InputError(f"{path}: {error}") from None
+    notes += [note] if note else []
   else:
-    mask = (np.asarray(region.mask) != 0).astype(np.uint8)
-    if mask.ndim != 2:
-      raise InputError(f"a mask array is [H, W]; found {list(mask.shape)}")
-    mask = check_size(mask, height, width)
-  if region.rle is None and not mask.any():
+    mask = check_size(mask_of_array(region.mask), height, width)
+  if not mask.any():
     raise InputError("the mask is empty; at least one pixel must belong to the object")
   return {number: mask}
+
+
+def _box_mask(box: Sequence[float | str], video: Video, notes: list[str]) -> np.ndarray:
+  height, width = video.size
+  numbers = _pixels(box, video, "box")
+  mask = mask_from_box(numbers, height, width)
+  x1, y1, x2, y2 = map(float, numbers)
+  if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
+    notes.append(
+      f"the box {x1:g},{y1:g},{x2:g},{y2:g} leaves the picture of {width}x{height} (width x "
+      "height) and is cut to it"
+    )
+  return mask
+
+
+def _entry_mask(entry: Any, video: Video, notes: list[str]) -> np.ndarray:
+  """The mask of one frame: run lengths, polygons, the published form, a box, or nothing seen.
+
+  Raises InputError for keys that are not known: a misspelt one must not read as "not seen".
+  """
+  height, width = video.size
+  if isinstance(entry, dict) and "counts" not in entry:
+    unknown = sorted(map(str, entry.keys() - {"segmentation", "box", "size", "bbox", "area"}))
+    if unknown or ("size" in entry and "segmentation" not in entry):
+      raise InputError(
+        f"key {(unknown or ['size'])[0]!r}; accepted: segmentation, box, or size and counts"
+      )
+    if entry.get("segmentation") is None and entry.get("box") is not None:
+      return _box_mask(entry["box"], video, notes)
+    entry = entry.get("segmentation")
+  return annotation_to_mask({"segmentation": entry}, height, width)
 
 
 def _frame_number(region: Region, video: Video) -> int:
@@ -238,7 +333,8 @@ def _frame_number(region: Region, video: Video) -> int:
     parsed = _frame(frame)
     if parsed is None:
       raise InputError(f"frame {frame!r}; accepted: a frame number, or a time such as '1.5s'")
-    frame = video.time_to_frame(float(parsed[:-1])) if isinstance(parsed, str) else parsed
+    seconds = _seconds(parsed) if isinstance(parsed, str) else None
+    frame = parsed if seconds is None else video.time_to_frame(seconds)
   return _in_video(frame, video)
 
 
@@ -257,7 +353,11 @@ def _frames_of_rle(region: Region) -> dict[int, Any] | None:
     if len(content) > 1:
       raise InputError(f"found {len(content)} objects; accepted: one object in a file")
     content = content[0]  # the published list of objects
-  if not isinstance(content, dict) or not content or {"counts", "segmentation"} & content.keys():
+  if (
+    not isinstance(content, dict)
+    or not content
+    or {"counts", "segmentation", "box"} & content.keys()
+  ):
     return None
   for key in content:
     if not str(key).isdecimal():
@@ -266,14 +366,10 @@ def _frames_of_rle(region: Region) -> dict[int, Any] | None:
       )
   if region.frame is not None:
     raise InputError("its masks have frame numbers of their own; leave the frame out")
-  return {int(key): _entry(value) for key, value in content.items()}
-
-
-def _entry(value: Any) -> dict[str, Any]:
-  """A mask as the published {"segmentation": ...}."""
-  if isinstance(value, dict) and "segmentation" in value:
-    return value
-  return {"segmentation": value}
+  by_frame = {int(key): value for key, value in content.items()}
+  if len(by_frame) < len(content):
+    raise InputError("two keys name one frame; accepted: one mask for each frame")
+  return by_frame
 
 
 def _content(rle: Any) -> Any:
