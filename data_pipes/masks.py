@@ -365,7 +365,8 @@ def _bilinear(size: int, grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
   """Per cell: the two source indices and the second one's weight, rounded as PyTorch's kernel.
 
   PyTorch computes scale * (i + 0.5) - 0.5 in float32 with one rounding at the end (a fused
-  multiply-add); whether the result reaches an integer decides which pixels count.
+  multiply-add; on a CPU without one PyTorch itself rounds twice and finds other cells for some
+  sizes); whether the result reaches an integer decides which pixels count.
   """
   scale = np.float64(np.float32(size) / np.float32(grid))
   source = np.maximum((scale * (np.arange(grid) + 0.5) - 0.5).astype(np.float32), np.float32(0))

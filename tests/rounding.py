@@ -13,6 +13,8 @@ are about as large as what they come to.
 import jax
 import numpy as np
 
+from vr_jax.models.connector import KINDS
+
 ROUNDING = 2.0**-24  # of a float32 number
 
 
@@ -50,8 +52,8 @@ def connector_roundings(cfg, width_in, cells):
   """Terms of the sums from features of `cells` patches a frame to scene tokens."""
   # Three convolutions with their norms, the mean over the cells and its two products.
   block = 6 * cfg.width + 9 + cells + 2 * cfg.width
-  stages = 8 * block + 8 * cfg.width if cfg.kind.startswith("stc") else 0
-  return stages + width_in + 2 * cfg.width
+  # Two stages, the sampler over eight places of every channel; frames may be averaged instead.
+  return 2 * KINDS[cfg.kind].stage_depth * block + 8 * cfg.width + width_in + 2 * cfg.width
 
 
 def loss_roundings(cfg, length):
