@@ -261,7 +261,7 @@ CASES = [
   ("media-unreadable", image_item("half.png"), "{media}/half.png: cannot be read as an image (image file is truncated)"),
   ("media-unreadable", image_item("deep.png"), "{media}/deep.png: cannot be read as an image (mode I;16: more than 8 bits a channel; accepted: 8-bit images)"),
   ("media-unreadable", image_item("text.mp4"), "{media}/text.mp4: cannot be read as an image (unknown format)"),
-  ("media-damaged", item(video="broken.mp4"), "{media}/broken.mp4: damaged video (Invalid data found when processing input)"),
+  ("media-damaged", item(video="broken.mp4"), "{media}/broken.mp4: frame 21 is damaged"),
   ("too-large", item(video="bomb.avi"), "{media}/bomb.avi: found 12000x12000 pixels (height x width); accepted: up to 134217728"),
   ("too-large", item(video="bomb.gif"), "{media}/bomb.gif: Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack."),
   ("too-large", image_item("bomb.png"), "{media}/bomb.png: Image size (400000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack."),

@@ -275,7 +275,7 @@ def test_a_corrupt_video_in_the_middle_of_a_shard(tmp_path, media):  # noqa: F81
   (line,) = map(json.loads, (tmp_path / "s/rejects.jsonl").read_text().splitlines())
   assert line == {
     "file": 0, "item": 1, "id": 1, "media": "broken.mp4", "class": "media-damaged",
-    "reason": f"{media}/broken.mp4: damaged video (Invalid data found when processing input)",
+    "reason": f"{media}/broken.mp4: frame 21 is damaged",
   }  # fmt: skip
   assert [shards.source(i)[1] for i in range(len(shards))] == [0, 2]
   clips = [shards[i].stored for i in range(2)]
