@@ -18,8 +18,9 @@ from PIL import ExifTags, Image
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import open_image, read_image
+from data_pipes.json_items import Span, scan_items
 from data_pipes.masks import check_segmentation, mask_to_grid, segmentation_to_mask, vanished
-from data_pipes.records import Record, Span, parse_item, scan_items
+from data_pipes.records import Record, parse_item
 from data_pipes.video import open_video, scene_ids
 
 DEFECTS = {

@@ -180,6 +180,16 @@ def test_srt(tmp_path):
   assert subtitle_text(entries, [0, 5, 10, 15, 20, 35]) == "a\nb\nb"  # strictly around
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig"])
+def test_subtitles_without_numbers_or_hours(tmp_path, encoding):
+  path = tmp_path / "s.srt"
+  text = "00:01,000 --> 00:02,000\nIt costs\n30\n\n1:00:02.5 --> 1:00:03.5\nx\n"
+  path.write_bytes(text.encode(encoding))
+  assert read_srt(path) == [(1000, 2000, "It costs 30"), (3602500, 3603500, "x")]
+  path.write_text("1\n00:00:01,000 --> 00:00:02,000\n42\n\n2\n00:00:03,000 --> 00:00:04,000\n7\n")
+  assert [entry[2] for entry in read_srt(path)] == ["42", "7"]
+
+
 def test_perception_test(tmp_path):
   questions = {
     "video_7": {

@@ -5,9 +5,10 @@ import tracemalloc
 
 import pytest
 
-from data_pipes import records
+from data_pipes import json_items
 from data_pipes.errors import InputError
-from data_pipes.records import RecordFile, parse_record, read_items, read_records
+from data_pipes.json_items import read_items
+from data_pipes.records import RecordFile, parse_record, read_records
 
 RLE = {"size": [4, 6], "counts": "PP1"}
 
@@ -153,7 +154,7 @@ def test_an_item_that_is_no_object():
 @pytest.fixture(params=[7, 64, 4 << 20])
 def block(request, monkeypatch):
   """Read sizes down to a few bytes, so that every place of an item meets the end of a block."""
-  monkeypatch.setattr(records, "_BLOCK", request.param)
+  monkeypatch.setattr(json_items, "_BLOCK", request.param)
 
 
 ITEMS = [
@@ -237,3 +238,19 @@ def test_memory_stays_flat(tmp_path):
   assert file[2999].objects[0][3]["counts"] == "a" * 9000
   assert held < 1e6
   assert peak < 25e6  # a few blocks of 4 MB, whatever the file's size
+
+
+def test_json_lines_and_a_list_of_one_path(tmp_path):
+  """As VideoLLaMA 3 writes its annotations."""
+  turns = [{"from": "human", "value": "<video>\nWho?"}, {"from": "gpt", "value": "é"}]
+  items = [{"id": i, "video": [f"{i}.mp4"], "conversations": turns} for i in range(3)]
+  path = tmp_path / "a.jsonl"
+  path.write_text(
+    "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8"
+  )
+  file = RecordFile(path)
+  assert [file[i].path for i in range(len(file))] == ["0.mp4", "1.mp4", "2.mp4"]
+  assert list(read_items(path)) == items
+  path.write_text('{"id": 1}\n[2]\n')
+  with pytest.raises(InputError, match=r"after 1 items: found '\['; accepted: an object a line"):
+    list(read_items(path))

@@ -9,7 +9,8 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from data_pipes.images import IMAGE_SUFFIXES
-from data_pipes.records import parse_objects, read_items
+from data_pipes.json_items import read_items
+from data_pipes.records import parse_objects
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg")
 _VIDEO_KEYS, _CAPTION_KEYS = ("video", "path", "file"), ("caption", "text", "cap")

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipes.errors import InputError
-from data_pipes.records import parse_objects, read_items
+from data_pipes.json_items import read_items
+from data_pipes.records import parse_objects
 from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file, one_truth
 from vr_jax.evaluation.items import Item, Prediction

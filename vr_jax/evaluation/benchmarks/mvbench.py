@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.json_items import read_items
 from data_pipes.prompts import LETTER_ONLY
-from data_pipes.records import read_items
 from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
 from vr_jax.evaluation.benchmark import Benchmark, Published, Row, Source
 from vr_jax.evaluation.items import Item, Prediction

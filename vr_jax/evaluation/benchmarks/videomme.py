@@ -7,6 +7,7 @@
 Format and prompt: videorefer/eval/inference_video_mcqa_videomme.py.
 """
 
+import codecs
 import functools
 import json
 import re
@@ -16,8 +17,8 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
+from data_pipes.json_items import read_items
 from data_pipes.prompts import LETTER_ONLY
-from data_pipes.records import read_items
 from data_pipes.video import open_video
 from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
 from vr_jax.evaluation.benchmark import (
@@ -128,20 +129,29 @@ def subtitle_text(entries: Sequence[tuple[int, int, str]], times: Sequence[float
   return "\n".join(text for text in shown if text.strip())
 
 
-_TIME = r"(\d+):(\d\d):(\d\d)[,.](\d{1,3})"
+_TIME = r"(?:(\d+):)?(\d\d?):(\d\d)[,.](\d{1,3})"
 
 
 def read_srt(path: Path) -> list[tuple[int, int, str]]:
-  """(start ms, end ms, text) of each entry by start; a line break within one is a space."""
-  text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
+  """(start ms, end ms, text) of each entry by start; a line break within one is a space.
+
+  UTF-8, or UTF-16 with its mark; entries with or without numbers, times with or without hours.
+  """
+  content = path.read_bytes()
+  wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace").replace("\r\n", "\n")
   times = list(re.finditer(rf"(?m)^{_TIME}\s*-->\s*{_TIME}.*$", text))
   entries = []
   for i, match in enumerate(times):
     end = times[i + 1].start() if i + 1 < len(times) else len(text)
-    body = text[match.end() : end].strip("\n")
+    body = text[match.end() : end]
     if i + 1 < len(times):
-      body = re.sub(r"\n*\s*\d+\s*\Z", "", body)  # the number of the next entry
-    numbers = [int(n) for n in match.groups()]
+      # The number of the next entry stands right above its time; a text ends with an empty line.
+      body = re.sub(r"\n[ \t]*\d+[ \t]*\n\Z", "\n", body)
+    body = body.strip("\n")
+    numbers = [int(n or 0) for n in match.groups()]
+    for k in (3, 7):  # "1.5" is half a second
+      numbers[k] = int(match[k + 1].ljust(3, "0"))
     start, stop = (
       ((h * 60 + m) * 60 + s) * 1000 + ms for h, m, s, ms in (numbers[:4], numbers[4:])
     )

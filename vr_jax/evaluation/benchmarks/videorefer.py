@@ -9,8 +9,9 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from data_pipes.files import json_line
+from data_pipes.json_items import read_items
 from data_pipes.prompts import DESCRIBE, bench_q_prompt
-from data_pipes.records import parse_bench, read_items
+from data_pipes.records import parse_bench
 from vr_jax.evaluation.benchmark import (
   Benchmark,
   Row,
