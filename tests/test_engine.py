@@ -209,18 +209,27 @@ def test_a_bad_request_spoils_no_other(model, requests, answers):
     vr_jax.Request(film, "<region>?", annotation=[{999: None}]),
     vr_jax.Request(film, "<region> and <region>?", requests[0].regions),
     vr_jax.Request(film, "A <video> in the question?"),
-    vr_jax.Request([np.zeros((8, 8, 3), np.uint8)] * 9, "Too many frames?"),
+    vr_jax.Request([np.zeros((8, 8, 3), np.float32)], "Are these pixels?"),
   ]
   mixed = [bad[0], requests[0], *bad[1:4], requests[6], *bad[4:]]
   results = dict(model.answer_each(mixed, **OPTIONS))
   assert (results[1], results[5]) == (answers[0], answers[6])
-  says = ["nowhere.mp4", None, "999", "999", "2 <region> but 1", None, "2 media tags", "9 frames"]
+  says = ["nowhere.mp4", None, "999", "999", "2 <region> but 1", None, "2 media tags", "float32"]
   for i, text in enumerate(says):
     if text is not None:
       assert isinstance(results[i], InputError)
       assert text in str(results[i])
   with pytest.raises(InputError, match=r"nowhere\.mp4"):
     model.ask_many(mixed[:2], **OPTIONS)
+
+
+def test_frames_in_memory_have_the_scene_of_a_video(model, requests):
+  frames = open_video(requests[0].video).frames(range(len(open_video(requests[0].video))))
+  of_list = model.ask(np.stack(frames), "What happens?", **OPTIONS)
+  assert (
+    of_list.scene_frames == model.ask(requests[0].video, "What happens?", **OPTIONS).scene_frames
+  )
+  assert len(frames) > len(of_list.scene_frames) == OPTIONS["scene_frames"]
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(tiny, requests, answers):
