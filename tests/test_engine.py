@@ -225,11 +225,11 @@ def test_a_bad_request_spoils_no_other(model, requests, answers):
 
 def test_frames_in_memory_have_the_scene_of_a_video(model, requests):
   frames = open_video(requests[0].video).frames(range(len(open_video(requests[0].video))))
-  of_list = model.ask(np.stack(frames), "What happens?", **OPTIONS)
+  answer = model.ask(np.stack(frames), "What happens?", **OPTIONS)
   assert (
-    of_list.scene_frames == model.ask(requests[0].video, "What happens?", **OPTIONS).scene_frames
+    answer.scene_frames == model.ask(requests[0].video, "What happens?", **OPTIONS).scene_frames
   )
-  assert len(frames) > len(of_list.scene_frames) == OPTIONS["scene_frames"]
+  assert len(frames) > len(answer.scene_frames) == OPTIONS["scene_frames"]
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(tiny, requests, answers):
