@@ -17,6 +17,7 @@ install_import_hook(CHECKED, "typechecker.check")
 
 from vr_jax.program_cache import keep_on_disk  # noqa: E402
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real Hub; read when its library is imported
 jax.config.update("jax_num_cpu_devices", 8)
 if not flags.FLAGS.is_parsed():
   flags.FLAGS(["pytest"])

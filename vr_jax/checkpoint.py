@@ -30,8 +30,8 @@ import tensorstore as ts
 
 from data_pipes.errors import InputError, one_line
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.assets import ASSETS
 from vr_jax.params import Params
+from vr_jax.weights import locate
 
 # Orbax warns of a file that items inside a step's folder never have.
 logging.getLogger("absl").addFilter(
@@ -90,8 +90,7 @@ def sha256_of_folder(folder: Path) -> str:
 
 def checkpoint_sha256(checkpoint: Path | str | None) -> str | None:
   """Hash of the checkpoint that a model was loaded from (None: the packaged vr-mini)."""
-  name = str(checkpoint or "vr-mini")
-  path = Path(name) if Path(name).exists() else ASSETS / name
+  path = locate(checkpoint).path
   if is_checkpoint(path):
     path = find_checkpoint(path)
   return sha256_of_folder(path) if path.is_dir() else None

@@ -8,14 +8,15 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from vr_jax import checkpoint
-from vr_jax.assets import ASSETS, VR_MINI, packaged
+from vr_jax.assets import ASSETS, packaged
 from vr_jax.inference.model import Model
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import arrays, nested
+from vr_jax.weights import locate
 
 MODELS = (
   "a work directory or checkpoint of vr train, a folder of the published VideoRefer or of "
-  "vr convert --to torch, or a packaged model"
+  "vr convert --to torch, its address on the Hub (OWNER/NAME[@REVISION]), or a packaged model"
 )
 
 
@@ -25,18 +26,16 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   Args:
     source: any weights that hold a whole model and its tokenizer (`interop.sources.open_source`): a
       work directory of `vr train` or one of its checkpoints, a folder of the published VideoRefer
-      or of `vr convert --to torch`; or the name of a packaged model. None is the packaged
-      `vr-mini`.
+      or of `vr convert --to torch`; its address on the Hub, `OWNER/NAME[@REVISION]`; or the name
+      of a packaged model. None is the packaged `vr-mini`.
     **options: weights, mesh and memory_limit of `Model`.
 
   Raises:
     InputError: nothing there that is a model, parts of one alone, or no tokenizer.
   """
-  name = VR_MINI.name if source is None else str(source)
-  path = Path(name)
+  path, name = locate(source)
   notice = ""
-  if not path.exists() and name in packaged():
-    path = ASSETS / name
+  if path.parent == ASSETS:
     notice = (
       f"{name} is a demonstration model, trained on small synthetic videos of moving shapes; "
       "its answers about other videos mean nothing"

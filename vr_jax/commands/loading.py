@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Loading:
   checkpoint: str | None = field(
-    default=None, metadata={"help": "a checkpoint folder (default: the packaged vr-mini)"}
+    default=None,
+    metadata={
+      "help": "a checkpoint folder or an address on the Hub, OWNER/NAME[@REVISION] "
+      "(default: the packaged vr-mini)"
+    },
   )
   weights: str | None = field(
     default=None, metadata={"help": "default: as stored", "choices": WEIGHTS}

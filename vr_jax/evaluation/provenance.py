@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vr_jax.checkpoint import checkpoint_sha256
+from vr_jax.weights import locate
 
 if TYPE_CHECKING:
   from vr_jax.inference.model import Model
@@ -21,7 +22,7 @@ def model_facts(model: "Model", checkpoint: Path | str | None) -> dict[str, Any]
 
   leaves = jax.tree.leaves(model.params)
   return {
-    "name": str(checkpoint or "vr-mini"),
+    "name": locate(checkpoint).name,
     "checkpoint_sha256": checkpoint_sha256(checkpoint),
     "params": sum(leaf.size for leaf in leaves),
     "dtype": str(leaves[0].dtype),

@@ -26,6 +26,7 @@ from vr_jax.interop.source import Source
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import DTYPES, Joined, Parameters, dtype_name, pieces
 from vr_jax.interop.targets import FORMATS, Cast, Item, Target, lay_out
+from vr_jax.weights import locate
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
@@ -58,6 +59,7 @@ def convert(
   shard_bytes = int(chosen.shard_gb * 1e9)
   dst = Path(dst)
   _check_arguments(dst, to, dtype)
+  src = locate(src).path
   source = open_source(src)
   if adapter is not None:
     source = _with_adapter(source, adapter)

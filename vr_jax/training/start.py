@@ -40,6 +40,7 @@ from vr_jax.models.quantize import is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
 from vr_jax.params import Params
+from vr_jax.weights import locate
 
 
 def model_config(config: ConfigDict) -> VideoReferConfig:
@@ -166,6 +167,7 @@ def _read(path: str | Path, part: str, llm: DecoderConfig | None) -> tuple[Sourc
   if part and part not in PARTS:
     raise InputError(f"config.model_init: part {part!r}: accepted: {', '.join(PARTS)}, or ''")
   try:
+    path = locate(path).path
     source = _open_adapter(path, llm) if peft.is_adapter(path) else open_source(path)
   except InputError as error:
     raise InputError(f"config.model_init: {error}") from error
