@@ -1,15 +1,24 @@
-"""Files that survive a kill: written whole, or line by line and gone on with."""
+"""Files that survive a kill (written whole, or line by line and gone on with), and the lock that
+keeps other runs out of a work directory."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import secrets
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from data_pipes.errors import InputError
 
+LOCK = ".lock"  # in a work directory, while a run is at work in it
+BEAT_SECONDS, STALE_SECONDS = 30.0, 300.0  # a holder of the lock says so; it is taken to be dead
 BREAKS = "\x85\u2028\u2029"  # line breaks to `str.splitlines` that JSON leaves as they are
 
 
@@ -153,3 +162,161 @@ def _is_torn(path: Path) -> bool:
   with path.open("rb") as file:
     file.seek(-1, os.SEEK_END)
     return file.read(1) != b"\n"
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, run: str = "", part: str | None = None) -> Iterator[None]:
+  """Keeps other runs out of a work directory, which is made if it is absent.
+
+  A run holds the lock, not a process: parts (shards, processes) that name the same `run` share it,
+  each part once; what works for them need not ask. A holder is dead when its process is gone from
+  this host, or when it was not heard of for STALE_SECONDS. A holder that was taken to be dead and
+  is not (it was stopped for minutes) ends at once: the directory is another run's then. Storage by
+  address (gs://...) has no locks, and none is taken.
+
+  Args:
+    run: text that tells a run from others that may use the folder, such as its settings.
+    part: of the run, that this process is; None: all of it.
+
+  Raises:
+    InputError: another run is at work there, or the same part of this one; or the folder cannot be
+      written.
+  """
+  if "://" in str(folder):
+    yield
+    return
+  path = Path(folder) / LOCK
+  run = hashlib.blake2b(run.encode(), digest_size=8).hexdigest()
+  me = {
+    "run": run,
+    "part": part,
+    "host": _host(),
+    "pid": os.getpid(),
+    "began": _began(os.getpid()),
+    "since": time.time(),
+    "token": secrets.token_hex(8),
+  }
+  made = not path.parent.exists()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _holders(path) as holders:
+      others = [h for h in holders if _is_alive(h)]
+      for other in others:
+        if other["run"] != run or None in (part, other["part"]) or other["part"] == part:
+          raise InputError(f"{folder}: {_in_words(other)} is at work here; wait for it, or end it")
+      holders[:] = [*others, me | {"heard": time.time()}]
+  except OSError as error:
+    raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+  ended = threading.Event()
+  thread = threading.Thread(target=_beat, args=(path, me, ended), name="vr-lock", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
+    with contextlib.suppress(OSError), _holders(path, make=False) as holders:
+      holders[:] = [h for h in holders if h["token"] != me["token"]]
+    if made:
+      with contextlib.suppress(OSError):
+        path.parent.rmdir()  # nothing came of the run
+
+
+def is_unused(folder: Path | str) -> bool:
+  """Whether a folder is absent, or holds nothing but the lock of its run."""
+  folder = Path(folder)
+  return not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir())
+
+
+def _beat(path: Path, me: Mapping[str, Any], ended: threading.Event) -> None:
+  while not ended.wait(BEAT_SECONDS):
+    with contextlib.suppress(OSError), _holders(path, make=False) as holders:
+      mine = [h for h in holders if h["token"] == me["token"]]
+      for holder in mine:
+        holder["heard"] = time.time()
+      if holders and not mine:
+        print(f"{path.parent}: another run has taken over; this one ends", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # to save now would be to write into the folder of that run
+
+
+@contextlib.contextmanager
+def _holders(path: Path, make: bool = True) -> Iterator[list[dict[str, Any]]]:
+  """The holders of a lock, to be changed: nobody else reads or changes them meanwhile.
+
+  Changes of a block that raises are dropped. The file is gone when nobody is left. Raises OSError.
+  """
+  while True:
+    file = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0), 0o666)
+    with contextlib.suppress(OSError):  # a file system without flock: two at once may both get it
+      fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      if os.path.samestat(os.fstat(file), os.stat(path)):
+        break
+    except FileNotFoundError:
+      pass
+    os.close(file)  # the last holder removed it between our opening it and our turn
+  try:
+    before = _parse_holders(os.pread(file, 1 << 20, 0))
+    holders = list(before)
+    try:
+      yield holders
+    except BaseException:
+      holders = before
+      raise
+    finally:
+      if holders:
+        # Written over and then cut, so that a kill in between leaves the list and some rubbish.
+        content = json.dumps(holders).encode()
+        os.pwrite(file, content, 0)
+        os.truncate(file, len(content))
+      else:
+        os.unlink(path)
+  finally:
+    os.close(file)
+
+
+def _parse_holders(content: bytes) -> list[dict[str, Any]]:
+  try:
+    holders, _ = json.JSONDecoder().raw_decode(content.decode("utf-8", "replace"))
+  except ValueError:
+    return []
+  keys = ("run", "part", "host", "pid", "began", "since", "token", "heard")
+  return [h for h in holders if isinstance(h, dict) and all(key in h for key in keys)]
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+  if time.time() - holder["heard"] > STALE_SECONDS:
+    return False
+  if holder["host"] != _host():
+    return True
+  try:
+    os.kill(holder["pid"], 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass  # somebody else's
+  return holder["began"] in (None, _began(holder["pid"]))
+
+
+def _in_words(holder: Mapping[str, Any]) -> str:
+  part = "another run" if holder["part"] is None else f"part {holder['part']} of a run"
+  since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+  host = holder["host"].partition("/")[0]
+  return f"{part} (process {holder['pid']} on {host}, since {since})"
+
+
+def _host() -> str:
+  """This machine, and on it the space that its process numbers belong to (containers)."""
+  try:
+    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return socket.gethostname()
+
+
+def _began(pid: int) -> str | None:
+  """When a process began, in ticks of its host; tells it from a later one of the same number."""
+  try:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+  except (OSError, IndexError):
+    return None

@@ -27,7 +27,7 @@ from data_pipes.check import (
 )
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
-from data_pipes.files import replaced
+from data_pipes.files import is_unused, replaced
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
 from data_pipes.jobs import Journal
 from data_pipes.records import Record, parse_item
@@ -124,7 +124,7 @@ class Prepare:
       if changed:
         listed = "; ".join(f"{k} was {before.get(k)!r}, is {fields[k]!r}" for k in changed)
         raise InputError(f"{out} was begun with other settings: {listed}; use another folder")
-    elif job.out.is_dir() and any(job.out.iterdir()):
+    elif not is_unused(job.out):
       raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
     else:
       with replaced(path) as part:

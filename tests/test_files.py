@@ -1,11 +1,24 @@
 """Files written whole, and files of lines that a killed run goes on with."""
 
 import json
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
+from data_pipes import files
 from data_pipes.errors import InputError
-from data_pipes.files import JsonLines, read_json_lines, replaced, write_text
+from data_pipes.files import (
+  LOCK,
+  JsonLines,
+  is_unused,
+  locked,
+  read_json_lines,
+  replaced,
+  write_text,
+)
 
 
 def by_id(record):
@@ -87,3 +100,125 @@ def test_half_a_surrogate_pair_is_kept(tmp_path):
 
 def test_a_file_that_is_not_there_holds_nothing(tmp_path):
   assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def refused(folder, run="", part=None) -> str:
+  with pytest.raises(InputError) as error, locked(folder, run, part):
+    pass
+  return str(error.value)
+
+
+def test_another_run_is_kept_out_and_parts_of_one_run_share(tmp_path):
+  folder = tmp_path / "W"
+  with locked(folder, "a"):
+    assert is_unused(folder)
+    assert "another run (process" in refused(folder, "a")
+    assert "another run (process" in refused(folder, "a", "0-of-2")
+  assert not folder.exists()  # nothing came of it
+  folder.mkdir()
+  with locked(folder, "a", "0-of-2"):
+    with locked(folder, "a", "1-of-2"):
+      assert "part 0-of-2 of a run" in refused(folder, "b")
+    assert "part 0-of-2 of a run" in refused(folder, "a", "0-of-2")
+    assert "part 0-of-2 of a run" in refused(folder, "b", "1-of-2")
+  assert list(folder.iterdir()) == []
+
+
+def test_a_run_that_raises_leaves_no_lock(tmp_path):
+  with pytest.raises(RuntimeError), locked(tmp_path):
+    raise RuntimeError
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_by_address_has_no_lock():
+  with locked("gs://bucket/run"), locked("gs://bucket/run"):
+    pass
+
+
+def test_one_of_many_that_begin_together_gets_the_lock(tmp_path):
+  held, tries = [], threading.Barrier(8)
+
+  def begin():
+    tries.wait()
+    try:
+      with locked(tmp_path):
+        held.append(1)
+        tries.wait()
+    except InputError:
+      tries.wait()
+
+  threads = [threading.Thread(target=begin) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(held) == 1
+
+
+KILLED = """
+import os, sys
+from data_pipes.files import locked
+with locked(sys.argv[1]):
+  print("held", flush=True)
+  sys.stdin.read()
+  os._exit(9)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_nobodys(tmp_path):
+  words = [sys.executable, "-c", KILLED, str(tmp_path)]
+  with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b"held\n"
+    assert f"process {other.pid} on " in refused(tmp_path)
+  assert (tmp_path / LOCK).exists()
+  with locked(tmp_path):
+    pass
+  assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(folder, **changes):
+  (holder,) = json.loads((folder / LOCK).read_text())
+  (folder / LOCK).write_text(json.dumps([holder | changes]) + " cut off by a kill")
+
+
+def test_a_holder_that_is_not_heard_of_is_dead(tmp_path, monkeypatch):
+  with locked(tmp_path):
+    rewrite(tmp_path, host="elsewhere", heard=time.time() - 290)
+    assert "on elsewhere" in refused(tmp_path)
+    rewrite(tmp_path, heard=time.time() - 310)
+    with locked(tmp_path):
+      pass
+  with locked(tmp_path):
+    rewrite(tmp_path, began="1")  # the number of a process that is gone went to another
+    with locked(tmp_path):
+      pass
+  monkeypatch.setattr(files, "BEAT_SECONDS", 0.01)
+  with locked(tmp_path):
+    rewrite(tmp_path, heard=0)
+    time.sleep(0.1)
+    assert "another run" in refused(tmp_path)
+
+
+TAKEN_OVER = """
+import json, sys, time
+from pathlib import Path
+from data_pipes import files
+files.BEAT_SECONDS = 0.05
+with files.locked(sys.argv[1]):
+  lock = Path(sys.argv[1]) / files.LOCK
+  (holder,) = json.loads(lock.read_text())
+  lock.write_text(json.dumps([holder | {"token": "of another run"}]))
+  time.sleep(60)
+"""
+
+
+def test_a_run_whose_folder_was_taken_over_ends(tmp_path):
+  words = [sys.executable, "-c", TAKEN_OVER, str(tmp_path)]
+  ended = subprocess.run(words, capture_output=True, text=True, timeout=30)
+  assert ended.returncode == 2
+  assert ended.stderr == f"{tmp_path}: another run has taken over; this one ends\n"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  assert "cannot be written: Not a directory" in refused(tmp_path / "file" / "W")

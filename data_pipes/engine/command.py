@@ -10,12 +10,13 @@ from data_pipes.engine import export, stages
 from data_pipes.engine.backends.probe import Probed
 from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
-from data_pipes.engine.graph import Graph, GraphRef
+from data_pipes.engine.graph import Graph, GraphRef, canonical
 from data_pipes.engine.job import EngineJob, phases
 from data_pipes.engine.options import RunOptions
 from data_pipes.engine.pipeline import Progress, run_stages
 from data_pipes.engine.store import Store, manifest
 from data_pipes.errors import InputError
+from data_pipes.files import locked
 from data_pipes.jobs import RUNNERS, array_commands, run_ray
 
 VIDEOS_A_SHARD = 200
@@ -44,8 +45,21 @@ def run(
     StopRun: budget spent, endpoint down, disk full; the same command goes on from there.
   """
   chosen = RunOptions(**options)
-  only = parse_only(chosen.only) if chosen.only else None
+  if chosen.only:
+    parse_only(chosen.only)
   settings = stages.check_settings(config, workdir)
+  with locked(workdir, canonical(settings), chosen.only):
+    return _run(settings, workdir, chosen, command, report)
+
+
+def _run(
+  settings: Mapping[str, Any],
+  workdir: str | Path,
+  chosen: RunOptions,
+  command: str,
+  report: Callable[[str], None],
+) -> dict[str, Any]:
+  only = parse_only(chosen.only) if chosen.only else None
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)

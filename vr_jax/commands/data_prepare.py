@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipes.errors import InputError
+from data_pipes.files import locked
 from data_pipes.prepare import Settings
 
 
@@ -28,6 +29,12 @@ class Work:
 
 
 def run(settings: Settings, work: Work) -> int:
+  part = f"task {' '.join(work.task)}" if work.task else None
+  with locked(work.out, part=part):
+    return _prepare(settings, work)
+
+
+def _prepare(settings: Settings, work: Work) -> int:
   from data_pipes import jobs, prepare
 
   if settings.files:

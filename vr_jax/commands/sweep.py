@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_pipes.errors import InputError, nearest
+from data_pipes.files import locked
 
 if TYPE_CHECKING:
   from vr_jax.sweep import Member
@@ -45,6 +46,7 @@ def run(options: Sweep) -> int:
   members = read_sweep(options.config, options.seeds)
   path = find_config(split_spec(options.config)[0])
   workdir = Path(options.workdir or Path("sweeps") / path.stem)
+  run = f"{options.config} {options.seeds}"
   if min(options.jobs, options.seeds) < 1:
     raise InputError("--jobs and --seeds: accepted: at least 1")
   left = unfinished(members, workdir)
@@ -53,14 +55,18 @@ def run(options: Sweep) -> int:
     return 0
   if options.only:
     left = _only(members, left, options.only)
-    return _first_failure(run_local(left, workdir, 1, _say))
+    with locked(workdir, run, options.only):
+      return _first_failure(run_local(left, workdir, 1, _say))
   codes: Sequence[int] = []
   if not options.table:
     _say(f"{workdir}: {len(members)} members, {len(left)} of them to run")
     if options.via == "local":
-      codes = run_local(left, workdir, options.jobs, _say)
-    elif _queue(options, left, workdir):
-      return 0
+      with locked(workdir, run):
+        codes = run_local(left, workdir, options.jobs, _say)
+    else:
+      with locked(workdir, run, "queueing"):  # the first members may begin meanwhile
+        if _queue(options, left, workdir):
+          return 0
   table, page = write_table(members, workdir)
   print(table.read_text(encoding="utf-8"), end="")
   _say(f"{table}, {page}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from data_pipes.files import JsonLines, json_line, read_json_lines
+from data_pipes.files import JsonLines, is_unused, json_line, locked, read_json_lines
 from vr_jax.checkpoint import sha256_of
 from vr_jax.evaluation.benchmark import Benchmark, Dataset
 from vr_jax.evaluation.benchmarks import registry
@@ -68,7 +68,24 @@ def evaluate(
   if not 0 <= k < n:
     raise InputError(f"--shard {k}/{n}; accepted: K from 0 to N-1, as in 0/4")
   run = _describe(benchmark, dataset, items, settings, model, checkpoint)
-  _claim(out, run)
+  with locked(out, f"{run['task']} {run['inference']} {n}", f"shard {k}/{n}" if n > 1 else None):
+    _claim(out, run)
+    return _go_on(model, benchmark, dataset, items, settings, run, out, (k, n), progress)
+
+
+def _go_on(
+  model: Model,
+  benchmark: Benchmark,
+  dataset: Dataset,
+  items: Sequence[Item],
+  settings: Settings,
+  run: dict[str, Any],
+  out: Path,
+  shard: tuple[int, int],
+  progress: Callable[[str], None],
+) -> dict[str, Any]:
+  """Asks what is left of a shard (k, n); with the last answer, writes the files of the run."""
+  k, n = shard
   ids = {item.id for item in items}
   done = {i for i, p in _read_parts(out).items() if i in ids and p.error is None}
   todo = [item for item in share(items, k, n) if item.id not in done]
@@ -279,7 +296,7 @@ def _claim(out: Path, run: Mapping[str, Any]) -> None:
             f"--out {out}: holds a run with {part} {key}={held.get(part, {}).get(key)!r}, not "
             f"{value!r}; accepted: another folder, or the same settings to go on"
           )
-  elif out.is_dir() and any(out.iterdir()) and not (out / "parts").is_dir():
+  elif not is_unused(out) and not (out / "parts").is_dir():
     raise InputError(f"--out {out}: the folder holds other files; accepted: a new or empty folder")
   else:
     write(path, json.dumps(mine, indent=2) + "\n")

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
-from data_pipes.files import write_text
+from data_pipes.files import locked, write_text
 from vr_jax.arrays import Array
 from vr_jax.checkpoint import export, make_meta
 from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
@@ -86,8 +86,13 @@ def train(config: ConfigDict, workdir: Path | str) -> Result:
     InputError: a config that does not fit, a work directory of another config, data that cannot be
       trained on, processes that were not started alike.
   """
-  workdir = Path(workdir)
   agree(config)
+  part = f"process {jax.process_index()}" if jax.process_count() > 1 else None
+  with locked(workdir, to_json(config), part):
+    return _train(config, Path(workdir))
+
+
+def _train(config: ConfigDict, workdir: Path) -> Result:
   _check_workdir(workdir, config)
   task = make_task(config)
   check_keys(config, [*base_config(), *task.fields], "config")
