@@ -175,18 +175,20 @@ media, source = Path(sys.argv[1]), Path(sys.argv[2])
 while not (media / "go").exists():
   pass
 for i in range(300):
-  _link(media, {"name": f"{i}.mp4", "key": "k"}, source)
+  _link(media, {"key": f"{i}"}, source)
 """
 
 
 def test_a_worker_that_a_killed_run_left_is_in_nobodys_way(tmp_path):
   """Two processes make the same links at the same time, and neither fails."""
   (tmp_path / "a.mp4").touch()
-  command = [sys.executable, "-c", LINK, str(tmp_path), str(tmp_path / "a.mp4")]
+  media = tmp_path / "W" / "media"
+  media.mkdir(parents=True)
+  command = [sys.executable, "-c", LINK, str(media), str(tmp_path / "a.mp4")]
   processes = [subprocess.Popen(command) for _ in range(3)]
-  (tmp_path / "go").touch()
+  (media / "go").touch()
   assert [p.wait() for p in processes] == [0, 0, 0]
-  links = sorted((tmp_path / "videos").iterdir())
+  links = sorted((media / "videos").iterdir())
   assert len(links) == 300
   assert all(link.resolve() == (tmp_path / "a.mp4").resolve() for link in links)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.engine import export, stages
+from data_pipes.engine.agents.ingest import check_media
 from data_pipes.engine.backends.probe import Probed
 from data_pipes.engine.backends.probe import probe as probe_backends
 from data_pipes.engine.calls import ledger
@@ -60,6 +61,7 @@ def _run(
   report: Callable[[str], None],
 ) -> dict[str, Any]:
   only = parse_only(chosen.only) if chosen.only else None
+  check_media(workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
   store = open_store(settings, workdir, graph)
@@ -93,7 +95,7 @@ def _run(
         report=lambda progress: report(progress_line(progress)),
       )
     if only is None:
-      for part in (store.folder / "media").rglob(".*.tmp"):
+      for part in (store.folder / "media").glob("*/.*.tmp"):  # not below: links lead to the user's
         part.unlink(missing_ok=True)  # a kill left it
       export.export(store)
       _write_manifest(store, ref)

@@ -4,11 +4,12 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipes.engine.agents.sources import VIDEO_SUFFIXES, belongs_to, lies_in
 from data_pipes.engine.graph import Item, Outcome, Process, Rejected
 from data_pipes.engine.quality import duplicates
 from data_pipes.engine.quality.shots import Shot, find_shots, perceptual_hash, split_long
@@ -121,22 +122,40 @@ def _clip_row(key: str, row: Mapping[str, Any], shot: Shot, path: Path, name: st
 
 
 def _link(media: Path, row: Mapping[str, Any], source: Path) -> str:
-  """A link to a video that is used whole; its name in published samples."""
-  name = PurePosixPath(row["name"])
-  safe = not name.is_absolute() and ".." not in name.parts
-  name = "videos" / (name if safe else PurePosixPath(f"{row['key']}{name.suffix}"))
-  target, link = source.resolve(), media / name
-  link.parent.mkdir(parents=True, exist_ok=True)
-  if not link.is_symlink() or Path(os.readlink(link)) != target:
+  """A link to a video that is used whole; its name in published samples.
+
+  Links lie flat, by the hash of the bytes: below a link to a folder would be the user's own files.
+  """
+  suffix = source.suffix.lower()
+  name = f"videos/{row['key']}{suffix if suffix in VIDEO_SUFFIXES and source.is_file() else ''}"
+  link, target = _place(media, name), os.path.realpath(source)
+  if lies_in(target, media):
+    raise InputError(f"{source}: is one of the run's own files, {target}")
+  if not link.is_symlink() or os.readlink(link) != target:
     with replaced(link, durable=False, alone=False) as part:
       part.symlink_to(target)
-  return str(name)
+  return name
+
+
+def _place(media: Path, name: str) -> Path:
+  """Where a file of W/media goes. Raises InputError: a link leads out of the work directory."""
+  path = media / name
+  if not lies_in(path.parent, media.parent):
+    raise InputError(f"{path.parent}: leads out of the work directory; nothing is written there")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def check_media(workdir: Path | str) -> None:
+  """Raises InputError if the folders of W/media lead out of the work directory W."""
+  for folder in ("videos", "clips"):
+    _place(Path(workdir) / "media", f"{folder}/video")
 
 
 def _cut(media: Path, video: Video, video_id: str, shot: Shot) -> str:
   """Writes frames [start, end) as a file of its own; the same bytes each time."""
   name = f"clips/{video_id}_{shot.start:06d}_{shot.end:06d}.mp4"
-  path = media / name
+  path = _place(media, name)
   if not path.is_file():
     with stop_if_full(path), replaced(path, alone=False) as part:
       write_clip(part, video, shot.start, shot.end)
@@ -164,8 +183,9 @@ def survey_duplicates(settings: Mapping[str, Any]):
   """The survey of 06_unique: what is too like a benchmark's video or another clip."""
 
   def survey(clips: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    rules = settings["duplicates"]
-    benchmark = {str(path): _hashes(path) for path in benchmark_videos(rules["benchmark"])}
+    rules, work = settings["duplicates"], settings["workdir"]
+    videos = (p for p in benchmark_videos(rules["benchmark"]) if not belongs_to(work, p))
+    benchmark = {str(path): _hashes(path) for path in videos}
     return duplicates.survey(clips, benchmark, rules["distance"])
 
   return survey
@@ -177,8 +197,6 @@ def benchmark_videos(names: Iterable[str]) -> list[Path]:
   Raises:
     InputError: a path that does not exist or holds no videos: a check against nothing is none.
   """
-  from data_pipes.engine.agents.sources import VIDEO_SUFFIXES
-
   out: list[Path] = []
   for name in names:
     root = Path(name)

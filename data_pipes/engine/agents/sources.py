@@ -1,7 +1,9 @@
 """What a run starts from: a folder of videos, a list with captions, or annotated objects."""
 
 import csv
+import functools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.json_items import read_items
 from data_pipes.records import parse_objects
 
+log = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg")
 _VIDEO_KEYS, _CAPTION_KEYS = ("video", "path", "file"), ("caption", "text", "cap")
 
@@ -21,30 +25,90 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
   Reads `input.videos` (a folder) and `input.files`: JSON arrays, JSON lines or CSV of
   {"video", "caption"}; on the QA path items of the published JSON, whose objects (and `texts`, one
-  an object, if there) are taken. Without files, all videos of the folder, without captions.
+  an object, if there) are taken. Without files, all videos of the folder, without captions. A
+  folder of frames in which a video lies as well is left out, and so is the work directory.
 
   Raises:
-    InputError: nothing there, or an item that is not in the format.
+    InputError: nothing there, or an item that is not in the format, or leads out of the folder or
+      into the work directory.
   """
-  root = Path(settings["input"]["videos"])
+  root, work = Path(settings["input"]["videos"]), settings["workdir"]
   if not root.is_dir():
     raise InputError(f"input.videos={str(root)!r}: no such folder; accepted: a folder of videos")
+  if belongs_to(work, root):
+    raise InputError(f"input.videos={str(root)!r} lies in the work directory, {work}")
   by_name: dict[str, dict[str, Any]] = {}
   files = settings["input"]["files"]
   entries = _from_files(files) if files else _from_folder(root)
   for where, entry in entries:
     name, caption, given = _read_entry(where, entry, settings["path"] == "qa")
+    name = _below(root, name, where)
+    if belongs_to(work, root / name):
+      if not files:
+        continue
+      raise InputError(f"{where}: video {name!r} lies in the work directory, {work}")
     if name in by_name and not given:
       continue  # the first caption of a video counts
     row = by_name.setdefault(
       name, {"key": name, "path": str(root / name), "caption": caption, "given": []}
     )
     row["given"] = row["given"] + given
+  for name in _folders_around(by_name):
+    del by_name[name]
   if not by_name:
     raise InputError(f"{root}: found no videos; accepted: {', '.join(VIDEO_SUFFIXES)}")
   rows = [_stamped(by_name[name]) for name in sorted(by_name)]
   limit = settings["input"]["limit"]
   return rows[:limit] if limit else rows
+
+
+def lies_in(path: Path | str, folder: Path | str) -> bool:
+  """Whether a path is a folder or leads into it, wherever links take both."""
+  real, inside = os.path.realpath(path), os.path.realpath(folder)
+  return real == inside or real.startswith(os.path.join(inside, ""))
+
+
+def belongs_to(work: Path | str, path: Path | str) -> bool:
+  """Whether a path is one of a work directory's (its links too), or leads to one."""
+  return lies_in(path, work) or lies_in(os.path.dirname(path), work)
+
+
+def _below(root: Path, name: str, where: str) -> str:
+  """A listed name as a path below the folder of videos, the same for each way to write it.
+
+  Raises InputError: it leads out. The text alone decides: links that the user has put into the
+  folder may lead anywhere.
+  """
+  path = os.path.normpath(os.path.join(root, name))
+  for base in (os.path.normpath(root), os.path.realpath(root)):
+    if "\0" not in name and (path == base or path.startswith(os.path.join(base, ""))):
+      return os.path.relpath(path, base)
+  raise InputError(f"{where}: video {name!r} leads out of {root}; accepted: a path inside it")
+
+
+def _folders_around(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """The names of folders that hold another source, a file: frames beside the video that they are
+  of, or pictures beside videos."""
+  real = {name: os.path.realpath(row["path"]) for name, row in rows.items()}
+  folders = {name for name, path in real.items() if os.path.isdir(path)}
+  if not folders:
+    return []
+  above: set[str] = set()
+  for name in real.keys() - folders:
+    path = os.path.dirname(real[name])
+    while path not in above:
+      above.add(path)
+      path = os.path.dirname(path)
+  around = sorted(name for name in folders if real[name] in above)
+  if around:
+    _warn(f"left out {len(around)} folders of frames in which a video lies too: {around[0]}, ...")
+  return around
+
+
+@functools.cache
+def _warn(text: str) -> None:
+  """Once, however often the sources are listed."""
+  log.warning("%s", text)
 
 
 def _stamped(row: dict[str, Any]) -> dict[str, Any]:
