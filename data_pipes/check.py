@@ -277,7 +277,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Checked:
-  """An item with its findings; `record` is None where it could not be parsed."""
+  """An item with its findings; `id` is None where it has none, `record` where it has no format."""
 
   index: int
   span: Span | None
@@ -367,7 +367,7 @@ def check_item(
 ) -> Checked:
   """Everything about one item but its id."""
   item = span.item
-  identity = item.get("id", index) if isinstance(item, dict) else index
+  identity = item.get("id") if isinstance(item, dict) else None
   where = f"{path}: item {index}"
   prefixes = (f"{where} (id {identity!r}): ", f"{where}: ")
 

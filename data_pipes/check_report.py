@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from data_pipes.check import DEFECTS, KINDS, Checked, Checks, Finding, check_file
+from data_pipes.check import DEFECTS, KINDS, Checked, Checks, Finding, Seen, check_file
 from data_pipes.errors import InputError
 from data_pipes.files import replaced, write_text
+from data_pipes.json_items import scan_items
 
 SHOWN_IDS = 100  # in the summary; the full list is in the file of findings
 
@@ -39,7 +40,7 @@ class Tally:
       counts.items += 1
       counts.reason = counts.reason or reasons[0]
       if len(counts.ids) < SHOWN_IDS:
-        counts.ids.append(checked.id)
+        counts.ids.append(f"(item {checked.index})" if checked.id is None else checked.id)
 
   def classes(self, defects: bool) -> dict[str, dict[str, Any]]:
     """{class: count, items, what it means, the first reason, the first ids}, most items first."""
@@ -174,6 +175,7 @@ class Cleaned:
   def __init__(self, source: Path, folder: Path | None):
     self._source, self._folder = source, folder
     self._between = b"[\n"
+    self._ids: Seen | None = None  # of the whole file, and new ones; read when one is to be made
     self._files = contextlib.ExitStack()
 
   def __enter__(self) -> Self:
@@ -191,7 +193,7 @@ class Cleaned:
     raw: bytes | None = checked.span.raw
     changes: list[dict[str, str]] = []
     if bad:
-      raw, changes = mend(checked, bad)
+      raw, changes = mend(checked, bad, self._new_id)
     for change in changes:
       line = {"item": checked.index, "id": checked.id, **change}
       self._changes.write(json.dumps(line) + "\n")
@@ -201,18 +203,31 @@ class Cleaned:
     self._between = b",\n"
     return "mended" if bad else "kept"
 
+  def _new_id(self, checked: Checked) -> str:
+    """The item's id with its number behind it, and more where another item has that one."""
+    if self._ids is None:
+      self._ids = Seen()
+      for span in scan_items(self._source):
+        if isinstance(span.item, dict):
+          self._ids.add(span.item.get("id"))
+    name = f"{checked.id}#{checked.index}"
+    names = itertools.chain([name], (f"{name}.{k}" for k in itertools.count(2)))
+    return next(filter(self._ids.add, names))
+
   def __exit__(self, *error: Any) -> None:
     if self._folder is not None:
       self._file.write(b"\n]\n" if self._between != b"[\n" else b"[]\n")
     self._files.__exit__(*error)  # the copy takes its place unless there is an error
 
 
-def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[dict[str, str]]]:
+def mend(
+  checked: Checked, bad: Sequence[Finding], new_id: Callable[[Checked], str]
+) -> tuple[bytes | None, list[dict[str, str]]]:
   """An item's bytes with its defects taken out, and the changes; None where it must go.
 
   A frame past the end is left out, and a mask that cannot be used becomes null, where the object
-  is still seen in another frame. A repeated id gets the item's number behind it. Anything else
-  would be guessing.
+  is still seen in another frame. A repeated id is changed into a `new_id`. Anything else would be
+  guessing.
   """
   record, span, changes = checked.record, checked.span, []
   curable = all(f.kind == "duplicate-id" or f.at is not None for f in bad)
@@ -223,7 +238,7 @@ def mend(checked: Checked, bad: Sequence[Finding]) -> tuple[bytes | None, list[d
   item = dict(span.item)
   for f in bad:
     if f.at is None:
-      item["id"] = f"{checked.id}#{checked.index}"
+      item["id"] = new_id(checked)
       change = f"id is now {item['id']!r}"
     elif f.kind == "frame-range":
       objects[f.at[0]].pop(f.at[1], None)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipes import page
+from data_pipes.check import check_masks
 from data_pipes.containers import scan_records
 from data_pipes.errors import Defect
 from data_pipes.files import write_text
@@ -77,6 +78,9 @@ class Stats:
       record = parse_item(item, where)
     except Defect as error:
       self.defects[error.kind] += 1
+      return
+    if defect := next((f for f in check_masks(record, None) if f.is_defect), None):
+      self.defects[defect.kind] += 1
       return
     self.kinds[kind_of(record, item)] += 1
     self.sources[record.path.partition("/")[0] if "/" in record.path else "(top folder)"] += 1

@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from data_pipes import check, check_report
-from data_pipes.check import DEFECTS, NOTICES, Checks
+from data_pipes.check import DEFECTS, NOTICES, Checks, check_file
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from vr_jax.cli import main
@@ -345,6 +345,22 @@ def test_repeated_ids(tmp_path, media):
   found = checked(tmp_path, [item(id=1), item(id="1"), item(id=2), item(id=1)], media)
   assert [[f.kind for f in c.findings] for c in found] == [[], [], [], ["duplicate-id"]]
   assert found[3].findings[0].reason == "found id 1 again; accepted: an id of its own"
+
+
+def test_a_mended_id_is_new_in_the_whole_file(tmp_path, media):
+  ids = ["x", "x", "x", "x#1", "x#2", "x#2.2"]
+  file = write(tmp_path / "f.json", [item(id=i) for i in ids])
+  check_report.check([file], Checks(), check_report.Outputs(fix=tmp_path / "fixed"))
+  fixed = [one["id"] for one in json.loads((tmp_path / "fixed" / "f.json").read_text())]
+  assert fixed == ["x", "x#1.2", "x#2.3", "x#1", "x#2", "x#2.2"]
+
+
+def test_an_item_without_id_is_not_the_one_that_has_its_number(tmp_path, media):
+  nameless = {k: v for k, v in item(conversations=[]).items() if k != "id"}
+  file = write(tmp_path / "f.json", [item(id=1), nameless])
+  found = check_report.check([file], Checks())["defects"]["conversations"]
+  assert found["ids"] == ["(item 1)"]
+  assert [c.id for c in check_file(file, Checks())] == [1, None]
 
 
 def test_ids_are_remembered_beyond_the_buffer():

@@ -14,7 +14,7 @@ from data_pipes.errors import InputError
 from data_pipes.samples import RowRules
 from data_pipes.shards import ShardSet
 from data_pipes.show import find_item, overlays
-from data_pipes.stats import read_stats
+from data_pipes.stats import Stats, read_stats
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.cli import main
 
@@ -56,6 +56,15 @@ def test_stats_are_what_can_be_counted_by_hand(tmp_path, capsys):
   assert "Area of a mask (share of the frame), mean 0.1302" in page
   assert main(["data", "stats", str(file), "--json"]) == 0
   assert json.loads(capsys.readouterr().out) == result
+
+
+def test_an_item_that_check_refuses_is_not_readable():
+  stats = Stats()
+  stats.add(item(), "a")
+  stats.add(item(annotation=[{"0": {"segmentation": None}}]), "b")
+  stats.add(item(annotation=[{"0": {"segmentation": {"size": [4, 4], "counts": [99]}}}]), "c")
+  assert stats.result()["readable"] == 1
+  assert stats.result()["defects"] == {"never-seen": 1, "segmentation": 1}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
   from vr_jax.inference.model import Model
 
 
+_ME = "vr_jax/evaluation/provenance.py"  # in our own checkout, and tracked there
+
+
 def model_facts(model: "Model", checkpoint: Path | str | None) -> dict[str, Any]:
   """Name, hash, size and configuration of a model; `checkpoint` is what it was loaded from."""
   import dataclasses
@@ -40,20 +43,27 @@ def _plain(value: Any) -> Any:
 
 
 def code_version() -> dict[str, Any]:
-  """The package's version and, in a checkout, its commit and whether it was changed since."""
+  """The package's version, the commit of its checkout and whether that was changed since.
+
+  The commit is "unknown" where the package does not lie in a checkout of its own: the repository
+  around an environment that it was installed into says nothing of it.
+  """
+  root = Path(__file__).resolve().parents[2]
 
   def git(*arguments: str) -> str | None:
     try:
       done = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10
       )
     except (OSError, subprocess.TimeoutExpired):
       return None
     return done.stdout.strip() if done.returncode == 0 else None
 
-  commit = git("rev-parse", "HEAD")
-  dirty = None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no"))
-  return {"version": metadata.version("vr-jax"), "git": commit, "dirty": dirty}
+  top = git("rev-parse", "--show-toplevel")
+  ours = top is not None and Path(top).resolve() == root and git("ls-files", "--error-unmatch", _ME)
+  commit = ours and git("rev-parse", "HEAD")
+  dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+  return {"version": metadata.version("vr-jax"), "git": commit or "unknown", "dirty": dirty}
 
 
 def environment() -> dict[str, Any]:

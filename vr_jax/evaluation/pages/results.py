@@ -327,7 +327,7 @@ def provenance(result: Result) -> dict[str, str]:
         None,
         (
           f"vr-jax {code['version']}" if code.get("version") else "",
-          f"commit {code['git'][:12]}" if code.get("git") else "",
+          f"commit {code['git'][:12]}" if code.get("git") not in (None, "unknown") else "",
           "with changes" if code.get("dirty") else "",
         ),
       )
