@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from types import TracebackType
 
 
 class InputError(ValueError):
@@ -20,6 +21,32 @@ class Defect(InputError):
 
   def __reduce__(self):  # for worker processes
     return Defect, (self.kind, str(self))
+
+
+class reading:  # stands behind `with`, like contextlib.suppress
+  """Turns whatever is raised in the block into InputError: `{failure} ({the reason})`.
+
+      with reading(f"{path}: cannot be read as an image"):
+        image.load()
+
+  Libraries raise what they like over a user's bytes (IndexError, AttributeError, MemoryError), and
+  so do conversions of a user's values. The block holds such calls and nothing else: a fault in our
+  own code must stay a traceback. With `kind` it is a Defect of that kind.
+  """
+
+  def __init__(self, failure: str, kind: str | None = None):
+    self.failure, self.kind = failure, kind
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    if isinstance(error, Exception) and not isinstance(error, InputError):
+      reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+      message = f"{self.failure} ({reason})"
+      raise (Defect(self.kind, message) if self.kind else InputError(message)) from error
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:

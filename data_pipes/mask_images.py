@@ -9,9 +9,9 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from data_pipes.errors import Defect, InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.images import open_image
 
 VOID = 255  # DAVIS and YouTube-VOS: borders that belong to no object
@@ -67,27 +67,25 @@ def read_mask_picture(path: str | os.PathLike, object_id: int | None = None) -> 
 
   Raises InputError where the file cannot be read, or its values can mean several things.
   """
-  try:
-    with open_image(path) as image:
+  with open_image(path) as image:
+    with reading(f"{path}: cannot be read as an image"):
       image.load()
+    try:
       return _mask_of(image, object_id)
-  except (InputError, Defect) as error:
-    raise InputError(f"{path}: {error}") from None
-  except FileNotFoundError:
-    raise InputError(f"{path}: no such image") from None
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-    raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+    except InputError as error:
+      raise InputError(f"{path}: {error}") from None
 
 
 def _mask_of(image: Image.Image, object_id: int | None) -> MaskPicture:
-  if image.mode in ("P", "PA") and (object_id is not None or not _is_grey(image.convert("RGB"))):
+  if image.mode in ("P", "PA") and (
+    object_id is not None or not _is_grey(_converted(image, "RGB"))
+  ):
     return _by_id(np.asarray(image.getchannel(0)), object_id, "palette indices")
   if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
     return _grey(np.asarray(image), image.format, object_id)
-  colours, alpha = image.convert("RGB"), None
+  colours, alpha = _converted(image, "RGB"), None
   if "A" in image.getbands() or "transparency" in image.info:
-    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    alpha = np.asarray(_converted(image, "RGBA").getchannel("A"))
     alpha = None if alpha.min() == alpha.max() else alpha
   grey = _is_grey(colours, _NOISE if image.format in _LOSSY else 0)
   values = np.asarray(colours.convert("L")) if grey else None
@@ -113,6 +111,11 @@ def _mask_of(image: Image.Image, object_id: int | None) -> MaskPicture:
     f"found the colours {names}{more}; accepted: black and white, one colour on black, or a "
     "palette of which one object is chosen (mask.png#2)"
   )
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+  with reading(f"mode {image.mode} cannot be read as a mask"):
+    return image.convert(mode)
 
 
 def _is_grey(colours: Image.Image, noise: int = 0) -> bool:

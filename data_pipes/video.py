@@ -7,8 +7,10 @@ that no player shows; some readers then shift every later frame.
 """
 
 import bisect
+import itertools
+import math
+import operator
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,9 +19,17 @@ import av
 import numpy as np
 from PIL import Image, ImageSequence
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.frame_rules import MAX_FRAMES, fps_frames, frame_range, uniform_frames
-from data_pipes.images import IMAGE_SUFFIXES, open_image, read_image, to_rgb
+from data_pipes.images import (
+  IMAGE_SUFFIXES,
+  count_pictures,
+  frame_files,
+  is_animated,
+  open_image,
+  read_image,
+  to_rgb,
+)
 from data_pipes.video_index import (
   REORDERED,
   ROTATION,
@@ -27,6 +37,7 @@ from data_pipes.video_index import (
   Entry,
   Index,
   counted,
+  damage,
   decoded,
   index_of,
   opened,
@@ -100,7 +111,8 @@ class Video:
     `into[id]`, where that is given. Raises InputError for an id that the video does not have and
     for frames that cannot be decoded.
     """
-    ids = [int(i) for i in ids]
+    with reading(f"{self.name}: frame numbers that are no whole numbers"):
+      ids = [operator.index(i) for i in ids]
     for i in ids:
       if not 0 <= i < len(self):
         raise InputError(
@@ -120,6 +132,8 @@ class Video:
     times = self.times()
     if times is None:
       raise InputError(f"{self.name}: a time was given, but the {self.kind} has none; give a frame")
+    with reading(f"{self.name}: a time that is no number"):
+      seconds = float(seconds)
     end = times[-1] + self._last_step(times)
     if not 0 <= seconds < end:
       raise InputError(f"{self.name}: time {seconds:g} s; the video lasts from 0 to {end:.6g} s")
@@ -158,78 +172,47 @@ def open_video(
   """
   if isinstance(source, Video):
     return source
+  if fps is not None:
+    fps = check_fps(fps)
   if not isinstance(source, str | os.PathLike):
-    frames = list(source)
+    with reading("the video is neither a path nor frames"):
+      frames = list(source)
     if not frames:
       raise InputError("an empty list of frames was given as the video")
-    return _Stills("list of frames", "list", frames, None)
-  path = Path(source)
-  if path.is_dir():
-    return _Stills(str(path), "folder", frame_files(path), fps or FOLDER_FPS)
-  if not path.exists():
+    return _Stills("list of frames", "list", frames)
+  with reading(f"{source}: no path of a video"):
+    path = Path(source)
+    folder, there = path.is_dir(), path.exists()
+  if folder:
+    return _Stills(str(path), "folder", frame_files(path), fps=fps)
+  if not there:
     raise InputError(f"{path}: no such video, folder of frames or image")
   if path.suffix.lower() in (*IMAGE_SUFFIXES, *ANIMATED_SUFFIXES):
-    if path.suffix.lower() == ".gif" or _moves(path):
+    if path.suffix.lower() == ".gif" or is_animated(path):
       return _Animation(path)
-    return _Stills(str(path), "image", [path], None, upright)
+    return _Stills(str(path), "image", [path], upright)
   return _Stream(path)
 
 
-def frame_files(folder: Path) -> list[Path]:
-  """The frames of a folder in natural order: 2.png before 10.png, as people number them.
-
-  That is the published order (sorted by name) wherever the numbers are padded. Hidden files, such
-  as the `._0001.jpg` that a Mac puts beside each copy, are none.
-
-  Raises InputError where there are none, or two could be the same frame (a mask beside it).
-  """
-  files = [
-    p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-  ]
-  if not files:
-    raise InputError(f"{folder}: the folder holds no frames ({', '.join(IMAGE_SUFFIXES)})")
-  stems: dict[str, Path] = {}
-  for path in sorted(files):
-    stem = re.sub(r"(?i)[-_. ]?(mask|seg|segmentation|alpha|matte)s?$", "", path.stem)
-    other = stems.setdefault(stem, path)
-    if other is not path:
-      raise InputError(
-        f"{folder}: {other.name} and {path.name} could both be one frame; accepted: a folder of "
-        "frames alone, masks in another"
-      )
-  return sorted(files, key=lambda path: (_natural(path.name), path.name))
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-  """A key by which numbers in names count as numbers."""
-  parts = re.split(r"(\d+)", name)
-  return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
-
-
-def _moves(path: Path) -> bool:
-  """Whether a picture file holds several pictures that are shown one after the other.
-
-  Raises InputError for the pages of a TIFF, which have no times.
-  """
-  try:
-    with open_image(path) as image:
-      count, kind = getattr(image, "n_frames", 1), image.format
-  except (OSError, SyntaxError, ValueError):
-    return False  # reading it says what is wrong
-  if count > 1 and kind == "TIFF":
-    raise InputError(
-      f"{path}: found {count} pages, which have no times; accepted: a TIFF of one page, or the "
-      "pages as files of a folder"
-    )
-  return count > 1 and kind in ("GIF", "WEBP", "PNG", "AVIF")
+def check_fps(fps: float) -> float:
+  """Frames a second as a number; InputError where they are none."""
+  with reading(f"fps={fps!r}; accepted: a number above 0"):
+    number = float(fps)
+  if not 0 < number < math.inf:
+    raise InputError(f"fps={fps!r}; accepted: a number above 0")
+  return number
 
 
 class _Stills(Video):
   """Frames that can be had one by one: files, or arrays in memory."""
 
-  def __init__(self, name: str, kind: str, items: list, fps: float | None, upright: bool = False):
-    self.name, self.kind, self.fps = name, kind, fps
+  def __init__(
+    self, name: str, kind: str, items: list, upright: bool = False, *, fps: float | None = None
+  ):
+    self.name, self.kind = name, kind
     self._items, self._upright = items, upright
+    # What the user says of a folder is for times; the scene rule keeps the published rate.
+    self.fps, self._shown_fps = (FOLDER_FPS, fps or FOLDER_FPS) if kind == "folder" else (None, 1.0)
     self.size = self._load(0).shape[:2]
 
   def __len__(self) -> int:
@@ -238,13 +221,20 @@ class _Stills(Video):
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     return (self._load(i) for i in numbers)
 
+  def times(self) -> np.ndarray | None:
+    return None if self.fps is None else np.arange(len(self)) / self._shown_fps
+
+  def _last_step(self, times: np.ndarray) -> float:
+    return 1 / self._shown_fps
+
   def _load(self, i: int) -> np.ndarray:
     item = self._items[i]
     if isinstance(item, str | os.PathLike):
       return read_image(item, upright=self._upright)
     if isinstance(item, Image.Image):
-      return to_rgb(item)
-    item = np.asarray(item)
+      return to_rgb(item, f"{self.name}: frame {i}")
+    with reading(f"{self.name}: frame {i} is no picture"):
+      item = np.asarray(item)
     if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
       raise InputError(
         f"{self.name}: frame {i} is {item.dtype} {list(item.shape)}; uint8 [H, W, 3] is needed"
@@ -259,9 +249,9 @@ class _Animation(Video):
     self.name = str(path)
     self._path = path
     self._shown_for: np.ndarray | None = None
-    with self._open() as image:
+    with open_image(path) as image:
       self.size = image.height, image.width
-      self._count = getattr(image, "n_frames", 1)
+      self._count = count_pictures(image, path)
       self.kind = "gif" if image.format == "GIF" else "video"
     self.fps = GIF_FPS if self.kind == "gif" else float(self._count / self._delays().sum())
 
@@ -279,36 +269,30 @@ class _Animation(Video):
   def _delays(self) -> np.ndarray:
     """Seconds for which each frame is shown, float64 [frames]."""
     if self._shown_for is None:
-      delays = [frame.info.get("duration") or 0 for _, frame in self._sequence()]
-      delays += [0] * (self._count - len(delays))
+      delays = [shown_for for _, _, shown_for in self._sequence()]
+      delays += [0.0] * (self._count - len(delays))
       delays = [d if d >= _SHORTEST_DELAY else _USUAL_DELAY for d in delays]
       self._shown_for = np.array(delays, np.float64) / 1000
     return self._shown_for
 
-  def _open(self) -> Image.Image:
-    try:
-      return open_image(self._path)
-    except (OSError, SyntaxError, ValueError) as error:
-      if isinstance(error, InputError):
-        raise
-      raise InputError(f"{self.name}: cannot be read as an image ({error})") from error
-
-  def _sequence(self) -> Iterator[tuple[int, Image.Image]]:
-    """(number, frame), each composed before it is given."""
-    number = 0
-    with self._open() as image:
-      try:
-        for number, frame in enumerate(ImageSequence.Iterator(image)):
+  def _sequence(self) -> Iterator[tuple[int, Image.Image, float]]:
+    """(number, frame, its delay in milliseconds or 0), each composed before it is given."""
+    with open_image(self._path) as image:
+      frames = iter(ImageSequence.Iterator(image))
+      for number in itertools.count():
+        with reading(f"{self.name}: damaged at frame {number}"):
+          frame = next(frames, None)
+          if frame is None:
+            return
           frame.load()
-          yield number, frame
-      except (OSError, EOFError, SyntaxError, ValueError, IndexError) as error:
-        raise InputError(f"{self.name}: damaged at frame {number} ({error})") from error
+          shown_for = float(frame.info.get("duration") or 0)
+        yield number, frame, shown_for
 
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     chosen = set(numbers)
-    for number, frame in self._sequence():
+    for number, frame, _ in self._sequence():
       if number in chosen:
-        yield to_rgb(frame)
+        yield to_rgb(frame, self.name)
       if number == numbers[-1]:
         return
 
@@ -381,10 +365,10 @@ class _Stream(Video):
 
   def _count_through(self, numbers: list[int]) -> Iterator[np.ndarray]:
     chosen, number = set(numbers), -1
-    to_rgb_frame = _RgbFrames(self._index.turn)
     with opened(self._path, self._index.stream) as (container, stream):
+      to_rgb_frame = _RgbFrames(self._index.turn, container)
       for packet in packets_of(container, stream):
-        for frame in decoded(packet):
+        for frame in decoded(packet, container):
           number += 1
           if number in chosen:
             yield to_rgb_frame(frame)
@@ -399,7 +383,7 @@ class _Stream(Video):
     """
     with opened(self._path, self._index.stream) as (container, stream):
       packets, needed = _Packets(container, stream), set(times)
-      to_rgb_frame = _RgbFrames(self._index.turn)
+      to_rgb_frame = _RgbFrames(self._index.turn, container)
       frames: Iterator[av.VideoFrame] = iter(())
       entry, last = None, None
       for time in times:
@@ -418,7 +402,7 @@ class _Stream(Video):
             if skip:
               alone = packet.pts is None or packet.pts in needed
               stream.codec_context.skip_frame = "DEFAULT" if alone else "NONREF"
-            frames = iter(decoded(packet))
+            frames = iter(decoded(packet, container))
             continue
           if frame.pts is not None and last is not None and frame.pts <= last:
             raise _TimesFailed()
@@ -456,7 +440,7 @@ def _comes_later(last: int, frames: Iterator, packets: "_Packets") -> bool:
       packet = packets.take()
       if packet is None:
         return False
-      frames = iter(decoded(packet))
+      frames = iter(decoded(packet, packets.container))
       frame = next(frames, None)
     if frame.pts is not None and frame.pts < last:
       return True
@@ -467,7 +451,7 @@ class _Packets:
   """The packets of one stream in file order, with a way to jump ahead."""
 
   def __init__(self, container, stream):
-    self._container, self._stream = container, stream
+    self.container, self._stream = container, stream
     self._packets = packets_of(container, stream)
     self.next = 0  # number of the packet that `take` gives next
 
@@ -479,10 +463,10 @@ class _Packets:
     """Makes `keyframe` the next packet."""
     if keyframe.packet - self.next >= _SEEK_PACKETS:
       try:
-        self._container.seek(keyframe.dts, stream=self._stream, backward=True)
+        self.container.seek(keyframe.dts, stream=self._stream, backward=True)
       except av.FFmpegError as error:
         raise _SkipFailed() from error
-      self._packets = packets_of(self._container, self._stream)
+      self._packets = packets_of(self.container, self._stream)
     # Seeks often land a group of pictures early; what lies before the keyframe is not decoded.
     for packet in self._packets:
       if packet.is_keyframe and packet.pts == keyframe.pts:
@@ -503,12 +487,13 @@ class _RgbFrames:
   Where an SEI message turns the picture, only some frames bear it, and it holds until the next.
   """
 
-  def __init__(self, turn: str):
+  def __init__(self, turn: str, container):
     self._reformatter = av.video.reformatter.VideoReformatter()
-    self._turn = TURNS[turn]
+    self._turn, self._damaged = TURNS[turn], damage(container)
 
   def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-    rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    with self._damaged:
+      rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(self._turn(rgb))
 
 

@@ -29,7 +29,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.files import replaced
 from data_pipes.images import check_pixels
 
@@ -128,7 +128,7 @@ def index_of(path: Path) -> Index:
   """
   kept = _kept(path)
   if kept is not None and kept.is_file():
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(InputError):
       return _read(kept)
   started = time.perf_counter()
   index = make_index(path)
@@ -161,7 +161,7 @@ def counted(path: Path, index: Index) -> Index:
   times: list[int | None] = []
   with opened(path) as (container, stream):
     for packet in packets_of(container, stream):
-      times += [frame.pts for frame in decoded(packet)]
+      times += [frame.pts for frame in decoded(packet, container)]
   if not times:
     raise InputError(f"{path}: no frame could be decoded")
   step = max(1, round(1 / (index.fps * index.unit)))
@@ -175,29 +175,25 @@ def opened(path: Path, stream: int | None = None) -> Iterator[tuple]:
   """(container, its video stream) with one decoder thread, as samples are decoded in parallel.
 
   `stream` is that of the index; by default the one that a player shows: never a cover picture.
-  Raises InputError for what FFmpeg cannot read, which may come up inside the block too.
+  Raises InputError for what FFmpeg cannot read.
   """
   # "file:" keeps a colon in a name from being read as a protocol.
   options = {
     "protocol_whitelist": "file",
     "format_whitelist": ",".join((*TIMED, *UNTIMED)),
   }
-  try:
-    container = av.open(f"file:{path}", options=options)
-  except av.ArgumentError:
-    raise InputError(f"{path}: not a video of a format that is read") from None
-  except (av.FFmpegError, OSError, ValueError) as error:
-    raise InputError(f"{path}: cannot be read as a video ({_reason(error)})") from error
+  with reading(f"{path}: cannot be read as a video"):
+    try:  # titles in another alphabet's bytes are no reason to refuse a video
+      container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+    except av.ArgumentError:
+      raise InputError(f"{path}: not a video of a format that is read") from None
   with container:
     indexed = (one for one in container.streams.video if one.index == stream)
     chosen = next(indexed, None) or _shown_stream(path, container)
     if chosen.codec_context is None:
       raise InputError(f"{path}: its codec is not known")
     chosen.codec_context.thread_count = 1
-    try:
-      yield container, chosen
-    except av.FFmpegError as error:
-      raise InputError(f"{path}: damaged video ({_reason(error)})") from error
+    yield container, chosen
 
 
 def packets_of(container, stream) -> Iterator:
@@ -205,27 +201,33 @@ def packets_of(container, stream) -> Iterator:
 
   A file that breaks off ends there, as for a player.
   """
-  packets = container.demux(stream)
+  damaged = damage(container)
+  with damaged:
+    packets = container.demux(stream)
   while True:
-    try:
-      packet = next(packets, None)
-    except (av.FFmpegError, IndexError):  # PyAV does not know a stream that begins behind the head
-      return
+    with damaged:
+      try:
+        packet = next(packets, None)
+      # A player ends there too; PyAV does not know a stream that begins behind the head.
+      except (av.FFmpegError, IndexError):
+        return
     if packet is None:
       return
     yield packet
 
 
-def decoded(packet) -> list:
+def decoded(packet, container) -> list:
   """The frames that a packet brings out; none where it is damaged, as for a player."""
-  try:
-    return packet.decode()
-  except av.FFmpegError:
-    return []
+  with damage(container):
+    try:
+      return packet.decode()
+    except av.FFmpegError:
+      return []
 
 
-def _reason(error: Exception) -> str:
-  return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def damage(container) -> reading:
+  """What stands around the calls of FFmpeg that read on in a file."""
+  return reading(f"{container.name.removeprefix('file:')}: damaged video")
 
 
 def _shown_stream(path: Path, container):
@@ -276,7 +278,7 @@ class _Scan:
     decoding = True
     for number, packet in enumerate(packets_of(container, stream)):
       if decoding:
-        frames = decoded(packet)
+        frames = decoded(packet, container)
         first = first or next(iter(frames), None)
         self._head += [frame.pts for frame in frames]
         decoding = not self._past_head()
@@ -336,7 +338,9 @@ class _Scan:
       fps = (len(ticks) - 1) / ((ticks[-1] - ticks[0]) * unit)
     start = container.start_time  # microseconds
     first = float(ticks[0] * unit) if len(ticks) else 0.0
-    components = self.first.format.components
+    damaged = damage(container)
+    with damaged:
+      components = self.first.format.components
     colours = sum(not c.is_alpha for c in components)
     return Index(
       ticks=ticks,
@@ -348,20 +352,22 @@ class _Scan:
       claimed=self._claimed or self._packets,
       fps=float(fps or 1),
       size=(self.first.height, self.first.width),
-      turn=_turn(self.first),
+      turn=_turn(self.first, damaged),
       alpha=any(c.is_alpha for c in components),
       grey=colours == 1 and not self.first.format.has_palette,
       intra=bool(stream.codec_context.codec.properties & _INTRA_ONLY),
     )
 
 
-def _turn(frame: av.VideoFrame) -> str:
+def _turn(frame: av.VideoFrame, damaged: reading) -> str:
   """How a player turns a frame, by its display matrix: the quarter turn or mirror next to it."""
-  matrix = frame.side_data.get("DISPLAYMATRIX")
-  if matrix is None:
+  with damaged:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # A buffer, of which its stub knows nothing.
+    content = b"" if matrix is None else bytes(matrix)  # type: ignore[call-overload]
+  if len(content) < 36:
     return ""
-  content = bytes(matrix)  # type: ignore[call-overload]  # a buffer, of which its stub knows nothing
-  a, b, _, c, d, *_ = np.frombuffer(content, np.int32).astype(np.float64)
+  a, b, _, c, d, *_ = np.frombuffer(content[:36], np.int32).astype(np.float64)
   scale = max(abs(v) for v in (a, b, c, d)) or 1.0
   signs = (round(a / scale), round(b / scale), round(c / scale), round(d / scale))
   return _MATRICES.get(signs, "")
@@ -372,7 +378,7 @@ def _in_order(path: Path, shown: np.ndarray) -> bool:
   times: list[int | None] = []
   with opened(path) as (container, stream):
     for packet in packets_of(container, stream):
-      times += [frame.pts for frame in decoded(packet)]
+      times += [frame.pts for frame in decoded(packet, container)]
       if len(times) >= len(shown):
         break
   return times[: len(shown)] == shown.tolist()
@@ -386,9 +392,10 @@ def _without_lost_end(path: Path, index: Index) -> np.ndarray:
   times = []
   with opened(path, index.stream) as (container, stream):
     if last.packet:
-      container.seek(last.dts, stream=stream, backward=True)
+      with damage(container):
+        container.seek(last.dts, stream=stream, backward=True)
     for packet in packets_of(container, stream):
-      times += [frame.pts for frame in decoded(packet) if frame.pts is not None]
+      times += [frame.pts for frame in decoded(packet, container) if frame.pts is not None]
   ticks = index.ticks
   return ticks[(ticks < min([last.pts, *times])) | np.isin(ticks, times)]
 
@@ -443,7 +450,7 @@ def _write(kept: Path, index: Index) -> None:
 
 
 def _read(kept: Path) -> Index:
-  with np.load(kept) as held:
+  with reading(f"{kept}: damaged"), np.load(kept) as held:
     fields = {name: held[name] for name in held.files}
   entries = tuple(Entry(*map(int, row)) for row in fields.pop("entries"))
   unit = Fraction(*map(int, fields.pop("unit")))
