@@ -11,7 +11,7 @@ import numpy as np
 from data_pipes.batch import Clip, RowShape
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import read_image, to_model
-from data_pipes.masks import mask_to_grid, segmentation_to_mask, vanished
+from data_pipes.masks import GridMask, grid_mask, segmentation_to_mask
 from data_pipes.video import Video, open_video, read_scene, scene_ids
 
 MAX_MASK_FRAMES = 32  # frames of an object in multi-frame mode
@@ -51,7 +51,8 @@ def read_clip(
       Video of one frame.
     shape: gives T (0: no scene frames), the image size and the grid.
     objects: per object {frame number of the source: mask}, in merge order. A mask is a COCO
-      segmentation, a uint8 or bool array [H, W] of the frame's size, or None for an empty one.
+      segmentation, a uint8 or bool array [H, W] of the frame's size, None for an empty one, or a
+      GridMask made with the same grid, aspect_ratio and mask_rule.
     image: the source is one image, whose frame 0 is every scene frame.
     aspect_ratio: "square" (published VideoRefer) or "pad".
     mask_rule: of `mask_to_grid`; under the published one small objects may vanish. An object that
@@ -112,9 +113,11 @@ def _on_grid(
   for i, by_frame in enumerate(objects):
     cells.append({})
     for number, mask in by_frame.items():
-      mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
-      cells[i][number] = mask_to_grid(mask, grid, aspect_ratio, mask_rule).reshape(-1)
-      if vanished(mask, mask_to_grid(mask, grid, aspect_ratio, "published")):
+      if not isinstance(mask, GridMask):
+        mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
+        mask = grid_mask(mask, grid, aspect_ratio, mask_rule)
+      cells[i][number] = mask.cells
+      if mask.lost:
         vanishing.append((i, number))
   return cells, vanishing
 

@@ -24,18 +24,22 @@ class Defect(InputError):
 
 
 class reading:  # stands behind `with`, like contextlib.suppress
-  """Turns whatever is raised in the block into InputError: `{failure} ({the reason})`.
+  """Turns whatever is raised in the block into InputError.
 
       with reading(f"{path}: cannot be read as an image"):
         image.load()
 
   Libraries raise what they like over a user's bytes (IndexError, AttributeError, MemoryError), and
   so do conversions of a user's values. The block holds such calls and nothing else: a fault in our
-  own code must stay a traceback. With `kind` it is a Defect of that kind.
+  own code must stay a traceback.
   """
 
-  def __init__(self, failure: str, kind: str | None = None):
-    self.failure, self.kind = failure, kind
+  def __init__(self, failure: str, accepted: str = "", kind: str | None = None):
+    """The message is `{failure} ({reason})`, or `{failure}; accepted: {accepted}`.
+
+    `kind` makes it a Defect of that kind.
+    """
+    self.failure, self.accepted, self.kind = failure, accepted, kind
 
   def __enter__(self) -> None:
     return None
@@ -43,10 +47,12 @@ class reading:  # stands behind `with`, like contextlib.suppress
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    if isinstance(error, Exception) and not isinstance(error, InputError):
-      reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
-      message = f"{self.failure} ({reason})"
-      raise (Defect(self.kind, message) if self.kind else InputError(message)) from error
+    if not isinstance(error, Exception) or isinstance(error, InputError):
+      return
+    reason = getattr(error, "strerror", None) or one_line(error, 100) or type(error).__name__
+    rest = f"; accepted: {self.accepted}" if self.accepted else f" ({reason})"
+    message = self.failure + rest
+    raise (Defect(self.kind, message) if self.kind else InputError(message)) from error
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:

@@ -122,7 +122,8 @@ def to_rgb(image: Image.Image, name: str) -> np.ndarray:
   """
   if image.mode.startswith(("I", "F")):
     raise InputError(
-      f"{name}: mode {image.mode}: more than 8 bits a channel; accepted: 8-bit images"
+      f"{name}: cannot be read as an image (mode {image.mode}: more than 8 bits a channel; "
+      "accepted: 8-bit images)"
     )
   with reading(f"{name}: cannot be read as an image"):
     return np.asarray(image.convert("RGB"))

@@ -1,7 +1,7 @@
 """Items of a JSON array, or of JSON lines, one after another with their places in the file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,8 +58,19 @@ def scan_items(path: str | Path) -> Iterator[Span]:
 def parse_json(raw: bytes, where: str) -> Any:
   try:
     return json.loads(raw)
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise Defect("utf-8", f"{where}: found {error}; accepted: JSON in UTF-8") from None
+
+
+def check_text(values: Iterable[Any], where: str) -> None:
+  """Raises Defect for text that no UTF-8 can hold: JSON can write half a surrogate pair."""
+  for value in values:
+    try:
+      value.encode() if isinstance(value, str) else None
+    except UnicodeEncodeError:
+      raise Defect(
+        "utf-8", f"{where}: found {value!r}, half a surrogate pair; accepted: JSON in UTF-8"
+      ) from None
 
 
 LINES = (".jsonl", ".ndjson")  # names of files that hold one item after the other, without an array

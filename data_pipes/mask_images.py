@@ -32,13 +32,14 @@ def mask_of_array(values: np.ndarray) -> np.ndarray:
 
   Raises InputError for anything but bool, 0/1 and 0/255: logits, probabilities, ±1, NaN, ids.
   """
-  values = np.asarray(values)
+  with reading("a mask array is [H, W]"):
+    values = np.asarray(values)
   if values.ndim != 2:
     raise InputError(f"a mask array is [H, W]; found {list(values.shape)}")
   if values.dtype == bool:
     return values.astype(np.uint8)
   accepted = "bool, 0/1 or 0/255"
-  if not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
+  if values.dtype.kind not in "iuf":
     raise InputError(f"a mask array of {values.dtype}; accepted: {accepted}")
   if not np.isfinite(values).all():
     raise InputError(f"a mask array with values that are no numbers (NaN); accepted: {accepted}")

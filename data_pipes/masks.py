@@ -6,16 +6,18 @@ before last, 5 bits a character. Source of both, and of the polygon rule: the CO
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.images import MAX_PIXELS
 
 GRID_RULES = ("keep", "published", "area")
 _POLYGON_SCALE = 5  # COCO draws polygon edges on a grid five times finer than the pixels
-_POLYGON_LIMIT = 1e6  # pixels; a coordinate beyond is a defect, and would need gigabytes
+_POLYGON_LIMIT = 1e6  # pixels; a coordinate beyond is a defect
+_CROSSINGS = 1 << 18  # of polygon edges and pixel columns that are worked out at once
 
 
 # Run lengths
@@ -70,10 +72,8 @@ def counts_to_mask(counts: Sequence[int] | np.ndarray, height: int, width: int) 
 
 
 def _whole_numbers(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-  try:
+  with reading("mask counts are not a list of whole numbers"):
     lengths = np.asarray(counts)
-  except ValueError:  # numbers and lists mixed
-    lengths = np.zeros((1, 1))
   if lengths.ndim != 1 or (lengths.size and not np.issubdtype(lengths.dtype, np.integer)):
     raise InputError("mask counts are not a list of whole numbers")
   return lengths.astype(np.int64)
@@ -83,6 +83,10 @@ def check_counts(lengths: np.ndarray, height: int, width: int) -> None:
   """Raises InputError where run lengths are no mask of that size."""
   if lengths.size and lengths.min() < 0:
     raise InputError(f"mask counts hold a negative run length {lengths.min()}")
+  if lengths.size and (longest := int(lengths.max())) > height * width:  # the sum may overflow
+    raise InputError(
+      f"mask counts cover {longest} pixels in a row; its size {height}x{width} has {height * width}"
+    )
   if (total := int(lengths.sum())) != height * width:
     raise InputError(
       f"mask counts cover {total} pixels; its size {height}x{width} has {height * width}"
@@ -108,13 +112,16 @@ def check_segmentation(segmentation: Any) -> tuple[tuple[int, int] | None, int |
   """Whether a published "segmentation" can be drawn, without drawing it.
 
   Returns ((height, width) that it states, pixels that it covers): both for run lengths, (None,
-  None) for polygons, (None, 0) for none.
+  None) for polygons and boxes, (None, 0) for none.
 
   Raises:
     InputError: what `segmentation_to_mask` would raise.
   """
   if segmentation is None:
     return None, 0
+  if isinstance(segmentation, dict) and "box" in segmentation:
+    _corners_of_box(segmentation["box"], 1, 1)
+    return None, None
   if not isinstance(segmentation, dict):
     for polygon in segmentation:
       _corners(polygon)
@@ -135,10 +142,11 @@ def segmentation_to_mask(
   """A published "segmentation" as a mask; height and width are those of the video.
 
   Run lengths (compressed or a list of counts) carry their own size, which is taken; polygons
-  [[x, y, x, y, ...], ...] are united on the size of the video. None, the object being absent, is an
-  empty mask of that size.
+  [[x, y, x, y, ...], ...] are united on the size of the video, where {"box": [x1, y1, x2, y2]} is
+  drawn too. None, the object being absent, is an empty mask of that size.
   """
-  if isinstance(segmentation, dict):
+  box = segmentation.get("box") if isinstance(segmentation, dict) else None
+  if isinstance(segmentation, dict) and box is None:
     size = _size(segmentation)
     counts = segmentation.get("counts")
     if isinstance(counts, str | bytes):
@@ -146,12 +154,14 @@ def segmentation_to_mask(
     elif not isinstance(counts, list):
       raise InputError(f"mask counts are {_short(counts)}; a string or a list is needed")
     return counts_to_mask(counts, *size)
-  if segmentation is not None and not isinstance(segmentation, list):
+  if box is None and segmentation is not None and not isinstance(segmentation, list):
     raise InputError(
       f"segmentation is {_short(segmentation)}; accepted: run lengths, polygons, null"
     )
   if height is None or width is None:
     raise InputError("a segmentation without run lengths needs the height and width of the video")
+  if box is not None:
+    return mask_from_box(box, height, width)
   mask = np.zeros((height, width), np.uint8)
   for polygon in segmentation or ():
     mask |= polygon_to_mask(_corners(polygon), height, width)
@@ -194,14 +204,11 @@ def _size(segmentation: dict) -> tuple[int, int]:
 
 def _corners(polygon: list) -> np.ndarray:
   """One polygon of a segmentation, float64 [K, 2]."""
-  try:
+  needed = f"polygon {_short(polygon)}; a list x, y, x, y, ... of three points or more is needed"
+  with reading(needed):
     values = np.asarray(polygon, np.float64)
-  except (TypeError, ValueError):
-    values = np.zeros(0)
   if values.ndim != 1 or values.size < 6 or values.size % 2:
-    raise InputError(
-      f"polygon {_short(polygon)}; a list x, y, x, y, ... of three points or more is needed"
-    )
+    raise InputError(needed)
   if not np.abs(values).max() <= _POLYGON_LIMIT:
     raise InputError(f"polygon {_short(polygon)} has a coordinate that no video has")
   return values.reshape(-1, 2)
@@ -212,51 +219,80 @@ def polygon_to_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
   Its edges are drawn on a five times finer grid; where they cross the middle of a pixel column,
   the mask changes from there on down, so overlapping parts cancel. Other rasterisers differ.
+
+  Only those crossings are worked out, and only inside the frame: what leaves it takes no time.
   """
   fine = np.trunc(_POLYGON_SCALE * np.asarray(points, np.float64) + 0.5).astype(np.int64)
   start, end = fine, np.roll(fine, -1, axis=0)
+  edges = np.arange(len(fine))
   step = np.abs(end - start)
   along = np.where(step[:, 0] >= step[:, 1], 0, 1)  # the axis on which every cell has a point
-  edges = np.arange(len(fine))
-  length = step[edges, along]
   # COCO draws from the lower end, whichever comes first: it decides how the other axis is rounded.
-  flipped = start[edges, along] > end[edges, along]
-  low = np.where(flipped[:, None], end, start)
-  high = np.where(flipped[:, None], start, end)
-  slope = (high - low)[edges, 1 - along] / np.maximum(length, 1)
+  flipped = (start[edges, along] > end[edges, along])[:, None]
+  low, high = np.where(flipped, end, start), np.where(flipped, start, end)
+  slope = (high - low)[edges, 1 - along] / np.maximum(step[edges, along], 1)
 
-  edge = np.repeat(edges, length + 1)
-  t = np.arange(edge.size) - np.repeat(np.cumsum(length + 1) - length - 1, length + 1)
-  t = np.where(flipped[edge], length[edge] - t, t)
-  along = along[edge]
-  on_axis = low[edge, along] + t
-  off_axis = np.trunc(low[edge, 1 - along] + slope[edge] * t + 0.5).astype(np.int64)
-  u = np.where(along == 0, on_axis, off_axis)
-  v = np.where(along == 0, off_axis, on_axis)
-
-  # Where the outline enters another fine column that is the middle of a pixel column.
-  new = u[1:] != u[:-1]
-  column = np.minimum(u[1:], u[:-1])[new]
-  v = np.minimum(v[1:], v[:-1])[new]
-  x, off_middle = np.divmod(column - _POLYGON_SCALE // 2, _POLYGON_SCALE)
-  kept = (off_middle == 0) & (x >= 0) & (x < width)
-  y = np.ceil(np.clip((v[kept] + 0.5) / _POLYGON_SCALE - 0.5, 0, height)).astype(np.int64)
-  toggles, times = np.unique(x[kept] * height + y, return_counts=True)
-  toggles = toggles[(times % 2 == 1) & (toggles < height * width)]
+  # Edge k crosses the middles of pixel columns first[k] to last[k]: from fine column 5x + 2 to the
+  # next one.
+  left, right = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
+  first = np.maximum(-((_POLYGON_SCALE // 2 - left) // _POLYGON_SCALE), 0)
+  last = np.minimum((right - 1 - _POLYGON_SCALE // 2) // _POLYGON_SCALE, width - 1)
+  count = np.maximum(last - first + 1, 0)
+  ends = np.cumsum(count)
+  flips = np.zeros(height * width + 1, bool)  # the last one is below the last row: none
+  for begin in range(0, int(ends[-1]), _CROSSINGS):
+    place = np.arange(begin, min(begin + _CROSSINGS, int(ends[-1])))
+    edge = np.searchsorted(ends, place, side="right")
+    x = first[edge] + place - (ends - count)[edge]
+    row = _crossing(low[edge], slope[edge], along[edge], _POLYGON_SCALE * x + _POLYGON_SCALE // 2)
+    y = np.ceil(np.clip((row + 0.5) / _POLYGON_SCALE - 0.5, 0, height)).astype(np.int64)
+    toggles, times = np.unique(x * height + y, return_counts=True)
+    flips[toggles[times % 2 == 1]] ^= True
+  toggles = np.flatnonzero(flips[:-1])
   return counts_to_mask(np.diff(toggles, prepend=0, append=height * width), height, width)
+
+
+def _crossing(
+  low: np.ndarray, slope: np.ndarray, along: np.ndarray, column: np.ndarray
+) -> np.ndarray:
+  """The upper fine row of the two points between which an edge leaves a fine column, int64 [E].
+
+  Args:
+    low: the edge's lower end, [E, 2]; of its points at t = 0, 1, … one coordinate is low + t, the
+      other low + slope * t, rounded.
+    along: the axis of the first.
+    column: where it goes on to, or comes from, column + 1; at least 0.
+  """
+
+  def across(t: np.ndarray) -> np.ndarray:
+    return np.trunc(low[np.arange(len(low)), 1 - along] + slope * t + 0.5).astype(np.int64)
+
+  t = column - low[:, 0]  # of an edge along x
+  rows = np.minimum(across(t), across(t + 1))
+  steep = along == 1
+  if steep.any():
+    low, slope, along, column = low[steep], slope[steep], along[steep], column[steep]
+    rising = slope > 0
+    # The first point that lies beyond the step: by the line, and rounding moves it by one at most.
+    t = np.ceil((column + 0.5 - low[:, 0]) / slope).astype(np.int64) - 2
+    for _ in range(4):
+      t += np.where(rising, across(t) <= column, across(t) > column)
+    rows[steep] = low[:, 1] + t - 1
+  return rows
 
 
 # What a user points at
 
 
-def mask_from_box(box: Sequence[float], height: int, width: int) -> np.ndarray:
-  """Every pixel that the box x1, y1, x2, y2 touches, uint8 [height, width]; the rest is cut off."""
-  x1, y1, x2, y2 = _numbers(box, 4, "box", "x1,y1,x2,y2")
-  if not (x1 < x2 and y1 < y2):
-    raise InputError(f"box {_plain(box)} is empty; x1 < x2 and y1 < y2 are needed")
+def mask_from_box(box: Sequence[float | str], height: int, width: int) -> np.ndarray:
+  """Every pixel that the box x1, y1, x2, y2 touches, uint8 [height, width]; the rest is cut off.
+
+  Numbers are pixels, or shares of the frame such as "30%".
+  """
+  x1, y1, x2, y2 = corners = _corners_of_box(box, height, width)
   if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
     raise InputError(
-      f"box {_plain(box)} lies outside the video of {width}x{height} (width x height)"
+      f"box {_plain(corners)} lies outside the video of {width}x{height} (width x height)"
     )
   mask = np.zeros((height, width), np.uint8)
   top, left = max(int(np.floor(y1)), 0), max(int(np.floor(x1)), 0)
@@ -264,18 +300,25 @@ def mask_from_box(box: Sequence[float], height: int, width: int) -> np.ndarray:
   return mask
 
 
+def _corners_of_box(box: Sequence[float | str], height: int, width: int) -> list[float]:
+  x1, y1, x2, y2 = corners = in_pixels(box, height, width, "box", "x1,y1,x2,y2")
+  if not (x1 < x2 and y1 < y2):
+    raise InputError(f"box {_plain(corners)} is empty; x1 < x2 and y1 < y2 are needed")
+  return corners
+
+
 def mask_from_point(
-  point: Sequence[float], height: int, width: int, radius: float | None = None
+  point: Sequence[float | str], height: int, width: int, radius: float | None = None
 ) -> np.ndarray:
   """A disc around the point x, y, uint8 [height, width].
 
   The default radius, 1/40 of the video's diagonal, leaves at least one cell on any grid of 20x20 or
   finer (mask_to_grid; the published tower has 27x27); on a coarser grid give a larger one.
   """
-  x, y = _numbers(point, 2, "point", "x,y")
+  x, y = place = in_pixels(point, height, width, "point", "x,y")
   if not (0 <= x < width and 0 <= y < height):
     raise InputError(
-      f"point {_plain(point)} lies outside the video of {width}x{height} (width x height)"
+      f"point {_plain(place)} lies outside the video of {width}x{height} (width x height)"
     )
   if radius is None:
     radius = float(np.hypot(height, width)) / 40
@@ -286,14 +329,29 @@ def mask_from_point(
   return mask
 
 
-def _numbers(values: Sequence[float], count: int, name: str, form: str) -> list[float]:
-  try:
-    numbers = [float(v) for v in values]
-  except (TypeError, ValueError):
-    numbers = []
-  if len(numbers) != count or not np.isfinite(numbers).all():
-    raise InputError(f"{name} {_short(values)}; {form} in pixels is needed")
-  return numbers
+def in_pixels(
+  values: Sequence[float | str], height: int, width: int, what: str, form: str
+) -> list[float]:
+  """x, y, … in pixels, of as many numbers and shares ("30%") as `form` has, such as "x,y".
+
+  Raises InputError for anything else, and for fractions of a pixel, which were meant as shares.
+  """
+  needed = f"{what} {_short(values)}; {form} in pixels is needed, or shares such as 30%"
+  with reading(needed):
+    entries = list(values)
+    numbers = [float(v.removesuffix("%") if isinstance(v, str) else v) for v in entries]
+  if len(numbers) != form.count(",") + 1 or not np.isfinite(numbers).all():
+    raise InputError(needed)
+  shares = [isinstance(v, str) and v.endswith("%") for v in entries]
+  if not any(shares) and any(v % 1 for v in numbers) and all(0 <= v <= 1 for v in numbers):
+    relative = ",".join(f"{100 * v:g}%" for v in numbers)
+    raise InputError(
+      f"{what} {_plain(numbers)} is smaller than a pixel; relative? write {what}:{relative}"
+    )
+  sides = (width, height) * len(numbers)
+  return [
+    v / 100 * side if share else v for v, share, side in zip(numbers, shares, sides, strict=False)
+  ]
 
 
 def _plain(values: Sequence[float]) -> str:
@@ -342,6 +400,38 @@ def vanished(masks: np.ndarray, cells: np.ndarray) -> np.ndarray:
   Such an object reaches the decoder as no information at all.
   """
   return (masks != 0).any((-2, -1)) & ~(cells != 0).any((-2, -1))
+
+
+@dataclass(frozen=True)
+class GridMask:
+  """A mask on the tower's grid.
+
+  Attributes:
+    cells: of `mask_to_grid`, uint8 [N].
+    lost: by the published rule the object is in no cell.
+    small: the object is lower and narrower than a cell.
+  """
+
+  cells: np.ndarray
+  lost: bool
+  small: bool
+
+
+def grid_mask(
+  mask: np.ndarray, grid: int, aspect_ratio: str = "square", rule: str = "keep"
+) -> GridMask:
+  """A mask [H, W] on the grid; the arguments are those of `mask_to_grid`."""
+  cells = mask_to_grid(mask, grid, aspect_ratio, "published")
+  lost = bool(vanished(mask, cells))
+  if rule != "published" and (lost or rule != "keep"):
+    cells = mask_to_grid(mask, grid, aspect_ratio, rule)
+  sides = (max(mask.shape),) * 2 if aspect_ratio == "pad" else mask.shape
+  extents = (np.flatnonzero(mask.any(1 - axis)) for axis in (0, 1))
+  small = all(
+    len(places) and places[-1] - places[0] + 1 < side / grid
+    for places, side in zip(extents, sides, strict=True)
+  )
+  return GridMask(cells.reshape(-1), lost, small)
 
 
 def resize_mask(masks: np.ndarray, grid: int) -> np.ndarray:

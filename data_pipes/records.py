@@ -5,21 +5,23 @@ ranges; nothing here ever holds a whole file.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import Defect, InputError
+from data_pipes.errors import Defect, InputError, reading
 from data_pipes.images import MAX_PIXELS
-from data_pipes.json_items import parse_json, places, read_items, scan_items
+from data_pipes.json_items import check_text, parse_json, places, read_items, scan_items
 from data_pipes.prompts import MEDIA_TAGS, ROLES, Turn, from_human, tag_to_head
 from data_pipes.tokenizer import REGION
 from data_pipes.video import Video
 
-_FRAME_DIGITS = 9  # of a frame number
+FRAME_DIGITS = 9  # of a frame number
+# What COCO's tools put beside a mask; alone they would not say where the object is.
+_BESIDE_A_MASK = ("size", "bbox", "area", "iscrowd", "score", "id", "image_id", "category_id")
 
 BENCH_KEYS = {
   "D": ("video", "caption", "frame_idx", "annotation"),
@@ -38,7 +40,8 @@ class Record:
     turns: the dialogue as written.
     objects: per object {frame number: segmentation}, in the item's order of frames. Frames count in
       the source video; an image has frame 0 only. A segmentation is COCO RLE (compressed or not), a
-      list of polygons, or None for an object that is listed but not seen (an empty mask).
+      list of polygons, {"box": [x1, y1, x2, y2]}, or None for an object that is listed but not seen
+      (an empty mask).
     size: (height, width) in pixels where the item gives both.
     stored: the media, where prepared shards hold it.
   """
@@ -140,13 +143,9 @@ def parse_bench(item: Mapping[str, Any], where: str, kind: str) -> BenchItem:
   if not isinstance(path, str) or not path:
     raise Defect("media-key", f"{where}: key 'video': found {path!r}; accepted: one path")
   objects = parse_objects(item, where)
-  try:
-    frame = int(item["frame_idx"])
-  except (TypeError, ValueError):
-    raise Defect(
-      "bench",
-      f"{where}: key 'frame_idx': found {item['frame_idx']!r}; accepted: a frame number",
-    ) from None
+  number = item["frame_idx"]
+  with reading(f"{where}: key 'frame_idx': found {number!r}", "a frame number", "bench"):
+    frame = int(number)
   if kind == "D":
     return BenchItem(kind, path, objects, frame, "", (), item["caption"])
   options, answer = item["options"], item["Answer"]
@@ -179,17 +178,6 @@ def _check_bench(bench: BenchItem, where: str) -> None:
   if bench.truth not in bench.options:
     options = list(bench.options)
     raise Defect("bench", f"{where}: Answer {bench.truth!r} is none of the options {options!r}")
-
-
-def check_text(values: Iterable[Any], where: str) -> None:
-  """Raises Defect for text that no UTF-8 can hold: JSON can write half a surrogate pair."""
-  for value in values:
-    try:
-      value.encode() if isinstance(value, str) else None
-    except UnicodeEncodeError:
-      raise Defect(
-        "utf-8", f"{where}: found {value!r}, half a surrogate pair; accepted: JSON in UTF-8"
-      ) from None
 
 
 def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "video") -> tuple:
@@ -350,20 +338,36 @@ def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
 
 
 def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any]:
+  frames = object_frames(entry, where, media)
+  for number, segmentation in frames.items():
+    _check_form(segmentation, f"{where}, frame {number}")
+  return frames
+
+
+def object_frames(entry: Any, where: str, media: str | None) -> dict[int, Any]:
+  """The frames of one annotated object: {frame number: segmentation}, as `Record.objects` has them.
+
+  This is how training, checks and `vr ask` read an object. What the masks hold is not looked at.
+  Raises Defect.
+  """
   if isinstance(entry, dict) and len(entry) == 1:
     (inner,) = entry.values()
-    if isinstance(inner, dict) and inner and all(key.isdecimal() for key in inner):
+    if isinstance(inner, dict) and inner and all(str(key).isdecimal() for key in inner):
       entry = inner
   if not isinstance(entry, dict) or not entry:
     kind = "an object without frames" if entry == {} else _kind(entry)
     raise Defect("object", f"{where}: found {kind}; accepted: {{frame number: segmentation, ...}}")
-  frames = {}
+  frames: dict[int, Any] = {}
   for key, value in entry.items():
-    if not key.isdecimal() or len(key) > _FRAME_DIGITS:
+    if not str(key).isdecimal() or len(str(key)) > FRAME_DIGITS:
       raise Defect(
         "frame-key", f'{where}: frame key: found {key!r}; accepted: a frame number such as "36"'
       )
-    frames[int(key)] = _parse_segmentation(value, f"{where}, frame {key}")
+    if int(key) in frames:
+      raise Defect(
+        "frame-key", f"{where}: two keys name one frame, {int(key)}; accepted: one for each frame"
+      )
+    frames[int(key)] = frame_segmentation(value, f"{where}, frame {key}")
   if media == "image":
     if len(frames) > 1:
       raise Defect(
@@ -373,21 +377,47 @@ def _parse_object(entry: Any, where: str, media: str | None) -> Mapping[int, Any
   return frames
 
 
-def _parse_segmentation(value: Any, where: str) -> Any:
-  if isinstance(value, dict) and "counts" not in value:
-    value = value.get("segmentation")
-  if value is None or (isinstance(value, dict) and value.get("counts") is None):
-    return None
-  if isinstance(value, list) and all(isinstance(polygon, list) for polygon in value):
-    return value
-  if isinstance(value, dict) and "size" in value and isinstance(value["counts"], str | list):
-    return value
-  keys = f" with keys {sorted(value)}" if isinstance(value, dict) else ""
-  raise Defect(
-    "segmentation",
-    f"{where}: segmentation: found {_kind(value)}{keys}; accepted: RLE {{'size': [height, width], "
-    "'counts': text or list}, a list of polygons [[x, y, ...], ...], or null",
-  )
+def frame_segmentation(entry: Any, where: str) -> Any:
+  """The segmentation in one frame's entry: S of {"segmentation": S}, or S itself.
+
+  S may be {"box": [x1, y1, x2, y2]}. It is None where the object is not seen: null, {}, or run
+  lengths with null counts. Raises Defect for a key that is not known: a misspelt one would read as
+  "not seen".
+  """
+  for inside in (False, True):
+    if not isinstance(entry, dict):
+      return entry
+    if "counts" in entry:
+      return None if entry["counts"] is None else entry
+    named = [key for key in ("segmentation", "box")[inside:] if key in entry]
+    known = (*named, *_BESIDE_A_MASK) if named else ()
+    unknown = sorted(str(key) for key in entry if key not in known)
+    if unknown:
+      raise Defect(
+        "segmentation",
+        f"{where}: key {unknown[0]!r}; accepted: segmentation, box, or size and counts",
+      )
+    if entry.get("segmentation") is None:
+      return None if entry.get("box") is None else {"box": entry["box"]}
+    entry = entry["segmentation"]
+  return entry
+
+
+def _check_form(segmentation: Any, where: str) -> None:
+  if isinstance(segmentation, dict):
+    rle = "size" in segmentation and isinstance(segmentation.get("counts"), str | list)
+    known = rle or "box" in segmentation
+  elif isinstance(segmentation, list):
+    known = all(isinstance(polygon, list) for polygon in segmentation)
+  else:
+    known = segmentation is None
+  if not known:
+    keys = f" with keys {sorted(segmentation)}" if isinstance(segmentation, dict) else ""
+    raise Defect(
+      "segmentation",
+      f"{where}: segmentation: found {_kind(segmentation)}{keys}; accepted: RLE {{'size': [height, "
+      "width], 'counts': text or list}, a list of polygons [[x, y, ...], ...], or null",
+    )
 
 
 def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: str) -> None:

@@ -23,6 +23,13 @@ class Scene:
       "frame number or a time such as 1.5s. SPECs with the same ID= in front are one object",
     },
   )
+  fps: float | None = field(
+    default=None,
+    metadata={
+      "help": "frames a second of a folder of frames, for times in SPECs (default: 3)",
+      "metavar": "N",
+    },
+  )
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,11 @@ class Output:
 def ask(
   scene: Scene, questions: Questions, options: Options, loading: Loading, output: Output
 ) -> int:
-  single = scene.video or scene.region or questions.question or output.save_video
+  single = scene.video or scene.region or scene.fps or questions.question or output.save_video
   if questions.jsonl and (single or not questions.out):
-    raise InputError("--jsonl goes with --out, and without --video, --region, --question and video")
+    raise InputError(
+      "--jsonl goes with --out, and without --video, --region, --fps, --question and --save-video"
+    )
   if questions.jsonl and questions.out:
     return _answer_file(questions.jsonl, questions.out, options, loading, output)
   if not scene.video or not questions.question:
@@ -88,18 +97,20 @@ def _answer_file(
 def _answer(
   command: str, scene: Scene, question: str, options: Options, loading: Loading, output: Output
 ) -> int:
+  from data_pipes.video import open_video
   from vr_jax.inference import annotated_video
   from vr_jax.inference.model import Request
   from vr_jax.inference.regions import parse_regions
 
   regions = parse_regions(scene.region)
   model = load_model(loading)
+  video = open_video(scene.video or "", fps=scene.fps, upright=True)
   show = None if output.json else lambda piece: print(piece, end="", flush=True)
-  answer = model.ask(scene.video, question, regions, on_text=show, **asdict(options))
+  answer = model.ask(video, question, regions, on_text=show, **asdict(options))
   print(json.dumps(answer.to_dict(), indent=2) if output.json else "")
   for warning in answer.warnings:
     print(f"vr {command}: warning: {warning}", file=sys.stderr)
   if output.save_video:
-    annotated_video.write(output.save_video, Request(scene.video, question, regions), answer)
+    annotated_video.write(output.save_video, Request(video, question, regions), answer)
     print("\n".join((output.save_video, *annotated_video.segments(answer))), file=sys.stderr)
   return 0

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipes.drawing import colour_of, draw_objects, ink_on, shortened
 from data_pipes.errors import InputError
 from data_pipes.files import replaced
-from data_pipes.masks import segmentation_to_mask
+from data_pipes.masks import encode_mask, segmentation_to_mask
 from data_pipes.tokenizer import REGION
 from data_pipes.video import open_video
 from vr_jax.inference.regions import objects_of
@@ -44,10 +45,10 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
     raise InputError(f"{path}: accepted: a file that ends in .mp4")
   if not path.parent.is_dir():
     raise InputError(f"{path}: cannot be written; accepted: a file in a folder that is there")
-  video = open_video(request.video, upright=True)
-  objects = [dict(marked.masks) for marked in objects_of(request.regions, video)]
-  for annotation in request.annotation:
-    objects.append({n: segmentation_to_mask(s, *video.size) for n, s in annotation.items()})
+  video = open_video(request.video, fps=request.fps, upright=True)
+  # As run lengths until their frame is drawn: many masks at full size would fill the memory.
+  objects = [marked.masks for marked in objects_of(request.regions, video, encode_mask)]
+  objects += request.annotation
   fps = Fraction(video.fps or DEFAULT_FPS).limit_denominator(60_000)
   stills = round(STILL * fps) if video.kind == "image" else 1  # times that a frame is written
   numbers = range(len(video))
@@ -74,7 +75,8 @@ def write(path: Path | str, request: Request, answer: Answer) -> None:
 
       def add(frame: np.ndarray) -> np.ndarray:
         n = next(remaining)
-        image = panel.below(draw_objects(frame, shown[n], width, names=plates), n)
+        masks = {i: segmentation_to_mask(m, *video.size) for i, m in shown[n].items()}
+        image = panel.below(draw_objects(frame, masks, width, names=plates), n)
         if n == 0:
           stream.width, stream.height = image.size
         for i in range(stills):
@@ -105,11 +107,9 @@ def _question(question: str, names: Sequence[str]) -> str:
   return re.sub(re.escape(REGION), lambda _: f"<{next(remaining)}>", question)
 
 
-def _held(
-  objects: Sequence[Mapping[int, np.ndarray]], seconds: Sequence[float]
-) -> list[dict[int, np.ndarray]]:
+def _held(objects: Sequence[Mapping[int, Any]], seconds: Sequence[float]) -> list[dict[int, Any]]:
   """The masks on show at each frame: its own, or those of at most HELD seconds before."""
-  shown: list[dict[int, np.ndarray]] = [{} for _ in seconds]
+  shown: list[dict[int, Any]] = [{} for _ in seconds]
   for i, masks in enumerate(objects):
     for number in sorted(masks):
       for n in range(number, len(seconds)):

@@ -6,9 +6,10 @@ A line of the requests; its regions are SPECs as on the command line, or the fie
     {"video": "dog.jpg", "question": "Describe <region>.", "regions": [{"point": [40, 60]}]}
 
 `id` is by default the number of the line; "seconds": [start, end] takes the scene from that part of
-the video. A line of the answers holds id, video, question, the hash of the request, the settings,
-and either what an Answer holds or, under "error", why the request could not be answered. That of a
-line which is no request holds its number under "line", and no id.
+the video; "fps" are the frames a second of a folder of frames, for times in regions. A line of the
+answers holds id, video, question, the hash of the request, the settings, and either what an Answer
+holds or, under "error", why the request could not be answered. That of a line which is no request
+holds its number under "line", and no id.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line, reading
 from data_pipes.files import JsonLines, read_json_lines
 from vr_jax.checkpoint import checkpoint_sha256
 from vr_jax.inference.model import Model
@@ -39,6 +40,7 @@ KEYS = {
   "question": (str,),
   "regions": (list,),
   "seconds": (list,),
+  "fps": (int, float),
 }
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal for a bar
 FREE = ("batch_size", "share")  # options that change no answer
@@ -54,26 +56,31 @@ class RequestLine:
   question: str
   regions: tuple[Any, ...]
   seconds: tuple[Any, ...] | None = None
+  fps: float | None = None
 
   @property
   def sha256(self) -> str:
     """Hash of the request, so that an answer to another request is known as such."""
-    seconds = [] if self.seconds is None else [self.seconds]
-    content = json.dumps([self.video, self.question, self.regions, *seconds], sort_keys=True)
+    times = [] if self.seconds is None else [self.seconds]
+    times += [] if self.fps is None else [{"fps": self.fps}]
+    content = json.dumps([self.video, self.question, self.regions, *times], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def request(self) -> Request:
     """Raises InputError where a region is none, or the seconds are not two numbers."""
-    parts = []
+    parts: list[Region] = []
     for region in self.regions:
       if isinstance(region, str):
         parts += parse_regions([region])
         continue
-      try:
-        parts.append(Region(**region))
-      except TypeError as error:
-        raise InputError(f"region {region!r}: {error}; accepted: a SPEC or a Region") from None
-    return Request(self.video, self.question, parts, seconds=self.seconds)
+      with reading(f"region {one_line(repr(region), 80)}", "a SPEC, or the fields of a Region"):
+        fields = dict(region)
+        accepted = [f.name for f in dataclasses.fields(Region)]
+      unknown = [key for key in fields if key not in accepted]
+      if unknown:
+        raise InputError(f"region: key {unknown[0]!r}; accepted: {', '.join(accepted)}")
+      parts.append(Region(**fields))
+    return Request(self.video, self.question, parts, seconds=self.seconds, fps=self.fps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +185,8 @@ def read_requests(path: Path | str) -> tuple[list[RequestLine], dict[int, str]]:
 
 
 def _parse(line: bytes, number: int) -> RequestLine:
-  try:
+  with reading("cannot be read as JSON"):
     fields = json.loads(line)
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"cannot be read as JSON ({error})") from None
   if not isinstance(fields, dict):
     raise InputError(f"found {type(fields).__name__}; accepted: an object")
   for key, value in fields.items():
@@ -199,6 +204,7 @@ def _parse(line: bytes, number: int) -> RequestLine:
     fields["question"],
     tuple(fields.get("regions", ())),
     tuple(fields["seconds"]) if "seconds" in fields else None,
+    fields.get("fps"),
   )
 
 

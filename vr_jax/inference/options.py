@@ -1,8 +1,10 @@
 """What a user chooses for an answer; without jax, for the --help of `vr ask`."""
 
 import dataclasses
+import math
 from dataclasses import field
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 from data_pipes.errors import InputError
 from data_pipes.masks import GRID_RULES
@@ -11,6 +13,14 @@ if TYPE_CHECKING:
   from vr_jax.inference.sampling import Sampling
 
 WEIGHTS = ("float32", "bfloat16", "int8")
+# The whole numbers among the options, with the least and the greatest value.
+WHOLE = {
+  "max_new_tokens": (1, 1 << 20),
+  "top_k": (0, (1 << 31) - 1),
+  "seed": (0, (1 << 32) - 1),
+  "scene_frames": (1, 1 << 20),
+  "batch_size": (1, 1 << 20),
+}
 # What `vr ask` and `vr eval` have in common, as their --help prints it.
 NEW_TOKENS = {"help": "the most tokens of an answer", "metavar": "N"}
 SCENE_FRAMES = {"help": "default: as many as in training", "metavar": "N"}
@@ -36,6 +46,9 @@ class Options:
       the answers are the same.
     mask_rule: how masks come onto the tower's grid, as `input.mask_rule` in training: "keep"
       (default) leaves every object at least one cell, "published" may lose small ones, "area".
+
+  Raises:
+    InputError: a value that is none of the accepted ones.
   """
 
   max_new_tokens: int = field(default=256, metadata=NEW_TOKENS)
@@ -57,14 +70,24 @@ class Options:
   def __post_init__(self):
     if self.mask_rule not in GRID_RULES:
       raise InputError(f"mask_rule={self.mask_rule!r}; accepted: {', '.join(GRID_RULES)}")
-    for name in ("max_new_tokens", "batch_size"):
-      if getattr(self, name) < 1:
-        raise InputError(f"{name}={getattr(self, name)}; accepted: 1 or more")
+    if not isinstance(self.share, bool):
+      raise InputError(f"share={self.share!r}; accepted: True, False")
+    for name, (low, high) in WHOLE.items():
+      value = getattr(self, name)
+      if name == "scene_frames" and value is None:
+        continue
+      if not _is_number(value, Integral) or not low <= value <= high:
+        raise InputError(f"{name}={value!r}; accepted: a whole number from {low} to {high}")
+    if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+      raise InputError(f"temperature={self.temperature!r}; accepted: 0 (greedy) or more")
+    if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
+      raise InputError(f"top_p={self.top_p!r}; accepted: above 0, up to 1 (off)")
 
   def sampling(self, default: "Sampling") -> "Sampling":
-    try:
-      return dataclasses.replace(
-        default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-      )
-    except ValueError as error:
-      raise InputError(str(error)) from None
+    return dataclasses.replace(
+      default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+    )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+  return isinstance(value, kind) and not isinstance(value, bool)

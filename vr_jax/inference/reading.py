@@ -18,6 +18,7 @@ import numpy as np
 from data_pipes.batch import Clip, RowShape
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
+from data_pipes.masks import grid_mask
 from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import Video, open_video
@@ -83,7 +84,7 @@ class Reader:
     """Groups, read by threads, in the order of their first requests; refusals among them."""
     groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
     for i, request in requests:
-      video = _identity(request.video), request.seconds
+      video = _identity(request.video), request.seconds, request.fps
       groups[video if self._options.share else (video, i)].append((i, request))
     parts = (
       members[at : at + TOGETHER]
@@ -108,7 +109,7 @@ class Reader:
     """
     first = requests[0][1]
     try:
-      source = open_video(first.video, upright=True)
+      source = open_video(first.video, fps=first.fps, upright=True)
       if source.kind == "image" and first.seconds is not None:
         raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
     except InputError as error:
@@ -140,8 +141,9 @@ class Reader:
   def _prepare(
     self, index: int, request: Request, source: Video
   ) -> tuple[Question, list[Mapping[int, Any]]]:
-    """The question without its cells, and the masks of its objects at full size."""
-    marked = objects_of(request.regions, source)
+    """The question without its cells, and the masks of its objects."""
+    rules = self._shape.grid, self._aspect_ratio, self._options.mask_rule
+    marked = objects_of(request.regions, source, lambda mask: grid_mask(mask, *rules))
     objects = [m.masks for m in marked] + list(request.annotation)
     question = (request.preface() if request.preface else "") + request.question
     count = question.count(REGION)
@@ -155,7 +157,7 @@ class Reader:
     around_media(text)
     names = [m.name for m in marked]
     names += [f"object {n}" for n in range(len(names), len(objects))]
-    warnings = warnings_of(marked, self._shape.grid, self._aspect_ratio, self._options.mask_rule)
+    warnings = warnings_of(marked, *rules)
     warnings = [line for line in (self._notice, *warnings) if line]
     return Question(index, text, tuple(names), (), tuple(warnings)), objects
 

@@ -22,21 +22,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line, reading
+from data_pipes.json_items import check_text
 from data_pipes.mask_images import mask_of_array, read_mask_picture
 from data_pipes.masks import (
+  GridMask,
   annotation_to_mask,
   check_size,
+  grid_mask,
+  in_pixels,
   mask_from_box,
   mask_from_point,
-  mask_to_grid,
-  vanished,
 )
+from data_pipes.records import FRAME_DIGITS, frame_segmentation, object_frames
 from data_pipes.video import Video
 
 ACCEPTED = "mask.png@FRAME, box:x1,y1,x2,y2@FRAME, point:x,y@FRAME, rle.json"
@@ -72,12 +75,17 @@ class Region:
       raise InputError(
         f"a region takes one of mask, box, point, rle; found {', '.join(given) or 'none'}"
       )
+    if not isinstance(self.name, str | int | None):
+      raise InputError(f"a region's name {self.name!r}; accepted: text")
+    check_text([self.name], "a region's name")
 
   def __str__(self) -> str:
     """The region as a SPEC, for messages."""
     numbers = self.box if self.point is None else self.point
     if numbers is not None:
-      text = f"{'box' if self.point is None else 'point'}:{','.join(str(v) for v in numbers)}"
+      listed = isinstance(numbers, list | tuple | np.ndarray)
+      values = ",".join(map(str, numbers)) if listed else repr(numbers)
+      text = one_line(f"{'box' if self.point is None else 'point'}:{values}", 80)
     else:
       source, kind = (self.rle, "rle") if self.mask is None else (self.mask, "mask")
       text = str(source) if isinstance(source, str | os.PathLike) else kind
@@ -89,11 +97,12 @@ class Region:
 class MarkedObject:
   """An object of the question: its name, and masks uint8 [H, W] by frame number, ascending.
 
-  `notes` say what a user should know of how its regions were read.
+  The masks are what `convert` of `objects_of` made of them, where that is given. `notes` say what a
+  user should know of how its regions were read.
   """
 
   name: str
-  masks: Mapping[int, np.ndarray]
+  masks: Mapping[int, Any]
   notes: tuple[str, ...] = ()
 
 
@@ -102,31 +111,37 @@ def parse_regions(specs: Sequence[str]) -> list[Region]:
   return [_parse(spec) for spec in specs]
 
 
-def objects_of(regions: Sequence[Region], video: Video) -> list[MarkedObject]:
+def objects_of(
+  regions: Sequence[Region], video: Video, convert: Callable[[np.ndarray], Any] | None = None
+) -> list[MarkedObject]:
   """The objects that regions mark, in the order in which each is first named.
+
+  `convert` is applied to each mask as it is drawn, so that not all are held at full size.
 
   Raises:
     InputError: one line naming the region: a frame that the video does not have, a box or point
       outside it, a mask of another size, a file that cannot be read, an object with nothing in it.
   """
-  objects: dict[tuple[str, Any], dict[int, np.ndarray]] = {}
+  objects: dict[tuple[str, Any], dict[int, Any]] = {}
   notes: dict[tuple[str, Any], list[str]] = {}
+  seen = set()
   for i, region in enumerate(regions):
     # A place cannot be mistaken for a name, so a region without a name stays alone.
     key = ("place", i) if region.name is None else ("name", region.name)
     masks = objects.setdefault(key, {})
     try:
-      further = _masks(region, video, notes.setdefault(key, []))
-      twice = masks.keys() & further.keys()
-      if twice:
-        raise InputError(f"frame {min(twice)} has a region of this object already; one is accepted")
+      for number, mask in _masks(region, video, notes.setdefault(key, [])):
+        if number in masks:
+          raise InputError(f"frame {number} has a region of this object already; one is accepted")
+        if mask.any():
+          seen.add(key)
+        masks[number] = mask if convert is None else convert(mask)
     except InputError as error:
       raise InputError(f"region {region}: {error}") from error
-    masks.update(further)
   marked = []
   for i, (key, masks) in enumerate(objects.items()):
     name = str(key[1]) if key[0] == "name" else f"object {i}"
-    if not any(mask.any() for mask in masks.values()):
+    if key not in seen:
       raise InputError(f"{name}: its mask is empty; at least one pixel must belong to the object")
     lines = tuple(f"{name}: {note}" for note in notes[key])
     marked.append(MarkedObject(name, dict(sorted(masks.items())), lines))
@@ -141,32 +156,40 @@ def warnings_of(
 ) -> list[str]:
   """The notes of the objects, and one line for each that is too small for the grid on some frame.
 
-  Under "published" it is in no cell there, and the model cannot see it; under "keep" the cells it
+  Under "published" it may be in no cell there, and the model cannot see it; otherwise the cells it
   covers most stand for it.
 
-  `grid` is the number of cells per side of the vision tower, the rest as in `mask_to_grid`.
+  `grid` is the number of cells per side of the vision tower, the rest as in `mask_to_grid`. The
+  masks may be on that grid already.
   """
   lines = []
   for marked in objects:
     lines += marked.notes
-    lost = [
-      number
+    if rule == "area":
+      continue
+    on_grid = {
+      number: mask if isinstance(mask, GridMask) else grid_mask(mask, grid, aspect_ratio, rule)
       for number, mask in marked.masks.items()
-      if vanished(mask, mask_to_grid(mask, grid, aspect_ratio, "published"))
-    ]
-    if lost and rule != "area":
-      every = len(lost) == len(marked.masks)
-      where = f"frame {lost[0]}" if len(lost) == 1 else f"{len(lost)} of {len(marked.masks)} frames"
-      if rule == "keep":
-        effect = "the cell it lies in stands for it, most of which is its surroundings"
-      elif every:
-        effect = "the model learns nothing about it"
-      else:
-        effect = "those frames tell nothing of it"
-      lines.append(
-        f"{marked.name} is too small for the model's {grid}x{grid} grid on {where}: {effect}; "
-        "mark a larger area or a frame where it is larger"
-      )
+    }
+    lost = [number for number, mask in on_grid.items() if mask.lost]
+    small = [number for number, mask in on_grid.items() if mask.lost or mask.small]
+    unseen = rule == "published" and bool(lost)
+    numbers = lost if unseen else small
+    if not numbers:
+      continue
+    where = (
+      f"frame {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} of {len(on_grid)} frames"
+    )
+    if not unseen:
+      effect = "the cell it lies in stands for it, most of which is its surroundings"
+    elif len(lost) == len(on_grid):
+      effect = "the model learns nothing about it"
+    else:
+      effect = "those frames tell nothing of it"
+    lines.append(
+      f"{marked.name} is too small for the model's {grid}x{grid} grid on {where}: {effect}; "
+      "mark a larger area or a frame where it is larger"
+    )
   return lines
 
 
@@ -185,7 +208,7 @@ def _parse(spec: str) -> Region:
 
 def _frame(text: str) -> int | str | None:
   """A frame number, or a time as it stands; None where it is neither."""
-  if text.isdecimal():
+  if text.isdecimal() and len(text) <= FRAME_DIGITS:
     return int(text)
   return text if _seconds(text) is not None else None
 
@@ -236,47 +259,25 @@ def _number(text: str) -> float | str:
   return int(value) if value.is_integer() else value
 
 
-def _pixels(values: Sequence[float | str], video: Video, what: str) -> list[Any]:
-  """x, y, … in pixels, of numbers and of shares such as "30%"."""
-  height, width = video.size
-  try:
-    numbers = list(values)
-  except TypeError:
-    raise InputError(f"{what} {values!r}; accepted: numbers, in pixels or as 30%") from None
-  for i, value in enumerate(numbers):
-    if isinstance(value, str) and value.endswith("%"):
-      numbers[i] = float(value[:-1]) / 100 * (height if i % 2 else width)
-  plain = [float(v) for v in numbers if isinstance(v, int | float | np.number)]
-  inside_a_pixel = len(plain) == len(numbers) and all(0 <= v <= 1 for v in plain)
-  if inside_a_pixel and any(v % 1 for v in plain):
-    shares = ",".join(f"{100 * v:g}%" for v in plain)
-    raise InputError(
-      f"{what} {','.join(f'{v:g}' for v in plain)} is smaller than a pixel; relative? write "
-      f"{what}:{shares}"
-    )
-  return numbers
-
-
-def _masks(region: Region, video: Video, notes: list[str]) -> dict[int, np.ndarray]:
-  """The region's masks by frame number, checked against the video; `notes` gets what to tell."""
+def _masks(region: Region, video: Video, notes: list[str]) -> Iterator[tuple[int, np.ndarray]]:
+  """The region's masks with their frame numbers, drawn one by one; `notes` gets what to tell."""
   if region.rle is not None:
-    by_frame = _frames_of_rle(region)
-    if by_frame is not None:
-      masks = {}
-      for number, entry in by_frame.items():
-        try:
-          masks[_in_video(number, video)] = _entry_mask(entry, video, notes)
-        except InputError as error:
-          raise InputError(f"frame {number}: {error}") from error
-      return masks
+    content = _content(region.rle)
+    by_frame = _frames_of_rle(content, region, video)
+    if by_frame is None:
+      by_frame = {_frame_number(region, video): frame_segmentation(content, "the mask")}
+    for number, segmentation in by_frame.items():
+      try:
+        yield _in_video(number, video), _drawn(segmentation, video, notes)
+      except InputError as error:
+        raise InputError(f"frame {number}: {error}") from error
+    return
   number = _frame_number(region, video)
-  if region.rle is not None:
-    return {number: _entry_mask(_content(region.rle), video, notes)}
   height, width = video.size
   if region.box is not None:
     mask = _box_mask(region.box, video, notes)
   elif region.point is not None:
-    mask = mask_from_point(_pixels(region.point, video, "point"), height, width)
+    mask = mask_from_point(region.point, height, width)
   elif isinstance(region.mask, str | os.PathLike):
     path, number_in_file = _object_of_file(os.fspath(region.mask))
     mask, note = read_mask_picture(path, number_in_file)
@@ -289,38 +290,25 @@ def _masks(region: Region, video: Video, notes: list[str]) -> dict[int, np.ndarr
     mask = check_size(mask_of_array(region.mask), height, width)
   if not mask.any():
     raise InputError("the mask is empty; at least one pixel must belong to the object")
-  return {number: mask}
+  yield number, mask
+
+
+def _drawn(segmentation: Any, video: Video, notes: list[str]) -> np.ndarray:
+  if isinstance(segmentation, dict) and "box" in segmentation:
+    return _box_mask(segmentation["box"], video, notes)
+  return annotation_to_mask({"segmentation": segmentation}, *video.size)
 
 
 def _box_mask(box: Sequence[float | str], video: Video, notes: list[str]) -> np.ndarray:
   height, width = video.size
-  numbers = _pixels(box, video, "box")
-  mask = mask_from_box(numbers, height, width)
-  x1, y1, x2, y2 = map(float, numbers)
+  mask = mask_from_box(box, height, width)
+  x1, y1, x2, y2 = in_pixels(box, height, width, "box", "x1,y1,x2,y2")
   if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
     notes.append(
       f"the box {x1:g},{y1:g},{x2:g},{y2:g} leaves the picture of {width}x{height} (width x "
       "height) and is cut to it"
     )
   return mask
-
-
-def _entry_mask(entry: Any, video: Video, notes: list[str]) -> np.ndarray:
-  """The mask of one frame: run lengths, polygons, the published form, a box, or nothing seen.
-
-  Raises InputError for keys that are not known: a misspelt one must not read as "not seen".
-  """
-  height, width = video.size
-  if isinstance(entry, dict) and "counts" not in entry:
-    unknown = sorted(map(str, entry.keys() - {"segmentation", "box", "size", "bbox", "area"}))
-    if unknown or ("size" in entry and "segmentation" not in entry):
-      raise InputError(
-        f"key {(unknown or ['size'])[0]!r}; accepted: segmentation, box, or size and counts"
-      )
-    if entry.get("segmentation") is None and entry.get("box") is not None:
-      return _box_mask(entry["box"], video, notes)
-    entry = entry.get("segmentation")
-  return annotation_to_mask({"segmentation": entry}, height, width)
 
 
 def _frame_number(region: Region, video: Video) -> int:
@@ -346,18 +334,17 @@ def _in_video(number: Any, video: Video) -> int:
   return int(number)
 
 
-def _frames_of_rle(region: Region) -> dict[int, Any] | None:
-  """Masks by frame number; None where the content is the mask of one frame."""
-  content = _content(region.rle)
-  if isinstance(content, list) and content and all(isinstance(o, dict) for o in content):
-    if len(content) > 1:
-      raise InputError(f"found {len(content)} objects; accepted: one object in a file")
-    content = content[0]  # the published list of objects
-  if (
-    not isinstance(content, dict)
-    or not content
-    or {"counts", "segmentation", "box"} & content.keys()
-  ):
+def _frames_of_rle(content: Any, region: Region, video: Video) -> dict[int, Any] | None:
+  """Segmentations by frame number; None where the content is the mask of one frame."""
+  objects = content if isinstance(content, list) else []
+  if all(isinstance(entry, list) for entry in objects):  # or polygons, whose entries are numbers
+    objects = [entry for inner in objects for entry in inner]
+  if objects and all(isinstance(entry, dict) for entry in objects):  # as in the published files
+    if len(objects) > 1:
+      raise InputError(f"found {len(objects)} objects; accepted: one object in a file")
+    content = objects[0]
+  one_frame = {"counts", "segmentation", "box"}
+  if not isinstance(content, dict) or not content or one_frame & content.keys():
     return None
   for key in content:
     if not str(key).isdecimal():
@@ -366,17 +353,11 @@ def _frames_of_rle(region: Region) -> dict[int, Any] | None:
       )
   if region.frame is not None:
     raise InputError("its masks have frame numbers of their own; leave the frame out")
-  by_frame = {int(key): value for key, value in content.items()}
-  if len(by_frame) < len(content):
-    raise InputError("two keys name one frame; accepted: one mask for each frame")
-  return by_frame
+  return object_frames(content, "the object", "image" if video.kind == "image" else "video")
 
 
 def _content(rle: Any) -> Any:
   if not isinstance(rle, str | os.PathLike):
     return rle
-  try:
-    with open(rle, encoding="utf-8") as file:
-      return json.load(file)
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise InputError(f"cannot be read as JSON ({error})") from error
+  with reading("cannot be read as JSON"), open(rle, encoding="utf-8") as file:
+    return json.load(file)

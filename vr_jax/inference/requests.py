@@ -4,8 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_pipes.errors import InputError
+import numpy as np
+
+from data_pipes.errors import InputError, one_line, reading
+from data_pipes.json_items import check_text
+from data_pipes.video import check_fps
 from vr_jax.inference.regions import Region
+
+LONGEST = 1e9  # seconds, of a time in a video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +26,11 @@ class Request:
       the whole video. Frame numbers count in the whole video all the same.
     preface: gives the text in front of the question that depends on the media, such as subtitles;
       called when the video is read.
+    fps: frames a second of a folder of frames, for the times of regions.
 
   Raises:
-    InputError: `seconds` are not two numbers.
+    InputError: a field that is not of its kind. What regions and annotation hold is looked at when
+      the video is.
   """
 
   video: Any
@@ -31,14 +39,31 @@ class Request:
   annotation: Sequence[Mapping[int, Any]] = ()
   seconds: tuple[float, float] | None = None
   preface: Callable[[], str] | None = None
+  fps: float | None = None
 
   def __post_init__(self):
+    if not isinstance(self.question, str):
+      raise InputError(f"question {self.question!r}; accepted: text")
+    check_text([self.question], "question")
+    for name, kind, accepted in (
+      ("regions", Region, "a list of Region"),
+      ("annotation", Mapping, "a list of {frame number: segmentation}"),
+    ):
+      entries = getattr(self, name)
+      if not isinstance(entries, Sequence) or not all(isinstance(e, kind) for e in entries):
+        raise InputError(f"{name} {one_line(repr(entries))}; accepted: {accepted}")
+    for number in (number for by_frame in self.annotation for number in by_frame):
+      if not isinstance(number, int | np.integer):
+        raise InputError(f"annotation: frame {number!r}; accepted: a frame number")
+    if self.fps is not None:
+      object.__setattr__(self, "fps", check_fps(self.fps))
     if self.seconds is None:
       return
-    try:
+    failure, accepted = f"seconds={self.seconds!r}", "two numbers, start and end"
+    with reading(failure, accepted):
       start, end = map(float, self.seconds)
-    except (TypeError, ValueError):
-      raise InputError(f"seconds={self.seconds!r}; accepted: two numbers, start and end") from None
+    if isinstance(self.seconds, str) or not abs(start) + abs(end) < LONGEST:
+      raise InputError(f"{failure}; accepted: {accepted}")
     object.__setattr__(self, "seconds", (start, end))
 
 
