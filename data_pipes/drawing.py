@@ -1,8 +1,9 @@
-"""Frames with their objects drawn on them: for people (`draw_objects`), for models (`outline`)."""
+"""Frames with objects drawn on them, for people (`draw_objects`) and models (`outline`); rulers."""
 
 import base64
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,56 @@ def outline(frame: np.ndarray, mask: np.ndarray, longest: int) -> Image.Image:
   line = ImageChops.subtract(_grown(area, max(1, image.width // 240)), area)
   image.paste((255, 0, 0), mask=line)
   return image
+
+
+def with_rulers(image: Image.Image, size: tuple[int, int], text: str) -> Image.Image:
+  """A frame under a line of text, with rulers at its top and left.
+
+  Args:
+    image: the frame, at any scale.
+    size: (height, width) in pixels of the source, in which the rulers count.
+    text: what stands above, cut to the width.
+  """
+  height, width = size
+  letters = min(24, max(10, image.width // 40))
+  font = ImageFont.load_default(letters)
+  number = math.ceil(font.getlength(str(max(height, width))))
+  left, top = number + letters, round(3.2 * letters)
+  ruled = Image.new("RGB", (left + image.width, top + image.height), "white")
+  ruled.paste(image, (left, top))
+  draw = ImageDraw.Draw(ruled)
+  line = shortened(text, ruled.width - letters, font)
+  draw.text((letters // 2, round(0.8 * letters)), line, fill="black", font=font, anchor="lm")
+  for pixel, step in _ticks(width, image.width / width, 1.5 * number):
+    x, reach = left + pixel * image.width // width, letters // 2 if pixel % step == 0 else 3
+    draw.line((x, top - reach, x, top - 1), fill="black")
+    if pixel % step == 0:
+      anchor = "mb" if x + number / 2 < ruled.width else "rb"
+      draw.text((x, top - reach - 1), str(pixel), fill="black", font=font, anchor=anchor)
+  for pixel, step in _ticks(height, image.height / height, 2 * letters):
+    y, reach = top + pixel * image.height // height, letters // 2 if pixel % step == 0 else 3
+    draw.line((left - reach, y, left - 1, y), fill="black")
+    if pixel % step == 0:
+      draw.text((left - reach - 2, y), str(pixel), fill="black", font=font, anchor="rm")
+  return ruled
+
+
+def _ticks(pixels: int, scale: float, room: float) -> Iterator[tuple[int, int]]:
+  """(pixel, step) of a ruler's ticks; every `step`-th pixel has a number, `room` pixels wide."""
+  steps = (m * 10**k for k in range(1, 9) for m in (1, 2, 5))
+  step = next(s for s in steps if s * scale >= room)
+  yield from ((pixel, step) for pixel in range(0, pixels, step // 5))
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
+  """Pictures row by row in one, in places as large as the largest; the rest is white."""
+  columns = min(columns, len(images))
+  width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
+  rows = -(-len(images) // columns)
+  sheet = Image.new("RGB", (columns * width, rows * height), "white")
+  for i, image in enumerate(images):
+    sheet.paste(image, (i % columns * width, i // columns * height))
+  return sheet
 
 
 def shrunk(frame: np.ndarray, longest: int) -> Image.Image:

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipes import page
 from data_pipes.clips import media_path
 from data_pipes.containers import open_records
-from data_pipes.drawing import colour_of, data_uri, draw_objects
+from data_pipes.drawing import colour_of, contact_sheet, data_uri, draw_objects
 from data_pipes.errors import InputError
 from data_pipes.files import write_text
 from data_pipes.masks import segmentation_to_mask
@@ -78,7 +78,7 @@ def write_item(path: str | Path, record: Record, item: dict[str, Any], media: st
   if path.suffix in (".png", ".jpg"):
     if not shown:
       raise InputError(f"{record.where}: has no media; give a .html file")
-    _sheet([image for _, image in shown]).save(path)
+    contact_sheet([image for _, image in shown], columns=3).save(path)
     return path
   if path.suffix != ".html":
     raise InputError(f"--out {path}: accepted: a .html page, or a .png or .jpg picture")
@@ -109,13 +109,3 @@ def _marked(text: str) -> Markup:
   for i, piece in enumerate(rest):
     out.append(Markup('<b style="color:{}">&lt;region {}&gt;</b>').format(colour_of(i), i) + piece)
   return Markup("").join(out).replace("\n", Markup("<br>"))
-
-
-def _sheet(images: list[Image.Image], columns: int = 3) -> Image.Image:
-  columns = min(columns, len(images))
-  width, height = images[0].size
-  rows = -(-len(images) // columns)
-  sheet = Image.new("RGB", (columns * width, rows * height), "white")
-  for i, image in enumerate(images):
-    sheet.paste(image, (i % columns * width, i // columns * height))
-  return sheet

@@ -129,7 +129,7 @@ class Video:
 
   def time_to_frame(self, seconds: float) -> int:
     """Number of the frame on show at a time, in seconds from where players begin to count."""
-    times = self.times()
+    times = self.times
     if times is None:
       raise InputError(f"{self.name}: a time was given, but the {self.kind} has none; give a frame")
     with reading(f"{self.name}: time {seconds!r}", "seconds"):
@@ -144,6 +144,7 @@ class Video:
     # A microsecond of slack, so that a time printed with six digits finds its own frame.
     return max(0, int(np.searchsorted(times, seconds + 1e-6, side="right")) - 1)
 
+  @property
   def times(self) -> np.ndarray | None:
     """When each frame appears, float64 [frames] seconds; None for a list and an image."""
     return None if self.fps is None else np.arange(len(self)) / self.fps
@@ -258,6 +259,7 @@ class _Animation(Video):
   def __len__(self) -> int:
     return self._count
 
+  @property
   def times(self) -> np.ndarray:
     """When each frame appears, by the delays in the file; the published 25 frames a second of a GIF
     are for the scene rule alone."""
@@ -337,6 +339,7 @@ class _Stream(Video):
     # Containers round to ticks, so that equal steps may differ by one.
     return int(steps.max() - steps.min()) > max(1, int(np.median(steps)) // 50)
 
+  @property
   def times(self) -> np.ndarray:
     return self._index.seconds()
 

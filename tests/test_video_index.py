@@ -105,7 +105,7 @@ def check(path: Path, expected: list[int]) -> None:
   for some in ([i] for i in ids):
     assert [number(frame) for frame in video.frames(some)] == [expected[i] for i in some]
   assert [number(frame) for frame in video.frames(ids)] == [expected[i] for i in ids]
-  times = video.times()
+  times = video.times
   assert (np.diff(times) > 0).all()
   for i in ids:
     assert video.time_to_frame(float(times[i])) == i

@@ -4,17 +4,21 @@ import vr_jax
 model = vr_jax.load()  # or a checkpoint folder
 answer = model.ask("clip.mp4", "What is <region> doing?",
                    [vr_jax.Region(box=(40, 60, 200, 220), frame=12)])
+
+video = vr_jax.open_video("clip.mp4")  # len, size, fps, times, frames(numbers)
+masks = vr_jax.read_regions(video, ["cat=mask.png@12"])  # {"cat": {12: bool [H, W]}}
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from data_pipes.video import open_video
   from vr_jax.inference.model import Model
-  from vr_jax.inference.regions import Region
+  from vr_jax.inference.regions import Region, read_regions
   from vr_jax.inference.requests import Answer, Request
   from vr_jax.loading import load
 
-__all__ = ["Answer", "Model", "Region", "Request", "load"]
+__all__ = ["Answer", "Model", "Region", "Request", "load", "open_video", "read_regions"]
 
 _HOMES = {
   "Answer": "vr_jax.inference.requests",
@@ -22,6 +26,8 @@ _HOMES = {
   "Region": "vr_jax.inference.regions",
   "Request": "vr_jax.inference.requests",
   "load": "vr_jax.loading",
+  "open_video": "data_pipes.video",
+  "read_regions": "vr_jax.inference.regions",
 }
 
 

@@ -40,7 +40,7 @@ from data_pipes.masks import (
   mask_from_point,
 )
 from data_pipes.records import FRAME_DIGITS, frame_segmentation, object_frames
-from data_pipes.video import Video
+from data_pipes.video import Video, open_video
 
 ACCEPTED = "mask.png@FRAME, box:x1,y1,x2,y2@FRAME, point:x,y@FRAME, rle.json"
 
@@ -109,6 +109,29 @@ class MarkedObject:
 def parse_regions(specs: Sequence[str]) -> list[Region]:
   """Region SPECs of the command line, in their order; files are not opened yet."""
   return [_parse(spec) for spec in specs]
+
+
+def read_regions(
+  video: Any, regions: Region | str | Sequence[Region | str]
+) -> dict[str, dict[int, np.ndarray]]:
+  """What regions mark, as a model gets it: {name: {frame number: mask bool [H, W]}}.
+
+  Args:
+    video: what `open_video` takes; a photo stands upright, as in `Model.ask`.
+    regions: SPECs of the command line or Regions, in any mixture, or one of them. One without a
+      name is called "object i", i being its place among the objects.
+
+  Raises:
+    InputError: as `objects_of`; or two objects would have one name.
+  """
+  several = [regions] if isinstance(regions, Region | str) else list(regions)
+  parsed = [_parse(region) if isinstance(region, str) else region for region in several]
+  marked = objects_of(parsed, open_video(video, upright=True))
+  masks = {m.name: {number: mask.astype(bool) for number, mask in m.masks.items()} for m in marked}
+  if len(masks) < len(marked):
+    names = ", ".join(m.name for m in marked)
+    raise InputError(f"two of the objects {names} have one name; accepted: a name of its own each")
+  return masks
 
 
 def objects_of(
@@ -210,19 +233,7 @@ def _frame(text: str) -> int | str | None:
   """A frame number, or a time as it stands; None where it is neither."""
   if text.isdecimal() and len(text) <= FRAME_DIGITS:
     return int(text)
-  return text if _seconds(text) is not None else None
-
-
-def _seconds(text: str) -> float | None:
-  """Seconds of a time such as `1.5s`, `0:01.5` or `1:02:03`."""
-  if re.fullmatch(r"\d+(?:\.\d*)?s|\.\d+s", text):
-    return float(text[:-1])
-  if re.fullmatch(r"(?:\d+:)?\d{1,2}:\d{1,2}(?:\.\d*)?", text):
-    seconds = 0.0
-    for part in text.split(":"):
-      seconds = 60 * seconds + float(part)
-    return seconds
-  return None
+  return text if parse_seconds(text) is not None else None
 
 
 def _marking(text: str) -> dict[str, Any]:
@@ -311,17 +322,54 @@ def _box_mask(box: Sequence[float | str], video: Video, notes: list[str]) -> np.
   return mask
 
 
+<<<<<<< HEAD
+=======
+def _entry_mask(entry: Any, video: Video, notes: list[str]) -> np.ndarray:
+  """The mask of one frame: run lengths, polygons, the published form, a box, or nothing seen.
+
+  Raises InputError for keys that are not known: a misspelt one must not read as "not seen".
+  """
+  height, width = video.size
+  if isinstance(entry, dict) and "counts" not in entry:
+    unknown = sorted(map(str, entry.keys() - {"segmentation", "box", "size", "bbox", "area"}))
+    if unknown or ("size" in entry and "segmentation" not in entry):
+      raise InputError(
+        f"key {(unknown or ['size'])[0]!r}; accepted: segmentation, box, or size and counts"
+      )
+    if entry.get("segmentation") is None and entry.get("box") is not None:
+      return _box_mask(entry["box"], video, notes)
+    entry = entry.get("segmentation")
+  return annotation_to_mask({"segmentation": entry}, height, width)
+
+
+def parse_seconds(text: str) -> float | None:
+  """Seconds of a time such as `1.5s`, `0:01.5` or `1:02:03`."""
+  if re.fullmatch(r"\d+(?:\.\d*)?s|\.\d+s", text):
+    return float(text[:-1])
+  if re.fullmatch(r"(?:\d+:)?\d{1,2}:\d{1,2}(?:\.\d*)?", text):
+    seconds = 0.0
+    for part in text.split(":"):
+      seconds = 60 * seconds + float(part)
+    return seconds
+  return None
+
+
+>>>>>>> 8b8bb7c (vr frames shows frames by number and time; vr_jax.open_video and read_regions are public)
 def _frame_number(region: Region, video: Video) -> int:
-  frame = region.frame
-  if frame is None:
+  if region.frame is None:
     if len(video) > 1:
       raise InputError(f"no frame; accepted: a frame from 0 to {len(video) - 1}, as in {region}@0")
     return 0
+  return frame_number(region.frame, video)
+
+
+def frame_number(frame: int | str, video: Video) -> int:
+  """The number of a presented frame, given by itself or by a time such as "1.5s" or "0:01.5"."""
   if isinstance(frame, str):
     parsed = _frame(frame)
     if parsed is None:
       raise InputError(f"frame {frame!r}; accepted: a frame number, or a time such as '1.5s'")
-    seconds = _seconds(parsed) if isinstance(parsed, str) else None
+    seconds = parse_seconds(parsed) if isinstance(parsed, str) else None
     frame = parsed if seconds is None else video.time_to_frame(seconds)
   return _in_video(frame, video)
 
