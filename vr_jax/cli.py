@@ -65,6 +65,9 @@ COMMANDS: dict[str, Command | Group] = {
         "data_check:run",
         "validate annotation files and their media; exit code 2 on defects",
       ),
+      "import": Command(
+        "data_import:run", "masks and texts of COCO, CVAT, Label Studio … as annotation files"
+      ),
       "prepare": Command(
         "data_prepare:run",
         "decode once and write ArrayRecord shards; goes on where it was ended",
