@@ -208,13 +208,14 @@ def _track(value: Any, video: Video | None, where: str, left: Left) -> dict[int,
   count = number(value, "framesCount", where, 0.0)
   seconds = number(value, "duration", where, 0.0)
   if min(count, seconds) > 0 and video.fps and abs(count - seconds * video.fps) > 1:
-    rate = video.fps * seconds / count
+    rate = min(100.0, max(0.01, video.fps * seconds / count))
   masks = {}
   ordered = sorted(keyframes)
-  for frame, end in itertools.pairwise([*ordered, max(count, len(video) / rate)]):
+  last = max(*ordered, math.ceil(max(count, len(video) / rate))) + 1 if ordered else 0
+  for frame, end in itertools.pairwise([*ordered, last]):
     box, goes_on = keyframes[frame]
     following = keyframes[end][0] if end in keyframes else box
-    for n in range(frame, math.ceil(end) if goes_on else frame + 1):
+    for n in range(frame, end if goes_on else frame + 1):
       share = (n - frame) / (end - frame)
       between = {key: box[key] + share * (following[key] - box[key]) for key in box}
       at = n if rate == 1 else int((n + 0.5) * rate)

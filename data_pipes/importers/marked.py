@@ -81,10 +81,10 @@ def items_of(media: Media, where: str, left: Left) -> Iterator[dict[str, Any]]:
   by_key |= {key: m for m in media.objects for key in m.keys if m.masks}
   described: set[int] = set()
   for text in media.texts:
-    objects = [by_key.get(key) for key in text.objects]
+    objects = [by_key[key] for key in text.objects if key in by_key]
     if not (answer := _plain(text.text)):
       left.add("empty texts", where)
-    elif None in objects:
+    elif len(objects) < len(text.objects):
       left.add("texts about objects that have no mask", f"{where}: {answer!r}")
     else:
       described |= {id(marked) for marked in objects}

@@ -30,10 +30,11 @@ def read(source: Source, left: Left) -> Iterator[Media]:
         mask = usable(mask, media.size, f"{place}: frame {k}", left)
         if mask is None:
           continue
-        if k >= len(numbers) or numbers[k] is None:
+        number = numbers[k] if k < len(numbers) else None
+        if number is None:
           left.add("frames that the folder lacks", f"{place}: frame {k}")
           continue
-        marked.masks[numbers[k]] = mask
+        marked.masks[number] = mask
         media.size = media.size or tuple(mask["size"])
       media.objects.append(marked)
     for text in texts:
