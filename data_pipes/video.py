@@ -222,6 +222,7 @@ class _Stills(Video):
   def _read(self, numbers: list[int]) -> Iterator[np.ndarray]:
     return (self._load(i) for i in numbers)
 
+  @property
   def times(self) -> np.ndarray | None:
     return None if self.fps is None else np.arange(len(self)) / self._shown_fps
 

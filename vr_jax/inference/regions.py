@@ -322,26 +322,6 @@ def _box_mask(box: Sequence[float | str], video: Video, notes: list[str]) -> np.
   return mask
 
 
-<<<<<<< HEAD
-=======
-def _entry_mask(entry: Any, video: Video, notes: list[str]) -> np.ndarray:
-  """The mask of one frame: run lengths, polygons, the published form, a box, or nothing seen.
-
-  Raises InputError for keys that are not known: a misspelt one must not read as "not seen".
-  """
-  height, width = video.size
-  if isinstance(entry, dict) and "counts" not in entry:
-    unknown = sorted(map(str, entry.keys() - {"segmentation", "box", "size", "bbox", "area"}))
-    if unknown or ("size" in entry and "segmentation" not in entry):
-      raise InputError(
-        f"key {(unknown or ['size'])[0]!r}; accepted: segmentation, box, or size and counts"
-      )
-    if entry.get("segmentation") is None and entry.get("box") is not None:
-      return _box_mask(entry["box"], video, notes)
-    entry = entry.get("segmentation")
-  return annotation_to_mask({"segmentation": entry}, height, width)
-
-
 def parse_seconds(text: str) -> float | None:
   """Seconds of a time such as `1.5s`, `0:01.5` or `1:02:03`."""
   if re.fullmatch(r"\d+(?:\.\d*)?s|\.\d+s", text):
@@ -354,7 +334,6 @@ def parse_seconds(text: str) -> float | None:
   return None
 
 
->>>>>>> 8b8bb7c (vr frames shows frames by number and time; vr_jax.open_video and read_regions are public)
 def _frame_number(region: Region, video: Video) -> int:
   if region.frame is None:
     if len(video) > 1:
