@@ -387,10 +387,10 @@ def mask_to_grid(
   if aspect_ratio == "pad":
     masks = _pad_square(masks)
   if rule == "area":
-    return _area_cells(masks, grid)
+    return area_cells(masks, grid, grid)
   cells = (resize_mask(masks, grid) > 0).astype(np.uint8)
   if rule == "keep" and (gone := vanished(masks, cells)).any():
-    cells[gone] = _area_cells(masks[gone], grid)
+    cells[gone] = area_cells(masks[gone], grid, grid)
   return cells
 
 
@@ -474,10 +474,14 @@ def _pad_square(masks: np.ndarray) -> np.ndarray:
   return square
 
 
-def _area_cells(masks: np.ndarray, grid: int) -> np.ndarray:
-  rows = _cell_sums((masks != 0).swapaxes(-1, -2), grid)  # [..., W, grid]
-  covered = _cell_sums(rows.swapaxes(-1, -2), grid)
-  covered *= grid * grid / (masks.shape[-2] * masks.shape[-1])  # share of each cell
+def area_cells(masks: np.ndarray, rows: int, columns: int) -> np.ndarray:
+  """[..., H, W] to uint8 [..., rows, columns]: the cells at least half covered, or the one most.
+
+  Only an empty mask leaves none.
+  """
+  down = _cell_sums((masks != 0).swapaxes(-1, -2), rows)  # [..., W, rows]
+  covered = _cell_sums(down.swapaxes(-1, -2), columns)
+  covered *= rows * columns / (masks.shape[-2] * masks.shape[-1])  # share of each cell
   # At a hair below a half, so that rounding does not decide about exact halves.
   enough = np.minimum(covered.max((-2, -1), keepdims=True), 0.5 - 1e-9)
   return ((covered >= enough) & (covered > 0)).astype(np.uint8)
