@@ -5,14 +5,24 @@ Stages 04 and 10 and the JSON tables of a set of family "videollama3 successors"
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from data_pipes.errors import InputError
-from data_pipes.navit_images import Patches
+from data_pipes.navit_frames import scene_frames, step_frames
+from data_pipes.navit_images import Patches, smart_resize, to_patches
+from data_pipes.navit_prompts import (
+  image_text,
+  render,
+  special_id,
+  timed_object_text,
+  video_text,
+)
 from data_pipes.object_crops import CROP_RULES, crop_objects, crop_patches
+from data_pipes.tokenizer import Tokenizer
+from data_pipes.video import open_video
 from vr_jax.parity.golden import (
   FAIL,
   PASS,
@@ -21,8 +31,10 @@ from vr_jax.parity.golden import (
   Golden,
   Produced,
   compare_cases,
+  exact,
 )
 
+_MASK_FRAMES = (0, 2)  # whose means the folder records beside each scene
 _FLOAT = 1e-5  # of float arrays for which the folder states no tolerance
 
 
@@ -30,6 +42,71 @@ def max_length(golden: Golden, generation: str) -> int:
   """`mm_max_length` of a generation's checkpoint."""
   config = golden.path(golden.index["checkpoints"][generation]) / "config.json"
   return json.loads(config.read_text(encoding="utf-8"))["mm_max_length"]
+
+
+# --- JSON tables ---------------------------------------------------------------------------------
+
+
+def sizes(golden: Golden) -> Iterator[CaseResult]:
+  """What `smart_resize` makes of height and width."""
+  table = golden.other_json("smart_resize")
+  named = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+  inputs = ("height", "width", "factor", "max_pixels", "min_pixels")
+
+  def pairs() -> Iterator[tuple[Any, Any, Any]]:
+    for row in named:
+      given = [row[name] for name in inputs]
+      yield given, smart_resize(*given), (row["out_h"], row["out_w"])
+
+  yield exact("smart_resize", "all", pairs())
+
+
+def frame_sample(golden: Golden) -> Iterator[CaseResult]:
+  """Frame numbers of the ids rule."""
+  rows = golden.other_json("frame_sample")["rows"]
+  yield exact("frame_sample", "all", ((row[:4], step_frames(*row[:4]), row[4]) for row in rows))
+
+
+def prompts(golden: Golden) -> Iterator[CaseResult]:
+  """Special ids, texts after the chat template and their ids, of each checkpoint's tokenizer."""
+  recorded = golden.other_json("prompts")
+  folders = golden.index["checkpoints"]
+  tokenizers = {name: Tokenizer.from_folder(golden.path(path)) for name, path in folders.items()}
+  special = recorded["special_tokens"].items()
+  for name, tokenizer in tokenizers.items():
+    pairs = ((token, special_id(tokenizer, token), index) for token, index in special)
+    yield exact("prompts", f"{name}_special", pairs)
+  for entry in recorded["prompts"]:
+    tokenizer = tokenizers[entry["generation"]]
+    name = f"{entry['generation']}_{entry['name']}"
+    yield exact("prompts", name, _prompt(entry, tokenizer))
+  yield exact("prompts", "lite_region_text", map(_timed, recorded["lite_region_text"]))
+
+
+def _prompt(entry: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[Any, Any, Any]]:
+  messages = [(m["role"], _content(m["content"])) for m in entry.get("messages", ())]
+  text = render(messages, add_generation_prompt=True)
+  yield messages, text, entry["text"]
+  yield messages, tokenizer.encode(text), entry["ids"]
+
+
+def _timed(entry: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+  ids, first = entry["mask_ids"], entry["start_id"]
+  counts = entry["mask_nums"][first : first + len(ids)]
+  text = timed_object_text(counts, [entry["timestamps"][i] for i in ids])
+  return entry, text, entry["text"]
+
+
+def _content(content: str | list[dict[str, Any]]) -> str:
+  """A message's content, given as text or as published items, as text."""
+  if isinstance(content, str):
+    return content
+  make = {
+    "image": lambda item: image_text(1, item.get("time")),
+    "video": lambda item: video_text([1] * item["num_frames"], item["time"]),
+    "text": lambda item: item["text"],
+  }
+  return "".join(make[item["type"]](item) for item in content)
 
 
 # --- 04: object crops ----------------------------------------------------------------------------
@@ -100,3 +177,70 @@ def _raising(case: Case, run: Callable[[Case], Any]) -> Iterator[CaseResult]:
     yield CaseResult(case.stage, case.id, PASS, note=f"refused: {error}")
   else:
     yield CaseResult(case.stage, case.id, FAIL, note="published: an error; ours: none")
+
+
+# --- 10: patches and frames ----------------------------------------------------------------------
+
+
+def preprocess(golden: Golden) -> Iterator[CaseResult]:
+  """Pictures as patches; frames and times of both loaders."""
+  cases = {case.id: case for case in golden.cases("10_preprocess")}
+  run = functools.partial(_preprocess, golden, cases)
+  for case in cases.values():
+    yield from _raising(case, run) if "raises" in case.meta else compare_cases([case], run)
+
+
+def _preprocess(golden: Golden, cases: dict[str, Case], case: Case) -> Produced:
+  meta = case.meta
+  if "loader" in meta:
+    return _frames(golden, case)
+  video = open_video(golden.path(meta["file"])) if "file" in meta else None
+  if video is None:
+    images = [_image(cases, case)]
+  else:
+    images = video.frames(
+      scene_frames(video, meta["fps"], rule="ids").ids if "fps" in meta else [0]
+    )
+  budget = max_length(golden, "pixelrefer")
+  pictures, stride = meta["num_images"], meta["image_downsampling"]
+  patches = [to_patches(image, budget, stride, pictures) for image in images]
+  sums = np.stack([_patch_sum(p) for p in patches])
+  return Produced(
+    {
+      "grid": np.array([p.grid for p in patches]),
+      "patches_u8": np.stack([p.pixels for p in patches]),
+      # Noise pictures are recorded without the axis of pictures.
+      "patch_sum": sums if "file" in meta else sums[0],
+    }
+  )
+
+
+def _image(cases: dict[str, Case], case: Case) -> np.ndarray:
+  """The picture of a case, or of the first of the same size, with which it is stored once."""
+  size = case.id.split("_n")[0]
+  owner = next(c for c in cases.values() if c.id.split("_n")[0] == size and "image" in c)
+  return owner["image"]
+
+
+def _frames(golden: Golden, case: Case) -> Produced:
+  meta, kwargs = case.meta, case.meta["kwargs"]
+  video = open_video(golden.path(meta["file"]))
+  scene = scene_frames(
+    video,
+    kwargs["fps"],
+    kwargs["max_frames"],
+    kwargs.get("start_time"),
+    kwargs.get("end_time"),
+    rule={"load_video": "filter", "load_video_from_ids": "ids"}[meta["loader"]],
+  )
+  mask_ids = meta.get("frame_ids", _MASK_FRAMES)
+  frames = video.frames([*scene.ids, *mask_ids])
+  means = np.array([frame.mean((0, 1)) for frame in frames], np.float32)
+  arrays = {
+    "timestamps": np.array(scene.times, np.float32),
+    "frame_mean": means[: len(scene.ids)],
+    "mask_frame_mean": means[len(scene.ids) :],
+  }
+  # Conversions of lossy video to RGB differ by less between builds of FFmpeg.
+  levels = 0.5 if video.kind == "video" else _FLOAT
+  return Produced(arrays, {"timestamps": _FLOAT} | dict.fromkeys(list(arrays)[1:], levels))
