@@ -83,6 +83,12 @@ class Tokenizer:
     """Number of ids, added tokens included: the published size of the embedding table."""
     return self._backend.get_vocab_size(with_added_tokens=True)
 
+  @property
+  def last_id(self) -> int:
+    """The largest id that is looked up in a table; `<region>` is not, it stands for an object."""
+    vocabulary = self._backend.get_vocab(with_added_tokens=True)
+    return max((i for token, i in vocabulary.items() if token != REGION), default=-1)
+
   def encode(self, text: str) -> list[int]:
     """Ids of `text`; special tokens spelled in it become their ids, none is put around it."""
     return self._backend.encode(text, add_special_tokens=False).ids

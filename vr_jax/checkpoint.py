@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from data_pipes.errors import InputError, one_line
+from data_pipes.lfs import refuse_pointer
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.params import Params
 from vr_jax.weights import locate
@@ -139,6 +140,8 @@ def read_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
 def find_tokenizer_files(folder: Path | str) -> dict[str, bytes]:
   """The tokenizer's files in a folder, by name; {} if there are none."""
   paths = [Path(folder) / name for name in TOKENIZER_FILES]
+  for path in paths:
+    refuse_pointer(path)
   return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 

@@ -48,9 +48,9 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   cfg = opened.model_config()
   if not opened.tokenizer_files:
     raise InputError(f"{path}: {opened.kind} without tokenizer files; accepted: {MODELS}")
+  tokenizer = opened.tokenizer()
   if isinstance(opened.params, checkpoint.StoredParams):  # which Orbax reads side by side
     params = checkpoint.load_for_inference(path).params
   else:
     params = nested(arrays(opened.params))
-  tokenizer = checkpoint.make_tokenizer(opened.tokenizer_files)
   return Model(cfg, params, tokenizer, opened.generation, notice, **options)

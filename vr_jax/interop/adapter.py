@@ -8,24 +8,62 @@ Source: LoRA (arXiv 2106.09685).
 """
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vr_jax.interop.table import Parameters, Part
+from data_pipes.errors import InputError
+from vr_jax.interop.table import Parameters, Part, Slot, Tensors
 from vr_jax.models.lora import is_factor
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """The factors by our path (relative to the decoder), and what scales their product."""
+  """The factors by our path (relative to the decoder), and what scales their product.
+
+  `replaced`: tensors that came with them and take the place of the decoder's own.
+  """
 
   params: Parameters
   rank: int
   alpha: float
+  replaced: "Replaced | None" = None
 
   @property
   def scale(self) -> float:
     return self.alpha / self.rank
+
+  def factors_alone(self, where: str | Path) -> "Adapter":
+    """The same; InputError where it is more than factors."""
+    if self.replaced:
+      raise InputError(
+        f"{where}: holds whole tensors too (modules_to_save), such as {self.replaced.first}; merge "
+        f"it into its base: vr convert BASE MERGED --to vr --adapter {where}"
+      )
+    return self
+
+
+class Replaced:
+  """Tensors of a file that take the place of the decoder's own: where each of them goes."""
+
+  def __init__(self, tensors: Tensors, table: Sequence[Slot]):
+    self._tensors, self.first = tensors, table[0].theirs
+    self._slots: dict[str, list[Slot]] = {}
+    for slot in table:
+      self._slots.setdefault(slot.ours, []).append(slot)
+
+  def put(self, path: str, shape: tuple[int, ...], index: tuple[int, ...], value: Any) -> Any:
+    """The parameter at `index`, with the tensors that lie there; dtype unchanged."""
+    for slot in self._slots.get(path, ()):
+      common = min(len(index), len(slot.at))
+      if slot.at[:common] == index[:common]:
+        theirs = self._tensors.read(slot.theirs)
+        new = slot.transform.load(theirs, shape[len(slot.at) :]).astype(value.dtype)
+        value = np.array(value)
+        value[slot.at[common:]] = new[index[common:]]
+    return value
 
 
 def factors_of(params: Parameters) -> Parameters:
@@ -51,6 +89,8 @@ class Merged:
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
     value = self.base.read(path, index)
     matrix = path.removeprefix("llm/")
+    if path.startswith("llm/") and self._adapter.replaced:
+      value = self._adapter.replaced.put(matrix, self.shapes[path], index, value)
     if not path.startswith("llm/") or f"{matrix}_lora_a" not in self._adapter.params.shapes:
       return value
     a = self._adapter.params.read(f"{matrix}_lora_a", index).astype(np.float32)

@@ -20,6 +20,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from vr_jax.interop import hf_decoder, hf_tower
 from vr_jax.interop.npz import Npz
+from vr_jax.interop.parts import read_part
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   SAME,
@@ -37,7 +38,7 @@ from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.siglip import SiglipConfig, resample_posemb
 from vr_jax.models.variants import DECODERS
-from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params, part_config
+from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 
 SPARE_ROWS = {256_128: 256_000}  # rows of Gemma's table in some files -> those of its vocabulary
 
@@ -105,7 +106,7 @@ def open_npz(path: str | Path) -> Source:
   notes: list[str] = []
   if file.config is not None and not tensors._prefix:
     config = file.config
-    parts = {part: part_config(part, config[part]) for part in PARTS if part in config}
+    parts = {part: read_part(part, config[part], path) for part in PARTS if part in config}
     settings = {k: v for k, v in config.items() if k not in PARTS}
   else:
     parts, settings = _guess(tensors, notes), {}

@@ -63,6 +63,8 @@ def convert(
   source = open_source(src)
   if adapter is not None:
     source = _with_adapter(source, adapter)
+  if source.whole and source.tokenizer_files.keys() & {"tokenizer.json", "vocab.json"}:
+    source.tokenizer()  # refuses ids beyond the table
   if to == "peft":
     source = _adapter_of(source)
   if logits == "always" and (reason := proof.cannot(source, to, logits)):

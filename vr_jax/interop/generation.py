@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vr_jax.interop.fields import field, read_json
+from data_pipes.errors import InputError
+from vr_jax.interop.fields import IDS, positive, read_json, shown, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,24 @@ class Generation:
 def generation(folder: Path | str) -> Generation:
   """The settings in generation_config.json; where it is silent or absent, those in config.json."""
   folder = Path(folder)
-  fields = read_json(folder / "config.json")
+  where = folder / "config.json"
+  fields = read_json(where)
   if (folder / "generation_config.json").is_file():
-    fields |= read_json(folder / "generation_config.json")
-  eos = fields.get("eos_token_id")
-  eos_ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-  penalty = field(fields, folder / "generation_config.json", "repetition_penalty", float, 1.0)
-  return Generation(eos_ids, fields.get("pad_token_id"), penalty)
+    where = folder / "generation_config.json"
+    fields |= read_json(where)
+  pad = next(iter(_ids(fields, where, "pad_token_id")), None)
+  penalty = positive(fields, where, "repetition_penalty", 1.0)
+  return Generation(_ids(fields, where, "eos_token_id"), pad, penalty)
+
+
+def _ids(fields: Mapping[str, Any], where: Path, key: str) -> tuple[int, ...]:
+  """A token id or a list of them."""
+  value = fields.get(key)
+  if isinstance(value, list):
+    if len(value) > 1000:
+      raise InputError(f"{where}: {key}={shown(value)}; accepted: an id, or a list of a few")
+    return tuple(size({key: one}, where, key, least=0, most=IDS) for one in value)
+  return () if value is None else (size(fields, where, key, least=0, most=IDS),)
 
 
 def generation_json(settings: Mapping[str, Any]) -> dict[str, Any]:

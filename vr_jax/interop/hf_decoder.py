@@ -5,6 +5,7 @@ config.json as they write it today (`rope_parameters`) and as released checkpoin
 (`rope_theta`, …).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,20 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
-from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.fields import (
+  DEPTH,
+  IDS,
+  field,
+  optional,
+  positive,
+  read_config,
+  require,
+  section,
+  shown,
+  size,
+)
 from vr_jax.interop.generation import generation
+from vr_jax.interop.parts import checked
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   DENSE,
@@ -147,39 +160,40 @@ def decoder_config(fields: Mapping[str, Any], where: Path | str) -> DecoderConfi
 
   `where` is named in errors. Raises InputError on a family or a feature that we do not have.
   """
-  fields = fields.get("text_config", fields)  # the decoder of a multimodal model
+  fields = section(fields, where, "text_config") or fields  # the decoder of a multimodal model
   fixed, defaults = FAMILIES[_family(fields, where)]
   fields = defaults | {key: value for key, value in fields.items() if value is not None}
   _check_features(fields, where, silu=fixed.get("activation") == "silu")
 
-  def number(key: str, kind: type = int, default: Any = None) -> Any:
-    return field(fields, where, key, kind, default)
-
-  depth, heads, width = map(number, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+  number = functools.partial(size, fields, where)
+  maybe = functools.partial(optional, fields=fields, where=where)
+  depth = number("num_hidden_layers", most=DEPTH)
+  heads, width = number("num_attention_heads"), number("hidden_size")
   pattern = _pattern(fields, depth, where)
   local = "local" in pattern  # else a window is there and no layer uses it, as in Qwen2's files
   base, local_base, scale = _rotary(fields, where)
-  scalar = fields.get("query_pre_attn_scalar")
-  return DecoderConfig(
+  scalar = maybe(positive, key="query_pre_attn_scalar")
+  cfg = DecoderConfig(
     width=width,
     depth=depth,
     heads=heads,
-    kv_heads=number("num_key_value_heads", int, heads),
-    head_dim=number("head_dim", int, width // heads),
+    kv_heads=number("num_key_value_heads", heads),
+    head_dim=number("head_dim", width // heads),
     mlp_dim=number("intermediate_size"),
-    vocab_size=number("vocab_size"),
-    norm_eps=number("rms_norm_eps", float, 1e-6),
-    tied_head=number("tie_word_embeddings", bool, True),
-    attn_soft_cap=fields.get("attn_logit_softcapping"),
-    final_soft_cap=fields.get("final_logit_softcapping"),
+    vocab_size=number("vocab_size", most=IDS),
+    norm_eps=positive(fields, where, "rms_norm_eps", 1e-6),
+    tied_head=field(fields, where, "tie_word_embeddings", bool, True),
+    attn_soft_cap=maybe(positive, key="attn_logit_softcapping"),
+    final_soft_cap=maybe(positive, key="final_logit_softcapping"),
     query_scale=None if scalar is None else scalar**-0.5,
     pattern=pattern,
-    window=fields.get("sliding_window") if local else None,
+    window=maybe(size, key="sliding_window", most=IDS) if local else None,
     rope_base=base,
     local_rope_base=local_base if local else None,
     rope_scale=scale,
     **fixed,
   )
+  return checked(cfg, where)
 
 
 def _family(fields: Mapping[str, Any], where: Path | str) -> str:
@@ -188,7 +202,7 @@ def _family(fields: Mapping[str, Any], where: Path | str) -> str:
   family = "qwen2" if family == "videorefer" else family
   if family not in FAMILIES:
     known = ", ".join(FAMILIES)
-    raise InputError(f"{where}: model_type={fields.get('model_type')!r} is not one of {known}")
+    raise InputError(f"{where}: model_type={shown(fields.get('model_type'))} is not one of {known}")
   return family
 
 
@@ -200,44 +214,64 @@ def _check_features(fields: Mapping[str, Any], where: Path | str, *, silu: bool)
     require(fields, where, key, activations, activations[0])
   for key in ("attention_bias", "use_sliding_window", "use_bidirectional_attention"):
     require(fields, where, key, (False,), False)
+  require(fields, where, "partial_rotary_factor", (1, 1.0), 1)
 
 
 def _pattern(fields: Mapping[str, Any], depth: int, where: Path | str) -> tuple[str, ...]:
   """Which layers are local: as the list of today says, else by the period of released files."""
   if "layer_types" in fields:
-    types = fields["layer_types"]
-    if set(types) - set(_LAYER_TYPES.values()) or len(types) != depth:
+    types = field(fields, where, "layer_types", list)
+    if any(word not in _LAYER_TYPES.values() for word in types) or len(types) != depth:
       words = " or ".join(_LAYER_TYPES.values())
       raise InputError(
-        f"{where}: layer_types must name {depth} layers, each {words}; found {types!r}"
+        f"{where}: layer_types must name {depth} layers, each {words}; found {shown(types)}"
       )
     kinds = {word: kind for kind, word in _LAYER_TYPES.items()}
     return tuple(kinds[word] for word in types)
-  return ("local",) * (fields.get("sliding_window_pattern", 1) - 1) + ("global",)
+  period = size(fields, where, "sliding_window_pattern", 1, most=DEPTH)
+  return ("local",) * (period - 1) + ("global",)
 
 
 def _rotary(fields: Mapping[str, Any], where: Path | str) -> tuple[float, float | None, float]:
   """(base, base of local layers, factor by which positions are divided).
 
   Today one `rope_parameters`, or one for each kind of layer, holds base and scaling; released files
-  have `rope_theta`, `rope_local_base_freq` and `rope_scaling` side by side.
+  have `rope_theta`, `rope_local_base_freq` and `rope_scaling` side by side. Where a file has both,
+  transformers lets `rope_scaling` count, with the `rope_theta` beside it; a file whose bases then
+  differ is refused, since nobody meant that.
   """
-  parameters = fields.get("rope_parameters", {})
-  by_kind = parameters if "full_attention" in parameters else {"full_attention": parameters}
-  rope = by_kind["full_attention"] or {}
-  scaling = rope or fields.get("rope_scaling", {})
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  parameters = section(fields, where, "rope_parameters")
+  scaling = section(fields, where, "rope_scaling")
+  by_kind = set(parameters) & set(_LAYER_TYPES.values())
+  full = section(parameters, where, "full_attention") if by_kind else parameters
+  local = section(parameters, where, "sliding_attention")
+  named = ("rope_scaling", scaling) if scaling else ("rope_parameters", full)
+  factor = _factor(named[1], where, named[0])
+  if _factor(local, where, "rope_parameters of sliding_attention") != 1:
+    raise InputError(f"{where}: rope_parameters of sliding_attention are scaled; accepted: default")
+  base = positive(fields | (scaling or full), where, "rope_theta", 10_000.0)
+  if scaling and positive(full, where, "rope_theta", base) != base:
+    raise InputError(
+      f"{where}: rope_scaling beside rope_parameters, which have another rope_theta "
+      f"({full['rope_theta']}, not {base}); accepted: one of the two"
+    )
+  if scaling and _factor(full, where, "rope_parameters") not in (1, factor):
+    raise InputError(
+      f"{where}: rope_scaling beside rope_parameters of another factor; accepted: one of the two"
+    )
+  local_fields = {"rope_theta": fields.get("rope_local_base_freq")} | local
+  return base, optional(positive, local_fields, where, "rope_theta"), factor
+
+
+def _factor(rope: Mapping[str, Any], where: Path | str, key: str) -> float:
+  """By what a scaling divides positions; refuses the kinds that do something else."""
+  kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "linear"):
     raise InputError(
-      f"{where}: rope_scaling of type {kind!r} is not supported; accepted: default, linear"
+      f"{where}: {key} of type {shown(kind)} is not supported; accepted: default, linear"
     )
-  local_rope = by_kind.get("sliding_attention") or {}
-  local_base = local_rope.get("rope_theta", fields.get("rope_local_base_freq"))
-  return (
-    field({**fields, **rope}, where, "rope_theta", float, 10_000.0),
-    None if local_base is None else float(local_base),
-    float(scaling["factor"]) if kind == "linear" else 1.0,
-  )
+  require(rope, where, "partial_rotary_factor", (None, 1, 1.0), None)
+  return positive(rope, where, "factor") if kind == "linear" else 1.0
 
 
 def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
@@ -261,6 +295,8 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
     "tie_word_embeddings": cfg.tied_head,
     "rope_theta": cfg.rope_base,
   }
+  if cfg.rope_scale != 1:
+    fields["rope_scaling"] = {"rope_type": "linear", "factor": cfg.rope_scale}
   if family == "qwen2":
     return fields | {"hidden_act": "silu", "use_sliding_window": False}
   fields["hidden_activation"] = fields["hidden_act"] = "gelu_pytorch_tanh"
@@ -280,8 +316,6 @@ def hf_config(cfg: DecoderConfig, where: str = "decoder") -> dict[str, Any]:
   }
   if family == "gemma3_text":
     fields["rope_local_base_freq"] = cfg.local_rope_base or cfg.rope_base
-    if cfg.rope_scale != 1:
-      fields["rope_scaling"] = {"rope_type": "linear", "factor": cfg.rope_scale}
   return fields
 
 
@@ -317,17 +351,37 @@ _ARCHITECTURES = {
 }
 
 
+_TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def _before(tensors: Tensors, end: str, default: str) -> str:
+  """What stands before a name that ends so; the first of several."""
+  return min((name[: -len(end)] for name in tensors if name.endswith(end)), default=default)
+
+
+def with_head(cfg: DecoderConfig, tensors: Tensors) -> tuple[DecoderConfig, tuple[str, ...]]:
+  """The config with the head apart where the file holds one that differs, and a note that says so.
+
+  A flag that says "tied" is then wrong: transformers keeps such a head apart too.
+  """
+  table = _before(tensors, _TABLE, "model.") + _TABLE
+  head = _before(tensors, _HEAD, "") + _HEAD
+  if not cfg.tied_head or table not in tensors or head not in tensors:
+    return cfg, ()
+  alike = tensors.shape(table) == tensors.shape(head)
+  if alike and np.array_equal(tensors.read(table), tensors.read(head), equal_nan=True):
+    return cfg, ()
+  note = f"{head} differs from {table}, although tie_word_embeddings is true: it is kept apart"
+  return dataclasses.replace(cfg, tied_head=False), (note,)
+
+
 def open_decoder(tensors: Tensors, cfg: DecoderConfig, *, alone: bool = True) -> Mapped:
   """The decoder's parameters in the tensors of a folder.
 
   Multimodal folders hold other parts beside it, under other names.
   """
-  ends = {
-    end: [n[: -len(end)] for n in tensors if n.endswith(end)]
-    for end in ("embed_tokens.weight", "lm_head.weight")
-  }
-  body = min(ends["embed_tokens.weight"], default="model.")
-  head = min(ends["lm_head.weight"], default="")
+  body = _before(tensors, _TABLE, "model.")
+  head = _before(tensors, _HEAD, "")
 
   def unused(name: str) -> bool:
     tied_copy = name == f"{head}lm_head.weight" and cfg.tied_head
@@ -346,9 +400,10 @@ def open_folder(folder: Path) -> Source:
     InputError: a config or tensors that do not fit.
   """
   where = folder / "config.json"
-  fields = read_json(where)
-  cfg = decoder_config(fields, where)
-  params = open_decoder(Safetensors(folder), cfg)
+  fields = read_config(where)
+  tensors = Safetensors(folder)
+  cfg, notes = with_head(decoder_config(fields, where), tensors)
+  params = open_decoder(tensors, cfg)
   return Source(
     kind="decoder folder",
     path=folder,
@@ -356,6 +411,7 @@ def open_folder(folder: Path) -> Source:
     params=Part(params, "", "llm/"),
     tokenizer_files=find_tokenizer_files(folder),
     generation=vars(generation(folder)),
+    notes=notes,
     skipped=params.skipped,
     origin={"format": "decoder", "config.json": fields},
   )
@@ -367,8 +423,10 @@ def load(folder: Path | str, *, dtype: str = "float32") -> tuple[DecoderConfig, 
   Of a multimodal Gemma 3 folder it takes the language model.
   """
   folder = Path(folder)
-  cfg = decoder_config(read_json(folder / "config.json"), folder / "config.json")
-  return cfg, nested(arrays(open_decoder(Safetensors(folder), cfg), dtype))
+  cfg = decoder_config(read_config(folder / "config.json"), folder / "config.json")
+  tensors = Safetensors(folder)
+  cfg, _ = with_head(cfg, tensors)
+  return cfg, nested(arrays(open_decoder(tensors, cfg), dtype))
 
 
 def to_hf(cfg: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
-from vr_jax.interop.fields import read_json
+from vr_jax.interop.fields import read_config, section
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   Joined,
@@ -38,17 +38,18 @@ def open_paligemma(folder: Path) -> Source:
     InputError: a config or tensors that do not fit.
   """
   where = folder / "config.json"
-  fields = read_json(where)
-  vision = {"model_type": "siglip_vision_model"} | dict(fields.get("vision_config") or {})
+  fields = read_config(where)
+  vision = {"model_type": "siglip_vision_model"} | section(fields, where, "vision_config")
   img = hf_tower.tower_config(vision, where, None)
-  text = dict(fields.get("text_config") or {})
+  text = section(fields, where, "text_config")
   text.setdefault("vocab_size", fields.get("vocab_size"))
-  text["tie_word_embeddings"] = True  # whatever the file says: PaliGemma has no other head
+  text["tie_word_embeddings"] = True  # whatever the file says: a head apart shows in the tensors
   text.pop("use_bidirectional_attention", None)  # of the prefix alone, which prefix_lm is
   llm = hf_decoder.decoder_config(text, where)
   llm = DecoderConfig(**{**vars(llm), "prefix_lm": True})
-  connector = ConnectorConfig(kind="linear", width=llm.width)
   tensors = Safetensors(folder)
+  llm, notes = hf_decoder.with_head(llm, tensors)
+  connector = ConnectorConfig(kind="linear", width=llm.width)
   end = "multi_modal_projector.linear.weight"
   before = min((n[: -len(end)] for n in tensors if n.endswith(end)), default=None)
   if before is None:
@@ -80,6 +81,7 @@ def open_paligemma(folder: Path) -> Source:
     parts={"img": img, "connector": connector, "llm": llm},
     params=Joined(Part(tower, "", "img/"), projector, Part(decoder, "", "llm/")),
     tokenizer_files=find_tokenizer_files(folder),
+    notes=notes,
     skipped=left,
     origin={"format": "paligemma", "config.json": fields},
   )

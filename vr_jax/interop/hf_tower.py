@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from data_pipes.errors import InputError
-from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.fields import DEPTH, read_config, require, section, shown, size
+from vr_jax.interop.parts import checked
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import (
   CONV2D,
@@ -104,20 +105,21 @@ def tower_config(
 ) -> SiglipConfig:
   """The tower's sizes from the fields of a config.json (SiglipModel's or SiglipVisionModel's)."""
   require(fields, where, "model_type", MODEL_TYPES, None)
-  fields = fields.get("vision_config", fields)
+  fields = section(fields, where, "vision_config") or fields
   require(fields, where, "hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
   require(fields, where, "layer_norm_eps", (1e-6,), 1e-6)
   require(fields, where, "num_channels", (3,), 3)
-  return SiglipConfig(  # defaults: those of transformers' SiglipVisionConfig
-    image_size=field(fields, where, "image_size", int, 224),
-    patch_size=field(fields, where, "patch_size", int, 16),
-    width=field(fields, where, "hidden_size", int, 768),
-    depth=field(fields, where, "num_hidden_layers", int, 12),
-    heads=field(fields, where, "num_attention_heads", int, 12),
-    mlp_dim=field(fields, where, "intermediate_size", int, 3072),
+  cfg = SiglipConfig(  # defaults: those of transformers' SiglipVisionConfig
+    image_size=size(fields, where, "image_size", 224),
+    patch_size=size(fields, where, "patch_size", 16),
+    width=size(fields, where, "hidden_size", 768),
+    depth=size(fields, where, "num_hidden_layers", 12, most=DEPTH),
+    heads=size(fields, where, "num_attention_heads", 12),
+    mlp_dim=size(fields, where, "intermediate_size", 3072),
     select_layer=select_layer,
     pool=pool,
   )
+  return checked(cfg, where)
 
 
 def hf_config(cfg: SiglipConfig, depth: int | None = None) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def guess_config(
     heads=guess_heads(
       width,
       tensors.path,
-      f"put the tower's folder (config key mm_vision_tower={name!r}) beside the checkpoint",
+      f"put the tower's folder (config key mm_vision_tower={shown(name)}) beside the checkpoint",
     ),
     mlp_dim=mlp_dim,
     select_layer=select_layer,
@@ -252,7 +254,7 @@ def load_tower(
 ) -> tuple[SiglipConfig, dict[str, Any]]:
   """A stand-alone SigLIP folder, a whole SiglipModel or its vision half: (config, parameters)."""
   where = Path(folder) / "config.json"
-  cfg = tower_config(read_json(where), where, select_layer, pool=pool)
+  cfg = tower_config(read_config(where), where, select_layer, pool=pool)
   return cfg, nested(arrays(open_tower(Safetensors(folder), cfg), dtype))
 
 
@@ -263,7 +265,7 @@ def open_folder(folder: Path) -> Source:
     InputError: a config or tensors that do not fit.
   """
   where = folder / "config.json"
-  fields = read_json(where)
+  fields = read_config(where)
   tensors = Safetensors(folder)
   prefix = prefix_of(tensors)
   complete = f"{prefix}post_layernorm.weight" in tensors

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from data_pipes.errors import InputError, one_line
+from data_pipes.lfs import refuse_pointer
 from vr_jax.interop import peft, videorefer
 from vr_jax.interop.fields import read_json
 from vr_jax.interop.npz import is_npz
@@ -79,6 +80,7 @@ class TorchFile:
 
 def open_tensors(path: Path) -> Tensors:
   """A file of tensors, safetensors or PyTorch's, by its content."""
+  refuse_pointer(path)
   with path.open("rb") as file:
     start = file.read(9)
   if start[8:9] == b"{":

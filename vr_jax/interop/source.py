@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.tokenizer import Tokenizer
+from vr_jax.checkpoint import make_tokenizer
 from vr_jax.interop.adapter import Adapter, Merged
 from vr_jax.interop.table import Joined, Parameters, Part, Tensors
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
@@ -82,6 +84,25 @@ class Source:
       adapter_note="",
       notes=tuple(note for note in self.notes if note != self.adapter_note),
     )
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of a source with a decoder.
+
+    Raises:
+      InputError: its files are not complete, or an id of it or of the generation settings is beyond
+        the decoder's table (which a gather on the device would take for the last row).
+    """
+    tokenizer = make_tokenizer(self.tokenizer_files)
+    rows = self.parts["llm"].vocab_size
+    ids = {"tokenizer": tokenizer.last_id, "pad_token_id": self.generation.get("pad_id") or 0}
+    ids["eos_token_id"] = max(self.generation.get("eos_ids") or (), default=0)
+    for name, number in ids.items():
+      if number >= rows:
+        raise InputError(
+          f"{self.path}: {name} has the id {number}, and the table of embeddings {rows} rows; "
+          f"accepted: ids below {rows}"
+        )
+    return tokenizer
 
   def model(self) -> dict[str, Any]:
     """The `model` of a checkpoint's meta: settings and the configs of the parts, as JSON."""

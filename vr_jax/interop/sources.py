@@ -22,7 +22,7 @@ from vr_jax.interop import (
   videorefer,
   vr,
 )
-from vr_jax.interop.fields import read_json
+from vr_jax.interop.fields import read_config, shown
 from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
 
@@ -73,7 +73,7 @@ def open_source(path: str | Path) -> Source:
     raise InputError(f"{path}: no such file or folder; accepted: {accepted}")
   if (kind := _model_type(path)) is not None:
     known = ", ".join(name for form in FORMATS if not callable(form.fits) for name in form.fits)
-    raise InputError(f"{path / 'config.json'}: model_type={kind!r} is not one of {known}")
+    raise InputError(f"{path / 'config.json'}: model_type={shown(kind)} is not one of {known}")
   if peft.is_adapter(path):
     raise InputError(f"{path}: an adapter alone; convert its base with --adapter {path}")
   inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
@@ -83,4 +83,4 @@ def open_source(path: str | Path) -> Source:
 def _model_type(folder: Path) -> str | None:
   """What config.json says the folder is; None without a config.json."""
   where = folder / "config.json"
-  return str(read_json(where).get("model_type")) if where.is_file() else None
+  return str(read_config(where).get("model_type")) if where.is_file() else None

@@ -27,7 +27,8 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 
 from data_pipes.errors import InputError
-from vr_jax.interop.fields import read_json
+from data_pipes.lfs import refuse_pointer
+from vr_jax.interop.fields import read_json, shown
 
 
 class Transform(NamedTuple):
@@ -142,46 +143,90 @@ DTYPES = {
   "BOOL": np.dtype(bool),
 }
 WEIGHTS = ("F32", "F16", "BF16")  # the dtypes that parameters may have
+# How the tensors beside quantised weights end: bitsandbytes, GPTQ and AWQ, compressed-tensors, FP8.
+QUANTISED = (".absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_packed",
+             ".weight_scale", ".weight_scale_inv")  # fmt: skip
 
 
 class Safetensors:
   """The tensors of a safetensors file, or of a folder of them (sharded or not).
 
   A file is mapped only while a tensor is read from it, so that it does not count as memory.
+
+  Raises:
+    InputError: no such file, a damaged one or a Git LFS pointer; an index that names files or
+      tensors that are not there; a tensor in two files of which no index chooses one.
   """
 
   def __init__(self, path: Path | str):
     self.path = Path(path)
     self._header: dict[str, tuple[Path, tuple[int, ...], np.dtype]] = {}
-    for file in self._files():
+    index, chosen = self._index()
+    for file in self._files(index, chosen):
+      refuse_pointer(file)
       try:
         with safe_open(file, framework="np") as handle:
           for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
             tensor = handle.get_slice(name)
             dtype = DTYPES.get(tensor.get_dtype(), np.dtype(object))
-            self._header[name] = (file, tuple(tensor.get_shape()), dtype)
+            if self._takes(name, file, chosen):
+              self._header[name] = (file, tuple(tensor.get_shape()), dtype)
       except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from None
+    if lost := [name for name in chosen if name not in self._header]:
+      raise InputError(
+        f"{index}: names {len(lost)} tensors that their shards do not hold, such as {lost[0]} in "
+        f"{chosen[lost[0]]}"
+      )
 
-  def _files(self) -> list[Path]:
+  def _index(self) -> tuple[Path | None, dict[str, str]]:
+    """The index of a folder, if it has one, and the file of each tensor that it names."""
+    indices = sorted(self.path.glob("*.safetensors.index.json")) if self.path.is_dir() else []
+    if not indices:
+      return None, {}
+    usual = self.path / "model.safetensors.index.json"
+    if len(indices) > 1 and usual not in indices:
+      raise InputError(
+        f"{self.path}: {len(indices)} indices ({', '.join(f.name for f in indices)})"
+      )
+    index = usual if usual in indices else indices[0]
+    return index, _weight_map(index)
+
+  def _files(self, index: Path | None, chosen: Mapping[str, str]) -> list[Path]:
     if self.path.is_file():
       return [self.path]
-    index = sorted(self.path.glob("*.safetensors.index.json"))
-    if index:
-      weight_map = read_json(index[0]).get("weight_map")
-      if not isinstance(weight_map, dict):
-        raise InputError(f"{index[0]}: no weight_map")
-      files = sorted({self.path / name for name in weight_map.values()})
+    single = self.path / "model.safetensors"
+    if index is not None:
+      files = sorted({self.path / name for name in chosen.values()})
       absent = [file.name for file in files if not file.is_file()]
       if absent:
-        raise InputError(f"{index[0]}: names shards that are not there: {', '.join(absent)}")
+        raise InputError(f"{index}: names shards that are not there: {', '.join(absent)}")
+      if single.is_file() and single not in files:  # the index or the file is of an earlier save
+        raise InputError(
+          f"{single}: and {index.name} beside it, which names {files[0].name} and not this file; "
+          "remove what is old"
+        )
       return files
     files = sorted(self.path.glob("*.safetensors"))
     if not files:
-      torch_files = sorted(f.name for f in self.path.glob("*.bin")) if self.path.is_dir() else []
-      others = f"found {', '.join(torch_files)}, " if torch_files else ""
+      torch_files = sorted(self.path.glob("*.bin")) if self.path.is_dir() else []
+      for file in torch_files:
+        refuse_pointer(file)
+      names = ", ".join(file.name for file in torch_files)
+      others = f"found {names}, " if torch_files else ""
       raise InputError(f"{self.path}: {others}expected a .safetensors file or shards of it")
     return files
+
+  def _takes(self, name: str, file: Path, chosen: Mapping[str, str]) -> bool:
+    """Whether a tensor is taken from this file: from the one that the index names, if it does."""
+    if name in chosen:
+      return chosen[name] == file.name
+    if name in self._header:
+      raise InputError(
+        f"{self.path}: {name} is in {self._header[name][0].name} and in {file.name}; "
+        "accepted: each tensor in one file"
+      )
+    return True
 
   def __iter__(self) -> Iterator[str]:
     return iter(sorted(self._header))
@@ -200,6 +245,25 @@ class Safetensors:
       if not index:
         return handle.get_tensor(name)
       return np.asarray(handle.get_slice(name)[index[0]])[index[1:]]
+
+
+_SHOWN = 20
+
+
+def _some(names: list[str]) -> str:
+  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+  return ", ".join(names[:_SHOWN]) + more
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+  """Tensor -> the file beside the index that holds it."""
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict):
+    raise InputError(f"{index}: no weight_map")
+  for name, file in weight_map.items():
+    if not isinstance(file, str) or Path(file).name != file:
+      raise InputError(f"{index}: {name}: {shown(file)}; accepted: the name of a file beside it")
+  return weight_map
 
 
 def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -282,7 +346,7 @@ class Mapped:
       return f"{name}, nearest {near[0]}" if near else name
 
     problems = {
-      "missing": [hint(name) for name in missing],
+      "missing": [hint(name) for name in missing[:_SHOWN]] + missing[_SHOWN:],
       "unexpected": unexpected,
       "mis-shaped": [
         f"{name} {list(tensors.shape(name))} instead of {list(expected[name])}"
@@ -295,8 +359,13 @@ class Mapped:
         if dtype_name(tensors.dtype(name)) not in WEIGHTS
       ],
     }
+    if packed := [name for name in unexpected if name.endswith(QUANTISED)]:
+      raise InputError(
+        f"{tensors.path}: quantised weights, such as {packed[0]}; accepted: float32, float16 or "
+        "bfloat16, as the release that they were made from has them"
+      )
     if any(problems.values()):
-      lists = (f"{len(v)} {k} ({', '.join(v)})" for k, v in problems.items() if v)
+      lists = (f"{len(v)} {k} ({_some(v)})" for k, v in problems.items() if v)
       raise InputError(f"{tensors.path}: tensors do not fit the config: {'; '.join(lists)}")
     return tuple(name for name in left if unused(name))
 

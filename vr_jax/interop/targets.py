@@ -190,7 +190,7 @@ def to_hf(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
       )
   if "llm" in parts:
     home = "" if alone else "decoder/"
-    llm = hf_decoder.hf_config(parts["llm"])
+    llm = hf_decoder.hf_config(parts["llm"]) | _length(source)
     table = hf_decoder.decoder_slots(parts["llm"], source.params.shapes, "llm/")
     before = len(target.items)
     made = outputs(table, source.params.shapes)
@@ -218,6 +218,7 @@ def _to_paligemma(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   made = outputs(hf_paligemma.output_slots(parts, source.params.shapes), source.params.shapes)
   _shards(target, folder, made, source.params, cast, shard_bytes)
   fields = hf_paligemma.hf_config(parts["img"], parts["llm"])
+  fields["text_config"] |= _length(source)
   target.files["config.json"] = _json(fields | {"torch_dtype": _main_dtype(target.items)})
   target.files["preprocessor_config.json"] = _json(hf_tower.preprocessor_config(parts["img"]))
   target.files |= source.tokenizer_files
@@ -408,6 +409,13 @@ def _main_dtype(items: list[Item]) -> str:
   for item in items:
     sizes[dtype_name(item.dtype)] = sizes.get(dtype_name(item.dtype), 0) + item.bytes
   return TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name], default="F32"), "float32")
+
+
+def _length(source: Source) -> dict[str, int]:
+  """The number of positions that the folder of a decoder named, if it did."""
+  fields = source.origin.get("config.json", {})
+  length = {**fields, **(fields.get("text_config") or {})}.get("max_position_embeddings")
+  return {"max_position_embeddings": length} if type(length) is int and length > 0 else {}
 
 
 def _special_ids(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import videorefer
-from vr_jax.interop.fields import read_json
+from vr_jax.interop.fields import read_config
 from vr_jax.interop.generation import generation
+from vr_jax.interop.parts import read_part, read_settings
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import Mapped, Safetensors, Shapes, Slot
-from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
+from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
 MODEL_TYPE = "videorefer_torch"
 CODE = Path(__file__).parent / "torch_model"
@@ -30,12 +31,16 @@ def open_torch(folder: Path) -> Source:
   Raises:
     InputError: a config or tensors that do not fit.
   """
-  fields = read_json(folder / "config.json")
+  where = folder / "config.json"
+  fields = read_config(where)
   model = fields.get("videorefer")
   if not isinstance(model, dict) or not set(PARTS) <= set(model):
-    raise InputError(f"{folder / 'config.json'}: no videorefer with {', '.join(PARTS)}")
-  parts = {part: part_config(part, model[part]) for part in PARTS}
-  settings = {k: v for k, v in model.items() if k not in PARTS}
+    raise InputError(f"{where}: no videorefer with {', '.join(PARTS)}")
+  parts = {part: read_part(part, model[part], where) for part in PARTS}
+  settings = read_settings({k: v for k, v in model.items() if k not in PARTS}, where)
+  widths = {parts[name].width for name in ("connector", "region", "llm")}
+  if len(widths) > 1:
+    raise InputError(f"{where}: connector, region and llm have {len(widths)} widths; accepted: one")
   cfg = VideoReferConfig(**settings, **parts)
   shapes = videorefer.model_shapes(cfg)
   params = Mapped(Safetensors(folder), videorefer.model_slots(cfg, shapes), shapes)

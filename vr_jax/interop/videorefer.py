@@ -18,7 +18,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower
-from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.fields import IDS, field, read_config, read_json, require, size
 from vr_jax.interop.generation import Generation, generation
 from vr_jax.interop.hf_tower import dense, norm
 from vr_jax.interop.source import Kept, Source
@@ -43,9 +43,10 @@ from vr_jax.interop.table import (
   shapes_of,
   slots,
 )
-from vr_jax.models.connector import KINDS, Connector, ConnectorConfig
-from vr_jax.models.region import RegionConfig
-from vr_jax.models.videorefer import PARTS, VideoReferConfig, init_params
+from vr_jax.models import connector
+from vr_jax.models.connector import Connector, ConnectorConfig
+from vr_jax.models.region import KINDS, RegionConfig
+from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
 MODEL_TYPES = ("videorefer_qwen2", "videorefer")
 REGION_TOKENS = 4  # a default of the published code (`layer.py`), not part of its config.json
@@ -104,7 +105,7 @@ def to_published(cfg: VideoReferConfig, params: Mapping[str, Any]) -> dict[str, 
 def is_published(folder: Path | str) -> bool:
   """Whether a folder holds a published VideoRefer checkpoint, by what its config.json says."""
   file = Path(folder) / "config.json"
-  return file.is_file() and read_json(file).get("model_type") in MODEL_TYPES
+  return file.is_file() and read_config(file).get("model_type") in MODEL_TYPES
 
 
 def config_json(
@@ -214,7 +215,7 @@ def open_published(folder: Path | str) -> Source:
   """
   folder = Path(folder)
   where = folder / "config.json"
-  fields = read_json(where)
+  fields = read_config(where)
   tensors = Safetensors(folder)
   tower_folder = _tower_folder(folder, field(fields, where, "mm_vision_tower", str, ""))
   notes: list[str] = []
@@ -275,13 +276,13 @@ def _model_config(
   require(fields, where, "model_type", MODEL_TYPES, None)
   require(fields, where, "mm_region_encoder_type", ("pooling",), "pooling")
   require(fields, where, "mm_vision_select_feature", ("patch",), "patch")
-  require(fields, where, "mm_projector_type", tuple(KINDS), "linear")
+  require(fields, where, "mm_projector_type", tuple(connector.KINDS), "linear")
   require(fields, where, "image_aspect_ratio", ("square", "pad", None), None)
   tower_name = field(fields, where, "mm_vision_tower", str, "")
   select_layer = field(fields, where, "mm_vision_select_layer", int, -2)
   if tower_folder is not None:
     file = tower_folder / "config.json"
-    img = hf_tower.tower_config(read_json(file), file, select_layer)
+    img = hf_tower.tower_config(read_config(file), file, select_layer)
   elif any(name.startswith(SHARD_TOWER) for name in tensors):
     img, assumed = hf_tower.guess_config(tensors, SHARD_TOWER, tower_name, select_layer)
     notes += ["tower: from the shards, with no folder to compare it with", assumed]
@@ -291,8 +292,9 @@ def _model_config(
       f"mm_vision_tower={tower_name!r}"
     )
   require(fields, where, "mm_hidden_size", (img.width,), img.width)
-  llm = hf_decoder.decoder_config(fields, where)
-  tokens = field(fields, where, _TOKENS_FIELD, int, REGION_TOKENS)
+  llm, head = hf_decoder.with_head(hf_decoder.decoder_config(fields, where), tensors)
+  notes += head
+  tokens = size(fields, where, _TOKENS_FIELD, REGION_TOKENS)
   kind = field(fields, where, "mm_projector_type", str, "linear")
   return VideoReferConfig(
     name=folder.resolve().name,
@@ -300,16 +302,44 @@ def _model_config(
     connector=ConnectorConfig(kind=kind, width=llm.width),
     region=RegionConfig(width=llm.width, tokens=tokens),
     llm=llm,
-    num_frames=field(fields, where, "num_frames", int, 16),
+    num_frames=size(fields, where, "num_frames", 16),
     image_aspect_ratio=fields.get("image_aspect_ratio") or "square",
-    max_text_ids=field(fields, where, "tokenizer_model_max_length", int, 2048),
+    max_text_ids=size(fields, where, "tokenizer_model_max_length", 2048, most=IDS),
   )
 
 
 @functools.cache
 def model_shapes(cfg: VideoReferConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of the whole model's parameters."""
-  return shapes_of(lambda key: init_params(cfg, key), jax.random.key(0))
+  parts = {
+    "connector": _connector_shapes(cfg.connector, cfg.img.width),
+    "img": hf_tower.tower_shapes(cfg.img),
+    "llm": hf_decoder.decoder_shapes(cfg.llm),
+    "region": _region_shapes(cfg.region, cfg.img.width),
+  }
+  return {
+    f"{part}/{path}": shape for part, shapes in parts.items() for path, shape in shapes.items()
+  }
+
+
+# Part by part, since tracing the modules is what opening a folder takes time for.
+@functools.cache
+def _connector_shapes(cfg: ConnectorConfig, width: int) -> Shapes:
+  """Path -> shape of a connector over a tower of that width."""
+  features = jax.ShapeDtypeStruct((1, 2, 4, width), jnp.float32)
+  return shapes_of(lambda x: Connector(cfg).init(jax.random.key(0), x)["params"], features)
+
+
+@functools.cache
+def _region_shapes(cfg: RegionConfig, width: int) -> Shapes:
+  """Path -> shape of a region encoder over a tower of that width."""
+  seen = (
+    jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32),
+    jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.uint8),
+    jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
+  )
+  encoder = KINDS[cfg.kind](cfg)
+  return shapes_of(lambda *x: encoder.init(jax.random.key(0), *x)["params"], *seen)
 
 
 def _origin(folder: Path, fields: dict[str, Any], tower: Path | None) -> dict[str, Any]:
@@ -344,16 +374,16 @@ def load_connector(
 
 def open_connector(tensors: Tensors, kind: str, prefix: str) -> tuple[ConnectorConfig, Mapped]:
   """The connector among tensors whose names begin with `prefix`."""
-  if kind not in KINDS:
-    raise InputError(f"{tensors.path}: connector kind {kind!r} is not one of {', '.join(KINDS)}")
+  if kind not in connector.KINDS:
+    known = ", ".join(connector.KINDS)
+    raise InputError(f"{tensors.path}: connector kind {kind!r} is not one of {known}")
   readout = [prefix + name + "weight" for name in readout_names(kind)]
-  first = prefix + "s1.b1.conv1.conv.weight" if KINDS[kind].stage_depth else readout[0]
+  first = prefix + "s1.b1.conv1.conv.weight" if connector.KINDS[kind].stage_depth else readout[0]
   for name in (first, readout[-1]):
     if name not in tensors:
       raise InputError(f"{tensors.path}: a connector of kind {kind} needs the tensor {name}")
   cfg = ConnectorConfig(kind=kind, width=tensors.shape(readout[-1])[0])
-  features = jax.ShapeDtypeStruct((1, 2, 4, tensors.shape(first)[1]), jnp.float32)
-  shapes = shapes_of(lambda x: Connector(cfg).init(jax.random.key(0), x)["params"], features)
+  shapes = _connector_shapes(cfg, tensors.shape(first)[1])
   table = list(slots(shapes, connector_rows(kind), theirs=prefix))
   return cfg, Mapped(tensors, table, shapes, unused=lambda name: not name.startswith(prefix))
 
@@ -374,8 +404,11 @@ def _unused(cfg: VideoReferConfig) -> Callable[[str], bool]:
 def _tower_folder(folder: Path, name: str) -> Path | None:
   """The folder `mm_vision_tower` names, relative to the checkpoint or to where we are."""
   for candidate in (folder / name, Path(name)):
-    if name and (candidate / "config.json").is_file():
-      return candidate
+    try:
+      if name and (candidate / "config.json").is_file():
+        return candidate
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+      continue
   return None
 
 

@@ -12,10 +12,11 @@ from vr_jax.checkpoint import (
   tokenizer_files_of,
 )
 from vr_jax.interop.adapter import Adapter, factors_of
+from vr_jax.interop.parts import read_part
 from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import Parameters, Safetensors, Shapes
 from vr_jax.models.lora import is_factor
-from vr_jax.models.videorefer import PARTS, part_config
+from vr_jax.models.videorefer import PARTS
 
 KEPT = "kept"  # folder of the tensors that a foreign folder held and the model does not use
 
@@ -59,7 +60,9 @@ def open_checkpoint(path: str | Path) -> Source:
   stored = StoredParams(folder)
   params: Parameters = stored
   held = {path.split("/")[0] for path in stored.shapes} & set(model)
-  parts = {part: part_config(part, model[part]) for part in PARTS if part in model and part in held}
+  parts = {
+    part: read_part(part, model[part], path, adapters=True) for part in PARTS if part in held
+  }
   adapter = None
   if "llm" in parts and (rank := parts["llm"].lora_rank):
     adapter = Adapter(factors_of(stored), rank, parts["llm"].lora_alpha)

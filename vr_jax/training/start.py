@@ -186,7 +186,7 @@ def _open_adapter(path: str | Path, llm: DecoderConfig | None) -> Source:
       f"{path}: an adapter, and the model has none; set llm.lora_rank in config.model, or merge it "
       f"before: vr convert BASE MERGED --to vr --adapter {path}"
     )
-  adapter = peft.open_adapter(path, llm)
+  adapter = peft.open_adapter(path, llm).factors_alone(path)
   if not _same_adapter(adapter, llm):
     raise InputError(
       f"{path}: an adapter of rank {adapter.rank} and alpha {adapter.alpha:g}; the model has "
