@@ -2,13 +2,11 @@
 and dtypes in signatures checked whenever a function is called."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 # Before anything imports these modules.
@@ -40,15 +38,15 @@ def media_dir() -> Path:
   return Path(folder)
 
 
-@pytest.fixture(scope="module")
-def programs_on_disk(tmp_path_factory) -> Iterator[Path]:
-  """A folder where the programs of a module's tests are kept, so that none is compiled twice."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  yield keep_on_disk(tmp_path_factory.mktemp("programs"))
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+@pytest.fixture(scope="session", autouse=True)
+def programs_on_disk(tmp_path_factory) -> Path:
+  """A folder where the programs of all tests are kept, so that none is compiled twice.
+
+  By the environment too: commands and processes that tests start use it, not the user's cache.
+  """
+  folder = tmp_path_factory.mktemp("programs")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+  return keep_on_disk(folder)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,9 +12,6 @@ from vr_jax import cli
 from vr_jax.inference import bulk
 from vr_jax.inference.bulk import read_requests
 
-# Models that are loaded again find their programs on disk.
-pytestmark = pytest.mark.usefixtures("programs_on_disk")
-
 QUESTION = "What is <region> doing?"
 
 

@@ -17,10 +17,6 @@ from vr_jax.sharding import make_mesh
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4}
 
 
-# Models that are loaded again find their programs on disk.
-pytestmark = pytest.mark.usefixtures("programs_on_disk")
-
-
 @pytest.fixture(scope="module")
 def tiny(golden):
   return golden / "tiny_videorefer_qwen2"

@@ -152,9 +152,7 @@ def test_cached_frames_give_the_same_loss_without_the_tower(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [False, True])
-def test_training_from_the_cache_ends_as_training_without(
-  folder, golden, model, tmp_path, programs_on_disk, frames
-):
+def test_training_from_the_cache_ends_as_training_without(folder, golden, model, tmp_path, frames):
   """By the commands: vr data features, then vr train with and without input.features."""
   tiny = golden / "tiny_videorefer_qwen2"
   meta = make_meta(model.config.to_dict(), read_tokenizer_files(tiny))

@@ -51,10 +51,6 @@ from vr_jax.training.start import model_config, starting_params
 from vr_jax.training.step import TrainState
 from vr_jax.training.videorefer_task import trained_parts
 
-# A run that goes on finds its programs on disk.
-pytestmark = pytest.mark.usefixtures("programs_on_disk")
-
-
 ADAPTERS = ((".*_lora_.*", {"decay": "constant"}), (".*", None))
 
 
