@@ -182,6 +182,13 @@ def test_nothing_is_compiled_after_the_warm_up(tiny, requests):
   said = list(model.answer_each(picked, **options))
   assert not [answer for _, answer in said if isinstance(answer, InputError)]
   assert len(said) == 200
+  for way in (
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1, "top_p": 0.5},
+  ):
+    assert model.ask_many(picked[:4], **options, **way)
+  assert model.ask_many(picked[:2], **(options | {"max_new_tokens": 5}))
   assert compilations() == before
   model.ask_many(requests[:1], **(options | {"scene_frames": 6}))
   assert compilations() > before  # so the counter counts

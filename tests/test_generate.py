@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vr_jax.inference.generate import Generator, bucket, extend, generate, prefill
-from vr_jax.inference.sampling import Sampling, penalize, pick
+from vr_jax.inference.sampling import WINDOW, Sampling, penalize, pick
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
 
 CFG = DecoderConfig(
@@ -130,7 +130,9 @@ def test_the_cache_is_donated_and_must_have_room(params):
 
 def _drawn(logits, sampling, count=4000):
   keys = jax.random.split(jax.random.key(0), count)
-  return np.bincount(pick(jnp.tile(logits, (count, 1)), keys, sampling), minlength=len(logits))
+  return np.bincount(
+    pick(jnp.tile(logits, (count, 1)), keys, sampling.rows(count)), minlength=len(logits)
+  )
 
 
 PROBABILITIES = np.array([0.4, 0.05, 0.3, 0.1, 0.15])
@@ -154,6 +156,37 @@ def test_draws_follow_the_kept_probabilities(sampling, expected):
   expected = np.asarray(expected) / np.sum(expected)
   assert (counts[expected == 0] == 0).all()
   np.testing.assert_allclose(counts / 4000, expected, atol=0.03)
+
+
+def _pick_by_sorting(logits, key, sampling):
+  """One row's token, from its words in the order of their logits."""
+  if sampling.temperature == 0:
+    return int(logits.argmax())
+  order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+  scaled = (logits / np.float32(sampling.temperature))[order]
+  if not sampling.top_k and sampling.top_p == 1:
+    return int(jax.random.categorical(key, logits / np.float32(sampling.temperature)))
+  shares = np.exp(scaled.astype(np.float64) - scaled.max())
+  shares /= shares.sum()
+  scaled[np.cumsum(shares) - shares >= sampling.top_p] = -np.inf
+  return int(order[int(jax.random.categorical(key, scaled))])
+
+
+def test_rows_of_one_call_are_each_drawn_their_own_way():
+  """Mixed rows: each draws what it would alone, as by sorting all words."""
+  ways = [
+    Sampling(),
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.2, top_k=5),
+    Sampling(temperature=1.0, top_k=WINDOW),
+    Sampling(temperature=0.9, top_p=0.6),
+    Sampling(temperature=1.1, top_k=40, top_p=0.5),
+  ] * 8
+  logits = 4 * np.random.default_rng(0).normal(size=(len(ways), 1000)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(1), len(ways))
+  sampling = jax.tree.map(lambda *xs: np.concatenate(xs), *(way.rows(1) for way in ways))
+  expected = [_pick_by_sorting(*one) for one in zip(logits, keys, ways, strict=True)]
+  np.testing.assert_array_equal(jax.jit(pick)(logits, keys, sampling), expected)
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p", "repetition_penalty"])

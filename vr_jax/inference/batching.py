@@ -27,7 +27,7 @@ from vr_jax.inference.generate import Decoding
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import KEPT, Prefix
 from vr_jax.inference.programs import Programs, bytes_of
-from vr_jax.inference.sampling import Sampling
+from vr_jax.inference.sampling import RowSampling, Sampling
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
@@ -110,7 +110,6 @@ class Engine:
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    sampling: Sampling,
     memory_limit: int | None = None,
   ):
     """`module` has its decoder in the fused layout; `memory_limit` bytes, default the device's.
@@ -126,10 +125,10 @@ class Engine:
     self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
     self._llm = module.cfg.llm
     limit = device_memory() if memory_limit is None else memory_limit
-    self.plan = self._planned(programs, placement, sampling, limit, scratch=False)
+    self.plan = self._planned(programs, placement, limit, scratch=False)
     if self.plan.total <= limit:
-      self._compile(module, programs, placement, eos_ids, pad_id, sampling)
-      self.plan = self._planned(programs, placement, sampling, limit, scratch=True)
+      self._compile(module, programs, placement, eos_ids, pad_id)
+      self.plan = self._planned(programs, placement, limit, scratch=True)
     if self.plan.total > limit:
       raise InputError(
         f"{sizes.rows} rows of {sizes.slots} slots (prefix {sizes.prefix}, question "
@@ -138,14 +137,20 @@ class Engine:
       )
 
   def run(
-    self, prompts: Iterable[Prompt], *, limit: int, seed: int = 0, every: int | None = None
+    self,
+    prompts: Iterable[Prompt],
+    *,
+    limit: int,
+    seed: int = 0,
+    sampling: Sampling = generate.GREEDY,
+    every: int | None = None,
   ) -> Iterator[Progress]:
     """Answers the prompts, taking the next one whenever a row is free.
 
     Args:
       prompts: drawn one by one, so they may be made as they are needed.
       limit: the most new tokens of each.
-      seed: of the sampling.
+      seed, sampling: how tokens are drawn.
       every: report after so many steps; by default when answers are complete.
     """
     waiting = _Waiting(prompts)
@@ -156,7 +161,7 @@ class Engine:
     while True:
       while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
         free = [i for i, index in enumerate(rows) if index is None][: len(batch)]
-        state = self._fill(state, batch, free, limit, seed)
+        state = self._fill(state, batch, free, limit, seed, sampling)
         for i, prompt in zip(free, batch, strict=True):
           rows[i], reported[i] = prompt.index, 0
       if all(index is None for index in rows):
@@ -173,7 +178,13 @@ class Engine:
         yield Progress(index, new, bool(done[i]))
 
   def _fill(
-    self, state: Decoding, batch: list[Prompt], free: list[int], limit: int, seed: int
+    self,
+    state: Decoding,
+    batch: list[Prompt],
+    free: list[int],
+    limit: int,
+    seed: int,
+    sampling: Sampling,
   ) -> Decoding:
     """Prefills the questions of the batch and puts them into free rows."""
     Q, K, E = self._together, self._chunk, self._llm.width
@@ -196,11 +207,12 @@ class Engine:
     ends = self.sizes.prefix + counts
     indices = np.array([p.index for p in filled], np.int32)
     limits = np.full(Q, limit, np.int32)
-    return self._admit(state, rows, logits, ends, where, limits, np.uint32(seed), indices)
+    draws = sampling.rows(Q)
+    return self._admit(state, rows, logits, ends, where, limits, np.uint32(seed), indices, draws)
 
   # --- Programs -------------------------------------------------------------------------------
 
-  def _state(self, sampling: Sampling, pad_id: int) -> Decoding:
+  def _state(self, pad_id: int) -> Decoding:
     """B rows without an answer."""
     B, M, W = self.sizes.rows, self.sizes.new_tokens, self._llm.vocab_size
     cache = KVCache.empty(self._llm, B, self.sizes.slots)
@@ -212,7 +224,8 @@ class Engine:
       start=jnp.zeros(B, jnp.int32),
       limits=jnp.zeros(B, jnp.int32),
       keys=jax.random.split(jax.random.key(0), B),
-      seen=None if sampling.repetition_penalty == 1 else jnp.zeros((B, W), bool),
+      seen=jnp.zeros((B, W), bool),
+      sampling=jax.tree.map(jnp.asarray, Sampling().rows(B)),
     )
 
   def _opened(self, prefixes: tuple[KVCache, ...]) -> KVCache:
@@ -230,7 +243,7 @@ class Engine:
       end=jnp.full(len(prefixes), self.sizes.prefix, jnp.int32),
     )
 
-  def _shapes(self, placement: Placement, sampling: Sampling):
+  def _shapes(self, placement: Placement):
     """Shapes of the state, of Q rows and of a prefix, with their shardings."""
 
     def placed(shapes, shardings):
@@ -247,15 +260,15 @@ class Engine:
     Q, B = self._together, self.sizes.rows
     prefix_shapes = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
     row_shapes = jax.eval_shape(self._opened, (prefix_shapes,) * Q)
-    state = jax.eval_shape(lambda: self._state(sampling, 0))
+    state = jax.eval_shape(lambda: self._state(0))
     return (
-      placed(state, placement.state(self._llm, B, sampling)),
+      placed(state, placement.state(self._llm, B)),
       placed(row_shapes, placement.cache(self._llm, Q)),
       prefix_shapes,
     )
 
-  def _planned(self, programs, placement, sampling, limit: int, scratch: bool) -> Plan:
-    state, rows, prefix = self._shapes(placement, sampling)
+  def _planned(self, programs, placement, limit: int, scratch: bool) -> Plan:
+    state, rows, prefix = self._shapes(placement)
     return Plan(
       weights=bytes_of(self._params),
       rows=bytes_of(state) + bytes_of(rows),
@@ -264,10 +277,10 @@ class Engine:
       limit=limit,
     )
 
-  def _compile(self, module, programs, placement, eos_ids, pad_id, sampling) -> None:
-    llm, array, name = self._llm, placement.array, (self.sizes, eos_ids, pad_id, sampling)
-    state, rows, prefix = self._shapes(placement, sampling)
-    state_placed = placement.state(llm, self.sizes.rows, sampling)
+  def _compile(self, module, programs, placement, eos_ids, pad_id) -> None:
+    llm, array, name = self._llm, placement.array, (self.sizes, eos_ids, pad_id)
+    state, rows, prefix = self._shapes(placement)
+    state_placed = placement.state(llm, self.sizes.rows)
     rows_placed = placement.cache(llm, self._together)
     Q, K, W = self._together, self._chunk, llm.vocab_size
     axis = placement.rows(Q)
@@ -279,15 +292,15 @@ class Engine:
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")
       return rows, jnp.where((slots[-1] >= 0).any(1)[:, None], new, logits)
 
-    def admit(state, rows, logits, ends, where, limits, seed, indices):
+    def admit(state, rows, logits, ends, where, limits, seed, indices, sampling):
       keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
       rows = dataclasses.replace(rows, end=ends)
       M = self.sizes.new_tokens
-      new = generate.first(logits, rows, limits, keys, M, eos_ids, pad_id, sampling)
+      new = generate.first(logits, rows, limits, keys, sampling, M, eos_ids, pad_id)
       return jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), state, new)
 
     def decode(params, state, steps, stop_at_end):
-      return generate.decode(module, params, state, steps, stop_at_end, eos_ids, pad_id, sampling)
+      return generate.decode(module, params, state, steps, stop_at_end, eos_ids, pad_id)
 
     logits, whole = per_row("float32", W), placement.whole
     out = None if whole is None else (rows_placed, logits.sharding)
@@ -298,13 +311,14 @@ class Engine:
       per_row("int32", K),
     )
     integers, one = per_row("int32"), array((), "int32")
-    self._empty = programs(("empty", name), lambda: self._state(sampling, pad_id), out=state_placed)
+    self._empty = programs(("empty", name), lambda: self._state(pad_id), out=state_placed)
     self._open = programs(("open", self.sizes), self._opened, (prefix,) * Q, out=rows_placed)
     self._extend = programs(
       ("extend", self.sizes), extend, self._params, rows, logits, *slots, donate=(1,), out=out
     )
     seed = array((), "uint32")
-    arguments = (state, rows, logits, integers, integers, integers, seed, integers)
+    sampling = RowSampling(per_row("float32"), integers, per_row("float32"), per_row("float32"))
+    arguments = (state, rows, logits, integers, integers, integers, seed, integers, sampling)
     self._admit = programs(("admit", name), admit, *arguments, donate=(0,), out=state_placed)
     arguments = (self._params, state, one, array((), bool))
     self._decode = programs(("decode", name), decode, *arguments, donate=(1,), out=state_placed)

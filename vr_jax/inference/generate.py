@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vr_jax.inference.sampling import Sampling, penalize, pick
+from vr_jax.inference.sampling import RowSampling, Sampling, penalize, pick
 from vr_jax.models.decoder import KVCache
 
 GREEDY = Sampling()
@@ -38,7 +38,8 @@ class Decoding:
     start: position of the row's first new token, which follows its prompt.
     limits: the most tokens of the row.
     keys: the row's random key; token i is drawn with `fold_in(key, i)`.
-    seen: tokens that the row has generated; None where there is no repetition penalty.
+    seen: tokens that the row has generated, for the repetition penalty.
+    sampling: how each row's tokens are chosen.
   """
 
   cache: KVCache
@@ -48,7 +49,8 @@ class Decoding:
   start: Int[Array, " B"]
   limits: Int[Array, " B"]
   keys: Array
-  seen: Bool[Array, "B W"] | None
+  seen: Bool[Array, "B W"]
+  sampling: RowSampling
 
 
 def bucket(length: int, smallest: int = 64) -> int:
@@ -96,7 +98,7 @@ def generate(
   """
   state = _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys)
   most = int(np.max(max_new_tokens))
-  state = decode(model, params, state, most, False, tuple(eos_ids), pad_id, sampling)
+  state = decode(model, params, state, most, False, tuple(eos_ids), pad_id)
   return np.asarray(state.tokens)[:, :most], np.asarray(state.lengths)
 
 
@@ -142,11 +144,11 @@ def _start(logits, cache, max_new_tokens, eos_ids, pad_id, sampling, keys) -> De
     # XLA:CPU copies the whole cache in every step.
     cache = cache.replace(end=jnp.broadcast_to(cache.end, B))
   columns = bucket(int(limits.max()), smallest=16)  # a static size that many limits share
-  return first(logits, cache, limits, keys, columns, tuple(eos_ids), pad_id, sampling)
+  return first(logits, cache, limits, keys, sampling.rows(B), columns, tuple(eos_ids), pad_id)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), donate_argnums=1)
-def first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> Decoding:
+@functools.partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=1)
+def first(logits, cache, limits, keys, sampling, columns, eos_ids, pad_id) -> Decoding:
   """The state that holds the first new token of each row, with room for `columns` tokens."""
   B, W = logits.shape
   state = Decoding(
@@ -157,15 +159,14 @@ def first(logits, cache, limits, keys, columns, eos_ids, pad_id, sampling) -> De
     start=cache.positions.max(axis=1) + 1,
     limits=limits,
     keys=keys,
-    seen=None if sampling.repetition_penalty == 1 else jnp.zeros((B, W), bool),
+    seen=jnp.zeros((B, W), bool),
+    sampling=jax.tree.map(jnp.asarray, sampling),
   )
-  return _choose(logits, state, eos_ids, pad_id, sampling)
+  return _choose(logits, state, eos_ids, pad_id)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=2)
-def decode(
-  model, params, state: Decoding, steps, stop_at_end, eos_ids, pad_id, sampling
-) -> Decoding:
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
+def decode(model, params, state: Decoding, steps, stop_at_end, eos_ids, pad_id) -> Decoding:
   """Up to `steps` more tokens a row, until all rows, or with `stop_at_end` one, have ended."""
   before = state.done
 
@@ -181,15 +182,23 @@ def decode(
     logits, cache = model.apply(
       {"params": params}, last, position[:, None], state.cache, method="extend"
     )
-    return i + 1, _choose(logits[:, 0], state.replace(cache=cache), eos_ids, pad_id, sampling)
+    return i + 1, _choose(logits[:, 0], state.replace(cache=cache), eos_ids, pad_id)
 
   return jax.lax.while_loop(go_on, step, (0, state))[1]
 
 
-def _choose(logits, state: Decoding, eos_ids, pad_id, sampling) -> Decoding:
+def _choose(logits, state: Decoding, eos_ids, pad_id) -> Decoding:
   """Writes the next token of every row that is not done."""
-  if state.seen is not None:
-    logits = penalize(logits, state.seen, sampling.repetition_penalty)
+  # A row that has ended asks for nothing: what it was shall cost the others no more.
+  penalty = jnp.where(state.done, 1, state.sampling.penalty)
+  sampling = state.sampling.replace(
+    temperature=jnp.where(state.done, 0, state.sampling.temperature)
+  )
+  logits = jax.lax.cond(
+    (penalty != 1).any(),
+    lambda: penalize(logits, state.seen, penalty[:, None]),
+    lambda: logits,
+  )
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
   token = jnp.where(state.done, pad_id, pick(logits, keys, sampling))
   rows = jnp.arange(token.shape[0])
@@ -200,5 +209,5 @@ def _choose(logits, state: Decoding, eos_ids, pad_id, sampling) -> Decoding:
     tokens=state.tokens.at[rows, column].set(token, mode="drop"),
     lengths=lengths,
     done=state.done | ended,
-    seen=None if state.seen is None else state.seen.at[rows, token].set(True),
+    seen=state.seen.at[rows, token].set(True),
   )

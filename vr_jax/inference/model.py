@@ -114,7 +114,7 @@ class Model:
     self.sampling = Sampling(repetition_penalty=settings.get("repetition_penalty") or 1.0)
     self._module = VideoRefer(self.cfg)
     self._programs = Programs()
-    self._engines: dict[tuple[Sizes, Sampling], Engine] = {}
+    self._engines: dict[Sizes, Engine] = {}
     self.visual = Visual(self._module, self.params, self._programs, self._placement)
 
   def ask(
@@ -211,7 +211,7 @@ class Model:
       head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
       self.visual.compile(scene, len(head))
       for slots in _classes(question_slots):
-        self._engine(self._sizes(settings, len(head), slots), settings.sampling(self.sampling))
+        self._engine(self._sizes(settings, len(head), slots))
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
     """How the tokens of each object came about (Fig. 7 of the paper).
@@ -259,7 +259,9 @@ class Model:
       slots = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
       engine = call.engines[slots]
       assert isinstance(engine, Engine)  # a lane without one holds no prompts
-      for progress in engine.run(self._prompts(call, slots), limit=limit, seed=seed, every=every):
+      for progress in engine.run(
+        self._prompts(call, slots), limit=limit, seed=seed, sampling=sampling, every=every
+      ):
         yield from _refusals(call)
         entry = call.under_way[progress.index]
         entry.ids += progress.tokens
@@ -310,7 +312,7 @@ class Model:
       head, _ = around_media(question_prompt("", self.tokenizer, "video")[1])
       try:
         sizes = self._sizes(call.options, len(head), slots)
-        call.engines[slots] = self._engine(sizes, call.sampling)
+        call.engines[slots] = self._engine(sizes)
       except InputError as error:
         call.engines[slots] = error
       call.lanes[slots] = collections.deque()
@@ -354,9 +356,9 @@ class Model:
 
   # --- Sizes ----------------------------------------------------------------------------------
 
-  def _engine(self, sizes: Sizes, sampling: Sampling) -> Engine:
-    if (sizes, sampling) not in self._engines:
-      self._engines[sizes, sampling] = Engine(
+  def _engine(self, sizes: Sizes) -> Engine:
+    if sizes not in self._engines:
+      self._engines[sizes] = Engine(
         self._module,
         self.params,
         self._programs,
@@ -364,10 +366,9 @@ class Model:
         sizes,
         eos_ids=self.eos_ids,
         pad_id=self.pad_id,
-        sampling=sampling,
         memory_limit=self._memory_limit,
       )
-    return self._engines[sizes, sampling]
+    return self._engines[sizes]
 
   def _sizes(self, options: Options, head: int, question: int) -> Sizes:
     return Sizes(

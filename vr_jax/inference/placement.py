@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data_pipes.errors import InputError
 from vr_jax.inference.generate import Decoding
-from vr_jax.inference.sampling import Sampling
+from vr_jax.inference.sampling import RowSampling
 from vr_jax.models.decoder import DecoderConfig, KVCache
 from vr_jax.params import path_names
 from vr_jax.sharding import make_mesh
@@ -118,13 +118,13 @@ class Placement:
     row = self.split(self.rows(rows))
     return KVCache(k=heads, v=heads, positions=row, end=row)
 
-  def state(self, cfg: DecoderConfig, rows: int, sampling: Sampling) -> Decoding | None:
+  def state(self, cfg: DecoderConfig, rows: int) -> Decoding | None:
     """Shardings of rows that are being answered."""
     if self.mesh is None:
       return None
     row = self.split(self.rows(rows))
-    seen = None if sampling.repetition_penalty == 1 else row
-    return Decoding(self.cache(cfg, rows), row, row, row, row, row, row, seen)
+    sampling = RowSampling(row, row, row, row)
+    return Decoding(self.cache(cfg, rows), row, row, row, row, row, row, row, sampling)
 
   def put(self, params: Any) -> Any:
     """Parameters, the decoder's in the fused layout, on their devices."""
