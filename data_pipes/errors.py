@@ -11,6 +11,9 @@ class InputError(ValueError):
   The command line prints it and exits with code 2; everything else is our fault.
   """
 
+  def __init__(self, message: str = ""):
+    super().__init__(" ".join(str(message).splitlines()))  # names and values may hold line ends
+
 
 class Defect(InputError):
   """A defect of one annotated item or its media; `kind` is its class in reports (check.KINDS)."""
@@ -58,6 +61,12 @@ class reading:  # stands behind `with`, like contextlib.suppress
 def one_line(error: BaseException | str, limit: int = 200) -> str:
   """The message of an error on one line, cut to `limit` characters."""
   return " ".join(str(error).split())[:limit]
+
+
+def shown(value: object) -> str:
+  """A value in a message: its repr on one line, cut to 60 characters."""
+  text = one_line(repr(value), 61)
+  return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

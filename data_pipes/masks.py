@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError, reading
+from data_pipes.errors import InputError, reading, shown
 from data_pipes.images import MAX_PIXELS
 
 GRID_RULES = ("keep", "published", "area")
@@ -28,14 +28,14 @@ def string_to_counts(text: str | bytes) -> np.ndarray:
   data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
   codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
   if not codes.size or codes.min() < 0 or codes.max() > 63:
-    raise InputError(f"mask counts {_short(text)} are no compressed COCO run lengths")
+    raise InputError(f"mask counts {shown(text)} are no compressed COCO run lengths")
   last = (codes & 0x20) == 0  # the last character of each number
   if not last[-1]:
-    raise InputError(f"mask counts {_short(text)} break off in the middle of a number")
+    raise InputError(f"mask counts {shown(text)} break off in the middle of a number")
   starts = np.flatnonzero(np.concatenate(([True], last[:-1])))
   lengths = np.diff(np.append(starts, codes.size))
   if lengths.max() > 10:
-    raise InputError(f"mask counts {_short(text)} hold a number too large for a mask")
+    raise InputError(f"mask counts {shown(text)} hold a number too large for a mask")
   shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
   counts = np.add.reduceat((codes & 0x1F) << shifts, starts)
   negative = (codes[last] & 0x10) != 0
@@ -152,11 +152,11 @@ def segmentation_to_mask(
     if isinstance(counts, str | bytes):
       counts = string_to_counts(counts)
     elif not isinstance(counts, list):
-      raise InputError(f"mask counts are {_short(counts)}; a string or a list is needed")
+      raise InputError(f"mask counts are {shown(counts)}; a string or a list is needed")
     return counts_to_mask(counts, *size)
   if box is None and segmentation is not None and not isinstance(segmentation, list):
     raise InputError(
-      f"segmentation is {_short(segmentation)}; accepted: run lengths, polygons, null"
+      f"segmentation is {shown(segmentation)}; accepted: run lengths, polygons, null"
     )
   if height is None or width is None:
     raise InputError("a segmentation without run lengths needs the height and width of the video")
@@ -176,7 +176,7 @@ def annotation_to_mask(annotation: dict | None, height: int, width: int) -> np.n
   if annotation is not None and (
     not isinstance(annotation, dict) or "segmentation" not in annotation
   ):
-    raise InputError(f"annotation is {_short(annotation)}; a 'segmentation' key is needed")
+    raise InputError(f"annotation is {shown(annotation)}; a 'segmentation' key is needed")
   segmentation = None if annotation is None else annotation["segmentation"]
   return check_size(segmentation_to_mask(segmentation, height, width), height, width)
 
@@ -199,18 +199,18 @@ def _size(segmentation: dict) -> tuple[int, int]:
       if height * width > MAX_PIXELS:
         raise InputError(f"mask size is {height}x{width}; accepted: up to {MAX_PIXELS} pixels")
       return height, width
-  raise InputError(f"mask size is {_short(size)}; [height, width] is needed")
+  raise InputError(f"mask size is {shown(size)}; [height, width] is needed")
 
 
 def _corners(polygon: list) -> np.ndarray:
   """One polygon of a segmentation, float64 [K, 2]."""
-  needed = f"polygon {_short(polygon)}; a list x, y, x, y, ... of three points or more is needed"
+  needed = f"polygon {shown(polygon)}; a list x, y, x, y, ... of three points or more is needed"
   with reading(needed):
     values = np.asarray(polygon, np.float64)
   if values.ndim != 1 or values.size < 6 or values.size % 2:
     raise InputError(needed)
   if not np.abs(values).max() <= _POLYGON_LIMIT:
-    raise InputError(f"polygon {_short(polygon)} has a coordinate that no video has")
+    raise InputError(f"polygon {shown(polygon)} has a coordinate that no video has")
   return values.reshape(-1, 2)
 
 
@@ -336,7 +336,7 @@ def in_pixels(
 
   Raises InputError for anything else, and for fractions of a pixel, which were meant as shares.
   """
-  needed = f"{what} {_short(values)}; {form} in pixels is needed, or shares such as 30%"
+  needed = f"{what} {shown(values)}; {form} in pixels is needed, or shares such as 30%"
   with reading(needed):
     entries = list(values)
     numbers = [float(v.removesuffix("%") if isinstance(v, str) else v) for v in entries]
@@ -356,11 +356,6 @@ def in_pixels(
 
 def _plain(values: Sequence[float]) -> str:
   return ",".join(f"{float(v):g}" for v in values)
-
-
-def _short(value) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # The patch grid

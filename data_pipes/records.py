@@ -325,7 +325,7 @@ def _parse_turns(value: Any, where: str) -> tuple[Turn, ...]:
       raise Defect(
         "conversations", f"{spot}: found {_kind(turn)}; accepted: {{'from': ..., 'value': text}}"
       )
-    if turn.get("from") not in ROLES:
+    if turn.get("from") not in list(ROLES):  # a list: what cannot be hashed is none of them
       raise Defect(
         "conversations", f"{spot}: key 'from': found {turn.get('from')!r}; accepted: human, gpt"
       )

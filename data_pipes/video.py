@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image, ImageSequence
 
-from data_pipes.errors import InputError, one_line, reading
+from data_pipes.errors import InputError, reading, shown
 from data_pipes.frame_rules import MAX_FRAMES, fps_frames, frame_range, uniform_frames
 from data_pipes.images import (
   IMAGE_SUFFIXES,
@@ -111,7 +111,7 @@ class Video:
     `into[id]`, where that is given. Raises InputError for an id that the video does not have and
     for frames that cannot be decoded.
     """
-    with reading(f"{self.name}: frames {one_line(repr(ids), 60)}", "whole numbers"):
+    with reading(f"{self.name}: frames {shown(ids)}", "whole numbers"):
       ids = [operator.index(i) for i in ids]
     for i in ids:
       if not 0 <= i < len(self):
@@ -132,7 +132,7 @@ class Video:
     times = self.times
     if times is None:
       raise InputError(f"{self.name}: a time was given, but the {self.kind} has none; give a frame")
-    with reading(f"{self.name}: time {seconds!r}", "seconds"):
+    with reading(f"{self.name}: time {shown(seconds)}", "seconds"):
       seconds = float(seconds)
     end = times[-1] + self._last_step(times)
     if not 0 <= seconds < end:
@@ -197,10 +197,10 @@ def open_video(
 
 def check_fps(fps: float) -> float:
   """Frames a second as a number; InputError where they are none."""
-  with reading(f"fps={fps!r}", "a number above 0"):
+  with reading(f"fps={shown(fps)}", "a number above 0"):
     number = float(fps)
   if not 0 < number < math.inf:
-    raise InputError(f"fps={fps!r}; accepted: a number above 0")
+    raise InputError(f"fps={shown(fps)}; accepted: a number above 0")
   return number
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipes.errors import InputError, one_line, reading
+from data_pipes.errors import InputError, reading, shown
 from data_pipes.files import JsonLines, read_json_lines
 from vr_jax.checkpoint import checkpoint_sha256
 from vr_jax.inference.model import Model
@@ -73,7 +73,7 @@ class RequestLine:
       if isinstance(region, str):
         parts += parse_regions([region])
         continue
-      with reading(f"region {one_line(repr(region), 80)}", "a SPEC, or the fields of a Region"):
+      with reading(f"region {shown(region)}", "a SPEC, or the fields of a Region"):
         fields = dict(region)
         accepted = [f.name for f in dataclasses.fields(Region)]
       unknown = [key for key in fields if key not in accepted]

@@ -6,7 +6,7 @@ from dataclasses import field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, shown
 from data_pipes.masks import GRID_RULES
 
 if TYPE_CHECKING:
@@ -68,20 +68,20 @@ class Options:
   mask_rule: str = field(default="keep", metadata=MASK_RULE)
 
   def __post_init__(self):
-    if self.mask_rule not in GRID_RULES:
-      raise InputError(f"mask_rule={self.mask_rule!r}; accepted: {', '.join(GRID_RULES)}")
+    if not isinstance(self.mask_rule, str) or self.mask_rule not in GRID_RULES:
+      raise InputError(f"mask_rule={shown(self.mask_rule)}; accepted: {', '.join(GRID_RULES)}")
     if not isinstance(self.share, bool):
-      raise InputError(f"share={self.share!r}; accepted: True, False")
+      raise InputError(f"share={shown(self.share)}; accepted: True, False")
     for name, (low, high) in WHOLE.items():
       value = getattr(self, name)
       if name == "scene_frames" and value is None:
         continue
       if not _is_number(value, Integral) or not low <= value <= high:
-        raise InputError(f"{name}={value!r}; accepted: a whole number from {low} to {high}")
+        raise InputError(f"{name}={shown(value)}; accepted: a whole number from {low} to {high}")
     if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
-      raise InputError(f"temperature={self.temperature!r}; accepted: 0 (greedy) or more")
+      raise InputError(f"temperature={shown(self.temperature)}; accepted: 0 (greedy) or more")
     if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
-      raise InputError(f"top_p={self.top_p!r}; accepted: above 0, up to 1 (off)")
+      raise InputError(f"top_p={shown(self.top_p)}; accepted: above 0, up to 1 (off)")
 
   def sampling(self, default: "Sampling") -> "Sampling":
     return dataclasses.replace(

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError, one_line, reading
+from data_pipes.errors import InputError, one_line, reading, shown
 from data_pipes.json_items import check_text
 from data_pipes.mask_images import mask_of_array, read_mask_picture
 from data_pipes.masks import (
@@ -76,7 +76,7 @@ class Region:
         f"a region takes one of mask, box, point, rle; found {', '.join(given) or 'none'}"
       )
     if not isinstance(self.name, str | int | None):
-      raise InputError(f"a region's name {self.name!r}; accepted: text")
+      raise InputError(f"a region's name {shown(self.name)}; accepted: text")
     check_text([self.name], "a region's name")
 
   def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Region:
     numbers = self.box if self.point is None else self.point
     if numbers is not None:
       listed = isinstance(numbers, list | tuple | np.ndarray)
-      values = ",".join(map(str, numbers)) if listed else repr(numbers)
+      values = ",".join(map(str, numbers)) if listed else shown(numbers)
       text = one_line(f"{'box' if self.point is None else 'point'}:{values}", 80)
     else:
       source, kind = (self.rle, "rle") if self.mask is None else (self.mask, "mask")
@@ -241,7 +241,9 @@ def _marking(text: str) -> dict[str, Any]:
   if colon and kind in ("box", "point"):
     if "@" in numbers:
       frame = numbers.partition("@")[2]
-      raise InputError(f"FRAME: found {frame!r}; accepted: a frame number, or a time such as 1.5s")
+      raise InputError(
+        f"FRAME: found {shown(frame)}; accepted: a frame number, or a time such as 1.5s"
+      )
     return {kind: tuple(_number(n) for n in numbers.split(","))}
   path, _ = _object_of_file(text)
   if os.path.isfile(path):
@@ -278,10 +280,12 @@ def _masks(region: Region, video: Video, notes: list[str]) -> Iterator[tuple[int
     if by_frame is None:
       by_frame = {_frame_number(region, video): frame_segmentation(content, "the mask")}
     for number, segmentation in by_frame.items():
+      number = _in_video(number, video)
       try:
-        yield _in_video(number, video), _drawn(segmentation, video, notes)
+        mask = _drawn(segmentation, video, notes)
       except InputError as error:
         raise InputError(f"frame {number}: {error}") from error
+      yield number, mask
     return
   number = _frame_number(region, video)
   height, width = video.size
@@ -347,7 +351,7 @@ def frame_number(frame: int | str, video: Video) -> int:
   if isinstance(frame, str):
     parsed = _frame(frame)
     if parsed is None:
-      raise InputError(f"frame {frame!r}; accepted: a frame number, or a time such as '1.5s'")
+      raise InputError(f"frame {shown(frame)}; accepted: a frame number, or a time such as '1.5s'")
     seconds = parse_seconds(parsed) if isinstance(parsed, str) else None
     frame = parsed if seconds is None else video.time_to_frame(seconds)
   return _in_video(frame, video)
@@ -355,7 +359,7 @@ def frame_number(frame: int | str, video: Video) -> int:
 
 def _in_video(number: Any, video: Video) -> int:
   if isinstance(number, bool) or not isinstance(number, int | np.integer):
-    raise InputError(f"frame {number!r}; accepted: a frame number, or a time such as '1.5s'")
+    raise InputError(f"frame {shown(number)}; accepted: a frame number, or a time such as '1.5s'")
   if not 0 <= number < len(video):
     raise InputError(f"frame {number}; {video.name} has frames 0 to {len(video) - 1}")
   return int(number)

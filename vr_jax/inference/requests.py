@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError, one_line, reading
+from data_pipes.errors import InputError, reading, shown
 from data_pipes.json_items import check_text
 from data_pipes.video import check_fps
 from vr_jax.inference.regions import Region
@@ -43,7 +43,7 @@ class Request:
 
   def __post_init__(self):
     if not isinstance(self.question, str):
-      raise InputError(f"question {self.question!r}; accepted: text")
+      raise InputError(f"question {shown(self.question)}; accepted: text")
     check_text([self.question], "question")
     for name, kind, accepted in (
       ("regions", Region, "a list of Region"),
@@ -51,15 +51,15 @@ class Request:
     ):
       entries = getattr(self, name)
       if not isinstance(entries, Sequence) or not all(isinstance(e, kind) for e in entries):
-        raise InputError(f"{name} {one_line(repr(entries))}; accepted: {accepted}")
+        raise InputError(f"{name} {shown(entries)}; accepted: {accepted}")
     for number in (number for by_frame in self.annotation for number in by_frame):
       if not isinstance(number, int | np.integer):
-        raise InputError(f"annotation: frame {number!r}; accepted: a frame number")
+        raise InputError(f"annotation: frame {shown(number)}; accepted: a frame number")
     if self.fps is not None:
       object.__setattr__(self, "fps", check_fps(self.fps))
     if self.seconds is None:
       return
-    failure, accepted = f"seconds={self.seconds!r}", "two numbers, start and end"
+    failure, accepted = f"seconds={shown(self.seconds)}", "two numbers, start and end"
     with reading(failure, accepted):
       start, end = map(float, self.seconds)
     if isinstance(self.seconds, str) or not abs(start) + abs(end) < LONGEST:
