@@ -14,6 +14,7 @@ from data_pipes.errors import InputError
 from data_pipes.files import replaced, write_text
 from data_pipes.json_items import scan_items
 
+PAGE = "docs/format.md"  # has a paragraph for each class, at an anchor of its name
 SHOWN_IDS = 100  # in the summary; the full list is in the file of findings
 
 
@@ -43,13 +44,17 @@ class Tally:
         counts.ids.append(f"(item {checked.index})" if checked.id is None else checked.id)
 
   def classes(self, defects: bool) -> dict[str, dict[str, Any]]:
-    """{class: count, items, what it means, the first reason, the first ids}, most items first."""
+    """{class: count, items, what it means, where that is explained, the first reason and ids}.
+
+    Most items first.
+    """
     kept = {k: c for k, c in self._classes.items() if (k in DEFECTS) == defects}
     return {
       kind: {
         "count": c.count,
         "items": c.items,
         "what": KINDS[kind],
+        "see": f"{PAGE}#{kind}",
         "reason": c.reason,
         "ids": c.ids,
       }
@@ -278,5 +283,6 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
       more = ", ..." if counts["items"] > 5 else ""
       yield f"{name[:-1]:<7} {kind:<17} {counts['items']:>7} items  {counts['what']}"
       yield f"{'':<7} ids {ids}{more}; first: {counts['reason']}"
+      yield f"{'':<7} see {counts['see']}"
   if not summary["media_checked"]:
     yield "media were not opened; give --media DIR to check them"
