@@ -43,6 +43,17 @@ UNTIMED = (
   *("gif", "apng", "webp", "yuv4mpegpipe", "smjpeg", "pdv", "mp3", "flac", "wav", "aiff", "av1"),
   *("mpegtsraw", "h263", "h261", "dirac", "roq", "avs2", "avs3", "aac"),
 )
+# How files in those containers are named, of which only sound is left out: what a folder of videos
+# is searched for. A file of any other name is opened too, where it is named itself.
+VIDEO_SUFFIXES = (
+  *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mj2", ".f4v", ".ism", ".ismv", ".psp"),
+  *(".mkv", ".webm", ".mk3d", ".avi", ".divx", ".wmv", ".asf", ".flv", ".nut", ".ogg", ".ogv"),
+  *(".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".mpv", ".vob"),
+  *(".mxf", ".gxf", ".ivf", ".obu", ".h264", ".264", ".avc", ".h26l", ".hevc", ".h265", ".265"),
+  *(".vvc", ".h266", ".266", ".vc1", ".vc2", ".drc", ".h263", ".h261", ".mjpeg", ".mjpg", ".rm"),
+  *(".rmvb", ".wtv", ".dv", ".dif", ".swf", ".y4m", ".avs", ".avs2", ".avs3", ".cavs", ".roq"),
+  *(".pdv", ".gif", ".apng", ".avif"),
+)
 STILL_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")
 _INTRA_ONLY, _REORDERS = 1, 8  # AV_CODEC_PROP_INTRA_ONLY, AV_CODEC_PROP_REORDER
 _PROBED = 64  # frames whose order is looked at where nothing says that it is that of the packets

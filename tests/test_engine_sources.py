@@ -11,6 +11,7 @@ from PIL import Image
 from data_pipes.embedded import render as embedded
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
+from data_pipes.engine.agents.ingest import benchmark_videos
 from data_pipes.engine.agents.sources import list_sources
 from data_pipes.engine.stages import check_settings
 from data_pipes.engine.store import Store
@@ -163,3 +164,26 @@ def test_nothing_is_written_through_a_link_out_of_the_work_directory(tmp_path, f
     command.run(config(clips), work)
   assert list(outside.iterdir()) == []
   assert {p.name for p in work.iterdir()} - {LOCK} == {"media"}
+
+
+def test_every_kind_of_video_is_taken_and_other_files_are_named(tmp_path, caplog):
+  clips = tmp_path / "clips"
+  clip = Path(__file__).parent / "cases/media/cat.ts"
+  for name in ("a.ts", "deep/b.WMV", "c.mxf", "._a.ts", ".hidden/d.ts"):
+    (clips / name).parent.mkdir(parents=True, exist_ok=True)
+    (clips / name).write_bytes(clip.read_bytes())
+  (clips / "notes.txt").write_text("x")
+  (clips / "song.mp3").write_text("x")
+  (clips / "README").write_text("x")
+  (clips / "._0.jpg").write_text("x")
+  assert names(clips) == ["a.ts", "c.mxf", "deep/b.WMV"]
+  (warning,) = caplog.messages
+  assert "left out 3 files that are no videos" in warning
+  assert all(kind in warning for kind in ("1 of .txt", "1 of .mp3", "1 of no ending"))
+  caplog.clear()
+  work = tmp_path / "W"
+  write_frames(clips / "frames", np.zeros((2, 8, 8, 3), np.uint8))
+  assert {p.name for p in benchmark_videos([str(clips)], work)} == {
+    "a.ts", "c.mxf", "b.WMV", "frames",
+  }  # fmt: skip
+  assert benchmark_videos([str(clips / "song.mp3")], work) == [clips / "song.mp3"]  # named itself

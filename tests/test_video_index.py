@@ -3,6 +3,8 @@
 In the numbered clips frame k bears k in eight blocks along the top, bit 0 left, white = 1.
 """
 
+import contextlib
+import itertools
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -322,3 +324,15 @@ def test_a_mask_beside_its_frame_is_named(tmp_path, beside):
   folder = folder_of(tmp_path / "a", ["0.png", "1.png", beside])
   with pytest.raises(InputError, match="could both be one frame"):
     open_video(folder)
+
+
+def test_a_folder_is_searched_for_every_name_of_the_formats_that_are_read():
+  sound = {".m4a", ".m4b", ".isma", ".mka", ".mks", ".wma", ".ra"}
+  pictures = {".heic", ".heif", ".webp", ".mpo"}
+  names = set()
+  forms = {*video_index.TIMED, *video_index.UNTIMED} - {"mp3", "flac", "wav", "aiff", "aac"}
+  for form, mode in itertools.product(forms, "rw"):
+    with contextlib.suppress(ValueError):  # one that is only read, or only written
+      names |= {f".{e}" for e in av.format.ContainerFormat(form.split(",")[0], mode).extensions}
+  assert {".mp4", ".ts", ".mpg"} <= names
+  assert not names - sound - pictures - set(video_index.VIDEO_SUFFIXES)

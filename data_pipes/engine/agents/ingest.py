@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.engine.agents.sources import VIDEO_SUFFIXES, belongs_to, lies_in
+from data_pipes.engine.agents.sources import belongs_to, lies_in, videos_below
 from data_pipes.engine.graph import Item, Outcome, Process, Rejected
 from data_pipes.engine.quality import duplicates
 from data_pipes.engine.quality.shots import Shot, find_shots, perceptual_hash, split_long
@@ -17,8 +17,8 @@ from data_pipes.engine.rows import ClipRow, VideoRow
 from data_pipes.engine.store import stop_if_full
 from data_pipes.errors import InputError
 from data_pipes.files import replaced
-from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.video import Video, open_video
+from data_pipes.video_index import VIDEO_SUFFIXES
 
 
 def make_ingest(settings: Mapping[str, Any]) -> Process:
@@ -184,14 +184,14 @@ def survey_duplicates(settings: Mapping[str, Any]):
 
   def survey(clips: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     rules, work = settings["duplicates"], settings["workdir"]
-    videos = (p for p in benchmark_videos(rules["benchmark"]) if not belongs_to(work, p))
+    videos = (p for p in benchmark_videos(rules["benchmark"], work) if not belongs_to(work, p))
     benchmark = {str(path): _hashes(path) for path in videos}
     return duplicates.survey(clips, benchmark, rules["distance"])
 
   return survey
 
 
-def benchmark_videos(names: Iterable[str]) -> list[Path]:
+def benchmark_videos(names: Iterable[str], work: Path | str) -> list[Path]:
   """Videos and folders of frames at or below the given paths.
 
   Raises:
@@ -203,9 +203,7 @@ def benchmark_videos(names: Iterable[str]) -> list[Path]:
     if root.is_file():
       out.append(root)
       continue
-    videos = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
-    folders = [root, *(p for p in sorted(root.rglob("*")) if p.is_dir())] if root.is_dir() else []
-    videos += [f for f in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in f.iterdir())]
+    videos = videos_below(root, work) if root.is_dir() else []
     if not videos:
       raise InputError(f"duplicates.benchmark: {root}: found no videos; accepted: files or folders")
     out += videos

@@ -1,5 +1,6 @@
 """What a run starts from: a folder of videos, a list with captions, or annotated objects."""
 
+import collections
 import csv
 import functools
 import json
@@ -13,10 +14,10 @@ from data_pipes.errors import InputError
 from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.json_items import read_items
 from data_pipes.records import parse_objects
+from data_pipes.video_index import VIDEO_SUFFIXES
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".m4v", ".mpg", ".mpeg")
 _VIDEO_KEYS, _CAPTION_KEYS = ("video", "path", "file"), ("caption", "text", "cap")
 
 
@@ -39,7 +40,7 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     raise InputError(f"input.videos={str(root)!r} lies in the work directory, {work}")
   by_name: dict[str, dict[str, Any]] = {}
   files = settings["input"]["files"]
-  entries = _from_files(files) if files else _from_folder(root)
+  entries = _from_files(files) if files else _from_folder(root, work)
   for where, entry in entries:
     name, caption, given = _read_entry(where, entry, settings["path"] == "qa")
     name = _below(root, name, where)
@@ -56,7 +57,10 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
   for name in _folders_around(by_name):
     del by_name[name]
   if not by_name:
-    raise InputError(f"{root}: found no videos; accepted: {', '.join(VIDEO_SUFFIXES)}")
+    raise InputError(
+      f"{root}: found no videos; accepted: {', '.join(VIDEO_SUFFIXES[:8])}, …, "
+      "and folders of frames"
+    )
   rows = [_stamped(by_name[name]) for name in sorted(by_name)]
   limit = settings["input"]["limit"]
   return rows[:limit] if limit else rows
@@ -120,14 +124,39 @@ def _stamped(row: dict[str, Any]) -> dict[str, Any]:
   return {**row, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _from_folder(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  for path in sorted(root.rglob("*")):
-    if path.is_dir():
-      is_video = any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.iterdir())
-    else:
-      is_video = path.suffix.lower() in VIDEO_SUFFIXES
-    if is_video:
+def _from_folder(root: Path, work: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+  for path in videos_below(root, work):
+    if path != root:
       yield str(path), {"video": str(path.relative_to(root))}
+
+
+def videos_below(root: Path, work: Path | str) -> list[Path]:
+  """Videos and folders of frames at or below a folder; a warning names the other files.
+
+  Hidden files (the `._a.mp4` that a Mac puts beside each copy) and those of the work directory are
+  neither.
+  """
+  below = (p for p in sorted(root.rglob("*")) if not _hidden(p.relative_to(root)))
+  videos, others = [], []
+  for path in (root, *below):
+    suffix = path.suffix.lower()
+    if path.is_dir():
+      pictures = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+      if not all(p.name.startswith(".") for p in pictures):
+        videos.append(path)
+    elif suffix in VIDEO_SUFFIXES:
+      videos.append(path)
+    elif suffix not in IMAGE_SUFFIXES and not belongs_to(work, path):
+      others.append(path)
+  if others:
+    kinds = collections.Counter(p.suffix.lower() or "no ending" for p in others).most_common()
+    counts = ", ".join(f"{count} of {kind}" for kind, count in kinds)
+    _warn(f"{root}: left out {len(others)} files that are no videos ({counts}): {others[0]}, ...")
+  return videos
+
+
+def _hidden(path: Path) -> bool:
+  return any(part.startswith(".") for part in path.parts)
 
 
 def _from_files(files) -> Iterator[tuple[str, Any]]:
