@@ -5,6 +5,7 @@ something that is handled, by the rule its description states, and that a user m
 """
 
 import functools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -387,7 +388,9 @@ def check_item(
   media = None
   if record.media is not None:
     try:
-      file = media_path(checks.media or "", record.path)
+      # Without a folder of media nothing says where an absolute path should lie.
+      anywhere = "/" if os.path.isabs(record.path) else ""
+      file = media_path(checks.media or anywhere, record.path)
       if checks.media is not None:
         result = inspect(file, record.media)
         if isinstance(result, Defect):

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipes.batch import Clip, RowShape
 from data_pipes.errors import Defect, InputError
+from data_pipes.files import path_below
 from data_pipes.images import read_image, to_model
 from data_pipes.masks import GridMask, grid_mask, segmentation_to_mask
 from data_pipes.video import Video, open_video, read_scene, scene_ids
@@ -18,17 +19,14 @@ MAX_MASK_FRAMES = 32  # frames of an object in multi-frame mode
 
 
 def media_path(root: str | os.PathLike, path: str) -> Path:
-  """The media file an item names, which must lie in `root`.
-
-  Raises Defect: an absolute path, or one that leads out of the folder.
-  """
-  # The text alone decides: links that the user has put into the folder may lead anywhere.
-  clean = os.path.normpath(path)
-  if os.path.isabs(clean) or clean.split(os.sep)[0] == ".." or "\0" in path:
+  """The media file an item names, from `root` or absolute; it must lie there. Raises Defect."""
+  below = path_below(root, path)
+  # Out and in again is right only as long as the folder keeps its name.
+  if below is None or os.path.normpath(path).split(os.sep)[0] == "..":
     raise Defect(
       "path", f"media {path!r} leads out of the media folder; accepted: a path inside it"
     )
-  return Path(root) / clean
+  return Path(root) / below
 
 
 def read_clip(

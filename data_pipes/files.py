@@ -48,6 +48,22 @@ def replaced(path: Path | str, *, durable: bool = True, alone: bool = True) -> I
     part.unlink(missing_ok=True)
 
 
+def path_below(root: Path | str | os.PathLike, path: str) -> str | None:
+  """A path, absolute or from `root`, as one from `root`, the same for each way to write it.
+
+  None where it leads out. The text alone decides: links that the user has put into the folder may
+  lead anywhere.
+  """
+  if "\0" in path:
+    return None
+  joined = os.path.abspath(os.path.join(root, path))
+  for whole in (os.path.abspath, os.path.realpath):
+    base = whole(root)
+    if joined == base or joined.startswith(os.path.join(base, "")):
+      return os.path.relpath(joined, base)
+  return None
+
+
 def write_text(path: Path | str, text: str) -> None:
   """Writes a file whole, in UTF-8."""
   with replaced(path) as part:

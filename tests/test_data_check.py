@@ -222,6 +222,18 @@ def test_every_known_format_passes(tmp_path, media):
   assert main(["data", "check", str(tmp_path / "f.json"), "--media", str(media)]) == 0
 
 
+def test_an_absolute_path_below_the_media_folder(tmp_path, media, monkeypatch):
+  """However the folder is written; without one nothing is known of where media should lie."""
+  (tmp_path / "link").symlink_to(media)
+  monkeypatch.chdir(media.parent)
+  paths = [media / "a.mp4", media / "x/.." / "a.mp4", media.resolve() / "a.mp4"]
+  items = [item(id=i, video=str(path)) for i, path in enumerate(paths)]
+  for folder in (media, Path(media.name), tmp_path / "link", None):
+    assert [c.findings for c in checked(tmp_path, items, folder)] == [()] * 3
+  (bad,) = checked(tmp_path, [item(video=f"{media}-2/a.mp4")], media)
+  assert [f.kind for f in bad.findings] == ["path"]
+
+
 BAD_MASK = {"size": [48, 64], "counts": "zz~"}
 CASES = [
   ("item", "text", "found text; accepted: an object with 'conversations'"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
+from data_pipes.files import path_below
 from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.json_items import read_items
 from data_pipes.records import parse_objects
@@ -78,16 +79,11 @@ def belongs_to(work: Path | str, path: Path | str) -> bool:
 
 
 def _below(root: Path, name: str, where: str) -> str:
-  """A listed name as a path below the folder of videos, the same for each way to write it.
-
-  Raises InputError: it leads out. The text alone decides: links that the user has put into the
-  folder may lead anywhere.
-  """
-  path = os.path.normpath(os.path.join(root, name))
-  for base in (os.path.normpath(root), os.path.realpath(root)):
-    if "\0" not in name and (path == base or path.startswith(os.path.join(base, ""))):
-      return os.path.relpath(path, base)
-  raise InputError(f"{where}: video {name!r} leads out of {root}; accepted: a path inside it")
+  """A listed name as a path below the folder of videos. Raises InputError: it leads out."""
+  below = path_below(root, name)
+  if below is None:
+    raise InputError(f"{where}: video {name!r} leads out of {root}; accepted: a path inside it")
+  return below
 
 
 def _folders_around(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
