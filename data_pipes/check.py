@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from data_pipes import isolation
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
 from data_pipes.images import open_image, read_image
@@ -96,6 +97,7 @@ class Checks:
     decode: also decode the frames that training needs: `scene` uniform ones and those of masks.
     grid: cells a side on which masks are drawn to find those that vanish; 0 leaves that out.
     reject: notices that count as defects.
+    item_seconds: that the media of an item may take.
   """
 
   media: Path | None = field(
@@ -109,8 +111,10 @@ class Checks:
   reject: tuple[str, ...] = field(
     default=(), metadata={"help": "count as defects", "metavar": "NOTICE"}
   )
+  item_seconds: float = isolation.item_seconds()
 
   def __post_init__(self):
+    isolation.check_seconds(self.item_seconds)
     for kind in self.reject:
       if kind not in NOTICES:
         raise InputError(f"reject {kind!r}; accepted: {', '.join(NOTICES)}")
@@ -199,6 +203,14 @@ def inspect_media(path: Path, kind: str) -> Media:
     raise
   except (InputError, OSError) as error:
     raise Defect("media-unreadable", str(error)) from error
+
+
+def isolated(kind: str, path: Path, seconds: float, function: Callable, *args: Any) -> Any:
+  """A call that decodes the media at `path`, apart; a crash or a hang is a Defect of this kind."""
+  try:
+    return isolation.call(function, *args, seconds=seconds)
+  except isolation.Ended as error:
+    raise Defect(kind, f"{path}: the decoder {error}") from None
 
 
 def _image(path: Path) -> Media:
@@ -294,7 +306,7 @@ def check_file(path: Path | str, checks: Checks, jobs: int = 1) -> Iterator[Chec
   """
   path = Path(path)
   seen = Seen()
-  inspect = _cached_inspect()
+  inspect = _cached_inspect(checks.item_seconds)
 
   def check(numbered: tuple[int, Span]) -> Checked:
     return check_item(path, *numbered, checks, inspect)
@@ -326,11 +338,11 @@ def check_file(path: Path | str, checks: Checks, jobs: int = 1) -> Iterator[Chec
       yield done
 
 
-def _cached_inspect() -> Callable[[Path, str], Media | Defect]:
+def _cached_inspect(seconds: float) -> Callable[[Path, str], Media | Defect]:
   @functools.lru_cache(_MEDIA_HELD)
   def inspect(path: Path, kind: str) -> Media | Defect:
     try:
-      return inspect_media(path, kind)
+      return isolated("media-unreadable", path, seconds, inspect_media, path, kind)
     except Defect as error:
       return error
 
@@ -404,7 +416,8 @@ def check_item(
     findings += check_frames(record, media)
     if checks.decode and record.media == "video" and not any(f.is_defect for f in findings):
       try:
-        decode_needed(file, record, checks.scene)
+        needed = (file, record, checks.scene)
+        isolated("media-damaged", file, checks.item_seconds, decode_needed, *needed)
       except Defect as error:
         findings.append(finding(error))
   return Checked(index, span, identity, record, tuple(findings))

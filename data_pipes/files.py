@@ -2,6 +2,7 @@
 keeps other runs out of a work directory."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from data_pipes.errors import InputError
 
 LOCK = ".lock"  # in a work directory, while a run is at work in it
 BEAT_SECONDS, STALE_SECONDS = 30.0, 300.0  # a holder of the lock says so; it is taken to be dead
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a limit of file sizes
 BREAKS = "\x85\u2028\u2029"  # line breaks to `str.splitlines` that JSON leaves as they are
 
 
@@ -62,6 +64,25 @@ def path_below(root: Path | str | os.PathLike, path: str) -> str | None:
     if joined == base or joined.startswith(os.path.join(base, "")):
       return os.path.relpath(joined, base)
   return None
+
+
+class DiskFull(InputError):
+  """No room for what is written; what was written before is whole."""
+
+
+@contextlib.contextmanager
+def refused_if_full(path: Path | str) -> Iterator[None]:
+  """Raises DiskFull for the error of the system that says so, naming `path`."""
+  try:
+    yield
+  except (OSError, RuntimeError) as error:  # libraries in C++ give the system's text alone
+    texts = [os.strerror(code) for code in FULL]
+    reason = next((text for text in texts if text in str(error)), None)
+    if reason is None:
+      raise
+    raise DiskFull(
+      f"{path}: {reason}; nothing that was done is lost: make room and run again"
+    ) from error
 
 
 def write_text(path: Path | str, text: str) -> None:

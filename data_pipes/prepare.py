@@ -5,9 +5,11 @@ shard it goes to (all items of one clip go to one). Stage `shards`: each task de
 and writes its frames and samples. Stage `manifest` adds up.
 """
 
+import functools
 import hashlib
 import io
 import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipes import isolation
 from data_pipes.check import (
   Checks,
   Finding,
@@ -24,10 +27,11 @@ from data_pipes.check import (
   check_frames,
   check_masks,
   inspect_media,
+  isolated,
 )
 from data_pipes.clips import media_path
 from data_pipes.errors import Defect, InputError
-from data_pipes.files import is_unused, replaced
+from data_pipes.files import is_unused, refused_if_full, replaced, write_text
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
 from data_pipes.jobs import Journal
 from data_pipes.records import Record, parse_item
@@ -35,6 +39,7 @@ from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_nam
 from data_pipes.video import open_video, scene_ids
 
 SETTINGS = "settings.json"
+JOURNALS = "journals"  # of shards in work; NUMBER.source and .media: what files and shards were
 REJECTS, NOTICES = "rejects.jsonl", "notices.jsonl"
 
 
@@ -106,16 +111,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepare:
-  """The job (data_pipes.jobs.Job) that fills folder `out`."""
+  """The job (data_pipes.jobs.Job) that fills folder `out`.
+
+  `item_seconds`: that the decoders may take for a clip, which is rejected then.
+  """
 
   out: Path
   settings: Settings
+  item_seconds: float = isolation.SECONDS
   stages: tuple[str, ...] = field(default=("index", "shards", "manifest"), init=False)
 
+  def __post_init__(self):
+    isolation.check_seconds(self.item_seconds)
+
   @classmethod
-  def start(cls, out: Path | str, settings: Settings) -> "Prepare":
+  def start(
+    cls, out: Path | str, settings: Settings, item_seconds: float = isolation.SECONDS
+  ) -> "Prepare":
     """Begins in an empty folder, or goes on in one that was begun with the same settings."""
-    job = cls(Path(out), settings)
+    job = cls(Path(out), settings, item_seconds)
     fields = json.loads(json.dumps(asdict(settings)))
     path = job.out / SETTINGS
     if path.exists():
@@ -127,19 +141,19 @@ class Prepare:
     elif not is_unused(job.out):
       raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
     else:
-      with replaced(path) as part:
+      with refused_if_full(path), replaced(path) as part:
         part.write_text(json.dumps(fields, indent=2) + "\n")
     return job
 
   @classmethod
-  def resume(cls, out: Path | str) -> "Prepare":
+  def resume(cls, out: Path | str, item_seconds: float = isolation.SECONDS) -> "Prepare":
     """The job that a folder was begun with."""
     path = Path(out) / SETTINGS
     if not path.is_file():
       raise InputError(f"{path}: no such file; begin with vr data prepare FILES --media DIR --out")
     fields = json.loads(path.read_text())
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return cls(Path(out), Settings(**fields))
+    return cls(Path(out), Settings(**fields), item_seconds)
 
   def shards(self, stage: str) -> int:
     return {"index": len(self.settings.files), "shards": self.settings.shards, "manifest": 1}[stage]
@@ -153,7 +167,9 @@ class Prepare:
     return self.output(stage, shard).exists()
 
   def command(self, stage: str, shard: int) -> str:
-    return f"vr data prepare --out {shlex.quote(str(self.out))} --task {stage} {shard}"
+    seconds = self.item_seconds
+    more = f" --item-seconds {seconds:g}" if seconds != isolation.SECONDS else ""
+    return f"vr data prepare --out {shlex.quote(str(self.out))}{more} --task {stage} {shard}"
 
   def split(self, workers: int) -> "list[Prepare]":
     return [self] * workers
@@ -168,7 +184,48 @@ class Prepare:
     missing = [f"{s} {k}" for s in before for k in range(self.shards(s)) if not self.done(s, k)]
     if missing:
       raise InputError(f"task {stage} {shard}: {missing[0]} has to be done first")
-    {"index": self._index, "shards": self._shard, "manifest": self._manifest}[stage](shard)
+    with refused_if_full(self.out):
+      {"index": self._index, "shards": self._shard, "manifest": self._manifest}[stage](shard)
+
+  # What lies outside may have changed while the job was stopped
+
+  def check_sources(self) -> None:
+    """Checks all that was read so far.
+
+    Raises:
+      InputError: an annotation file or a media file is not the one that was read.
+    """
+    self._check_annotations()
+    for path in sorted((self.out / JOURNALS).glob("*.media")):
+      self._check_media(json.loads(path.read_text()))
+
+  def _check_annotations(self) -> None:
+    for number, path in enumerate(self.settings.files):
+      if not self.done("index", number):
+        continue
+      with open(self.output("index", number)) as lines:
+        before = {"bytes": json.loads(next(lines))["bytes"]}
+      if (more := self._source(number)).exists():  # not of an earlier version
+        before |= json.loads(more.read_text())
+      now = _identify_file(path)
+      if any(now[key] != value for key, value in before.items()):
+        raise InputError(
+          f"{path}: was changed since its items were indexed in {self.out}; accepted: the file as "
+          "it was, or another --out"
+        )
+
+  def _source(self, number: int) -> Path:
+    """What tells later whether annotation file `number` is the same."""
+    return self.out / JOURNALS / f"{number:05d}.source"
+
+  def _check_media(self, before: Iterable[Mapping[str, Any]]) -> None:
+    for media in before:
+      file = Path(self.settings.media) / media["path"]
+      if _stat(file) != media["stat"] and _hash_media(file) != media["hash"]:
+        raise InputError(
+          f"{file}: was changed since it was prepared in {self.out}; accepted: the file as it was, "
+          "or another --out"
+        )
 
   # Stage index
 
@@ -176,8 +233,10 @@ class Prepare:
     """Lines: the file; then [shard, item, offset, length, media, path] or a reject."""
     path = self.settings.files[number]
     checks = Checks(reject=self.settings.reject)
+    source = _identify_file(path)
+    write_text(self._source(number), json.dumps(source))
     with replaced(self.output("index", number)) as part, open(part, "w") as out:
-      out.write(json.dumps({"file": path, "bytes": Path(path).stat().st_size}) + "\n")
+      out.write(json.dumps({"file": path, "bytes": source["bytes"]}) + "\n")
       for checked in check_file(path, checks):
         i, span, record = checked.index, checked.span, checked.record
         if span is None:  # a broken download: its first half must not pass for the whole
@@ -209,9 +268,11 @@ class Prepare:
   # Stage shards
 
   def _shard(self, shard: int) -> None:
+    self._check_annotations()
     groups = self._entries(shard)
     # No suffix that names a shard: what is not committed must not look like one.
-    with Journal(self.out / "journals" / f"{shard:05d}") as journal:
+    with Journal(self.out / JOURNALS / f"{shard:05d}") as journal:
+      self._check_media(filter(None, (_head(journal[key]).get("media") for key in journal)))
       for key, entries in groups.items():
         if key not in journal:
           journal.add(key, self._clip(entries))
@@ -220,17 +281,52 @@ class Prepare:
 
   def _clip(self, entries: list[tuple[int, int, int, int]]) -> bytes:
     """One clip with its samples: a line of JSON, then the frames."""
+    media = self._identify(self._read(*entries[0])[1])
+    if media is None:
+      return self._decode_clip(entries, None)
+    where = Path(self.settings.media) / media["path"]
+    try:
+      call = (self._decode_clip, entries, media)
+      return isolated("media-damaged", where, self.item_seconds, *call)
+    except Defect as error:
+      findings = [[Finding(error.kind, str(error))]] * len(entries)
+      return self._pack(self._items(entries), media, None, [], findings)
+    except Exception:
+      self._check_annotations()  # what was read may have been the middle of something else
+      raise
+
+  def _identify(self, record: Record) -> dict[str, Any] | None:
+    """What tells later whether a record's media is the same; None for text."""
+    try:
+      file = media_path(self.settings.media, record.path) if record.media else None
+    except Defect:
+      file = None
+    return file and {"path": record.path, "stat": _stat(file), "hash": _hash_media(file)}
+
+  def _decode_clip(
+    self, entries: list[tuple[int, int, int, int]], media: Mapping[str, Any] | None
+  ) -> bytes:
+    items = self._items(entries)
+    checks = Checks(reject=self.settings.reject)
+    try:
+      clip, frames, findings = self._decode([record for *_, record in items], checks, media)
+    except Defect as error:
+      clip, frames, findings = None, [], [[Finding(error.kind, str(error))]] * len(entries)
+    return self._pack(items, media, clip, frames, findings)
+
+  def _pack(
+    self,
+    items: list[tuple[int, int, str, Record]],
+    media: Mapping[str, Any] | None,
+    clip: Mapping[str, Any] | None,
+    frames: list[bytes],
+    findings: list[list[Finding]],
+  ) -> bytes:
+    """The row of a clip: a line of JSON about it, its samples, rejects and notices; its frames."""
     samples: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     notices: list[dict[str, Any]] = []
-    items = [(*entry[:2], *self._read(*entry)) for entry in entries]
-    clip: dict[str, Any] | None = None
-    frames: list[bytes] = []
     checks = Checks(reject=self.settings.reject)
-    try:
-      clip, frames, findings = self._decode([record for *_, record in items], checks)
-    except Defect as error:
-      findings = [[Finding(error.kind, str(error))]] * len(items)
     for (number, index, text, record), noted in zip(items, findings, strict=True):
       at = {"file": number, "item": index}
       named = {**at, "id": record.id, "media": record.path}
@@ -240,8 +336,12 @@ class Prepare:
         samples.append({**at, "text": text})
         notices += [named | {"class": f.kind, "reason": f.reason} for f in noted]
     head = {"clip": clip, "sizes": [len(f) for f in frames], "samples": samples}
-    head |= {"rejects": rejects, "notices": notices}
+    head |= {"rejects": rejects, "notices": notices, "media": media}
     return json.dumps(head).encode() + b"\n" + b"".join(frames)
+
+  def _items(self, entries: list[tuple[int, int, int, int]]) -> list[tuple[int, int, str, Record]]:
+    """(file, item, text, record) of each entry."""
+    return [(*entry[:2], *self._read(*entry)) for entry in entries]
 
   def _read(self, number: int, index: int, offset: int, length: int) -> tuple[str, Record]:
     path = self.settings.files[number]
@@ -251,13 +351,14 @@ class Prepare:
     return text, parse_item(json.loads(text), f"{path}: item {index}")
 
   def _decode(
-    self, records: list[Record], checks: Checks
+    self, records: list[Record], checks: Checks, identity: Mapping[str, Any] | None
   ) -> tuple[dict[str, Any] | None, list[bytes], list[list[Finding]]]:
     """(clip, frames, the findings of each record). Raises Defect if the media is bad."""
     path, kind = records[0].path, records[0].media
     if kind is None:
       return None, [], [[] for _ in records]
     file = media_path(self.settings.media, path)
+    assert identity is not None  # or the path were refused
     media = inspect_media(file, kind)
     findings = [
       [*media.findings, *check_masks(r, media.size), *check_frames(r, media)] for r in records
@@ -281,7 +382,7 @@ class Prepare:
           clip |= {"pts": times[0], "time_base": str(times[1])}
     except (InputError, OSError) as error:
       raise Defect("media-damaged", str(error)) from error
-    clip |= {"index_space": "presented", "rule": self.settings.rule, "source": _hash_media(file)}
+    clip |= {"index_space": "presented", "rule": self.settings.rule, "source": identity["hash"]}
     return clip, frames, findings
 
   def _encode(self, frame) -> bytes:
@@ -297,15 +398,17 @@ class Prepare:
   def _commit(self, shard: int, groups: Iterable[str], journal: Journal) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    self._check_annotations()
     names = {kind: shard_name(kind, shard, self.settings.shards) for kind in ("frames", "samples")}
     counts: Counter[str] = Counter()
-    rejects, notices = [], []
+    rejects, notices, media = [], [], []
     with replaced(self.out / names["frames"]) as a, replaced(self.out / names["samples"]) as b:
       frame_writer = ArrayRecordWriter(str(a), FRAME_OPTIONS)
       sample_writer = ArrayRecordWriter(str(b), SAMPLE_OPTIONS)
       for key in groups:
         line, _, blobs = journal[key].partition(b"\n")
         head = json.loads(line)
+        media += [head["media"]] if head.get("media") else []
         rejects += head["rejects"]
         notices += head["notices"]
         clip = head["clip"] and {**head["clip"], "first": counts["frames"]}
@@ -324,6 +427,7 @@ class Prepare:
         counts["frame_bytes"] += at
       frame_writer.close()
       sample_writer.close()
+    write_text(self.out / JOURNALS / f"{shard:05d}.media", json.dumps(media))
     files = {name: _hash_file(self.out / name) for name in names.values()}
     with replaced(self.output("shards", shard)) as part:
       lists = {"files": files, "rejects": rejects, "notices": notices}
@@ -384,6 +488,8 @@ class Prepare:
       part.unlink()  # a kill of an earlier version left it
     with replaced(self.output("manifest", 0)) as part:
       part.write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (self.out / JOURNALS).glob("*.[ms]*"):
+      path.unlink()  # the folder is complete: nothing is gone on with
 
 
 def summary(manifest: Mapping[str, Any], out: Path) -> str:
@@ -407,14 +513,46 @@ def _rejected(findings: Iterable[Finding], checks: Checks) -> dict[str, str] | N
   return None if first is None else {"class": first.kind, "reason": first.reason}
 
 
-def _hash_media(path: Path) -> str:
-  """blake2b of a media file; of a folder, of its files' names and bytes in order."""
-  if path.is_file():
-    return _hash_file(path)
-  code = hashlib.blake2b(digest_size=16)
-  for file in sorted(p for p in path.iterdir() if p.is_file()):
-    code.update(f"{file.name}\0{_hash_file(file)}\0".encode())
-  return code.hexdigest()
+def _head(row: bytes) -> dict[str, Any]:
+  return json.loads(row.partition(b"\n")[0])
+
+
+def _identify_file(path: Path | str) -> dict[str, Any]:
+  """Size and digest of an annotation file's bytes. Raises InputError: it cannot be read."""
+  try:
+    stat = Path(path).stat()
+    return {"bytes": stat.st_size, "digest": _digest(str(path), stat.st_size, stat.st_mtime_ns)}
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@functools.lru_cache
+def _digest(path: str, size: int, time_ns: int) -> str:
+  """Of a file of this size and time: read once."""
+  return _hash_file(Path(path))
+
+
+def _stat(path: Path) -> list[int] | None:
+  """Files, bytes and latest change of a media file or folder; None where there is none."""
+  try:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+  except OSError:
+    return None
+  return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+
+
+def _hash_media(path: Path) -> str | None:
+  """blake2b of a media file; of a folder, of its files' names and bytes in order; None: absent."""
+  try:
+    if not path.is_dir():
+      return _hash_file(path)
+    code = hashlib.blake2b(digest_size=16)
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+      code.update(os.fsencode(file.name) + f"\0{_hash_file(file)}\0".encode())
+    return code.hexdigest()
+  except OSError:
+    return None
 
 
 def _hash_file(path: Path) -> str:

@@ -367,3 +367,99 @@ def test_commands_survive_spaces_in_paths(tmp_path, media):  # noqa: F811
   file = write(tmp_path / "f.json", [item()])
   job = Prepare.start(tmp_path / "a b", Settings((str(file),), str(media), shards=1))
   assert list(array_commands(job))[1].startswith(f"vr data prepare --out '{tmp_path}/a b' --task")
+
+
+def started(tmp_path, media, count=2):  # noqa: F811
+  """A job of two videos that was stopped when the first clip of its only shard was done."""
+  for i in range(count):
+    (tmp_path / f"{i}.mp4").write_bytes((media / "a.mp4").read_bytes())
+  write(tmp_path / "f.json", [item(id=i, video=f"{i}.mp4") for i in range(count)])
+  job = Prepare.start(tmp_path / "s", Settings((f"{tmp_path}/f.json",), str(tmp_path), 1, size=56))
+  job.run("index", 0)
+  with Journal(job.out / "journals" / "00000") as journal:
+    key, entries = next(iter(job._entries(0).items()))
+    journal.add(key, job._clip(entries))
+  return job
+
+
+CHANGES = {
+  "longer": lambda text: text.replace("[", "[ ", 1),
+  "as long": lambda text: text.replace(" good ", " fine "),
+  "shorter": lambda text: text[:40],
+  "gone": lambda text: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_annotation_file_that_changed_meanwhile_is_one_line(tmp_path, media, capsys, change):  # noqa: F811
+  job = started(tmp_path, media)
+  text = (tmp_path / "f.json").read_text().replace("What", "A good question: what")
+  (tmp_path / "f.json").unlink()
+  if (changed := CHANGES[change](text)) is not None:
+    (tmp_path / "f.json").write_text(changed)
+  for words in ([], ["--task", "shards", "0"]):
+    assert main(["data", "prepare", "--out", str(job.out), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{tmp_path}/f.json" in err
+  assert not (job.out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("change", ["touched", "replaced", "gone"])
+def test_media_that_changed_meanwhile_is_one_line(tmp_path, media, capsys, change, committed):  # noqa: F811
+  job = started(tmp_path, media)
+  if committed:
+    job.run("shards", 0)
+  (done, *_) = job._entries(0)
+  file = tmp_path / done.split()[1]
+  if change == "gone":
+    file.unlink()
+  else:
+    file.write_bytes(file.read_bytes() + b"more" * (change == "replaced"))
+  code = main(["data", "prepare", "--out", str(job.out), "--jobs", "1"])
+  err = capsys.readouterr().err
+  if change == "touched":
+    assert code == 0
+    assert not list((job.out / "journals").iterdir())
+  else:
+    assert code == 2
+    assert (
+      f"vr data: {file}: was changed since it was prepared in {job.out}" in err.splitlines()[-1]
+    )
+
+
+def test_media_that_came_meanwhile_is_noticed_too(tmp_path, media, capsys):  # noqa: F811
+  write(tmp_path / "f.json", [item(video="0.mp4")])
+  job = Prepare.start(tmp_path / "s", Settings((f"{tmp_path}/f.json",), str(tmp_path), 1, size=56))
+  job.run("index", 0)
+  job.run("shards", 0)
+  (tmp_path / "0.mp4").write_bytes((media / "a.mp4").read_bytes())
+  assert main(["data", "prepare", "--out", str(job.out)]) == 2
+  assert "0.mp4: was changed" in capsys.readouterr().err
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from vr_jax.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 2000, 30_000])
+def test_a_full_disk_is_one_line(tmp_path, media, limit):  # noqa: F811
+  """A limit of file sizes fails writes as a full disk does: of the lock, an index, a shard."""
+  (tmp_path / "a.mp4").write_bytes((media / "a.mp4").read_bytes())
+  write(tmp_path / "f.json", [item(id=i, video="a.mp4") for i in range(40)])
+  words = ["data", "prepare", tmp_path / "f.json", "--media", tmp_path, "--out", tmp_path / "s"]
+  words = [sys.executable, "-c", FULL, str(limit), *map(str, words), "--jobs", "1"]
+  full = subprocess.run(words, capture_output=True, text=True)
+  last = full.stderr.splitlines()[-1]
+  assert full.returncode == 2
+  assert "File too large" in last
+  assert limit == 100 or "nothing that was done is lost: make room and run again" in last
+  assert "Traceback" not in full.stderr
+  words[3] = "-1"
+  assert subprocess.run(words, capture_output=True, text=True).returncode == 0

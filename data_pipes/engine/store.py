@@ -11,7 +11,6 @@ model, setting or input) are made again; the others of the shard are kept.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -33,10 +32,9 @@ from data_pipes.engine.graph import (
   digest,
 )
 from data_pipes.errors import InputError, one_line
-from data_pipes.files import replaced
+from data_pipes.files import DiskFull, refused_if_full, replaced
 
 FORMAT = 1
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _META = b"vr_engine"
 
 
@@ -188,13 +186,10 @@ def write_parquet(path: Path, stage: Stage, records: list[Record], meta: dict[st
 def stop_if_full(path: Path) -> Iterator[None]:
   """A full disk stops the run in good order."""
   try:
-    yield
-  except OSError as error:
-    if error.errno not in _FULL:
-      raise
-    raise StopRun(
-      f"{path}: {error.strerror}; nothing that was done is lost: make room and run again"
-    ) from error
+    with refused_if_full(path):
+      yield
+  except DiskFull as error:
+    raise StopRun(str(error)) from error
 
 
 def manifest(store: Store, graph: Graph) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from data_pipes.errors import InputError
 from data_pipes.files import locked
+from data_pipes.isolation import item_seconds
 from data_pipes.prepare import Settings
 
 
@@ -25,6 +26,7 @@ class Work:
     default=None,
     metadata={"help": "run one task of an OUT begun before", "metavar": ("STAGE", "SHARD")},
   )
+  item_seconds: float = item_seconds()
   json: bool = field(default=False, metadata={"help": "print the manifest"})
 
 
@@ -38,9 +40,9 @@ def _prepare(settings: Settings, work: Work) -> int:
   from data_pipes import jobs, prepare
 
   if settings.files:
-    job = prepare.Prepare.start(work.out, settings)
+    job = prepare.Prepare.start(work.out, settings, work.item_seconds)
   else:
-    job = prepare.Prepare.resume(work.out)
+    job = prepare.Prepare.resume(work.out, work.item_seconds)
 
   def progress(stage: str, done: int, total: int) -> None:
     print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
@@ -51,6 +53,7 @@ def _prepare(settings: Settings, work: Work) -> int:
       raise InputError(f"--task: SHARD {shard!r}; accepted: a number")
     job.run(stage, int(shard))
     return 0
+  job.check_sources()
   if work.runner == "array":
     print("\n".join(jobs.array_commands(job)))
     return 0
