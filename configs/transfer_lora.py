@@ -4,10 +4,10 @@
     vr ask --checkpoint W/mine --video clip.mp4 --region box:40,60,200,220@0 --question '…'
     vr convert W/mine OUT --to peft       # the adapter alone, for the library peft
 
-DATA/train.json is in the published format, media paths relative to DATA. `init` is a published
-folder, a run of another stage, or a run of this config to go on from (its adapter is taken over if
-`rank` is the same, else merged). An adapter in the PEFT format to begin with:
---config.model_init="(('', 'VideoRefer-7B'), ('llm', 'ADAPTER'))".
+DATA/train.json is in the published format, media paths relative to DATA. `init` is `vr-mini`, a
+published folder of any size (the model is the one it holds), a run of another stage, or a run of
+this config to go on from (its adapter is taken over if `rank` is the same, else merged). With an
+adapter in the PEFT format: --config.model_init="(('', 'VideoRefer-7B'), ('llm', 'ADAPTER'))".
 
 Every matrix of the decoder has an adapter of rank `rank`, alpha is twice that; lr 2e-4, for the
 connector and the region encoder a tenth of it (LLaVA's finetune_lora.sh, which has rank 128); batch
@@ -29,8 +29,10 @@ from vr_jax.configs import RECIPE, as_arg, load_config, parse_arg
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Stage 3's config with adapters in the place of the decoder."""
-  arg = parse_arg(arg, init="stage3", rank=64, qlora=False, **RECIPE)
-  config = load_config(f"stage3_instruct:{as_arg(arg, ('init', *RECIPE))}")
+  arg = parse_arg(arg, **RECIPE | {"init": "stage3", "rank": 64, "qlora": False, "model": ""})
+  recipe = [name for name in RECIPE if name != "model" or arg.model]
+  config = load_config(f"stage3_instruct:{as_arg(arg, ('init', *recipe))}")
+  config.model_name = arg.model or None
   config.model += (("llm.lora_rank", arg.rank), ("llm.lora_alpha", 2.0 * arg.rank))
   config.frozen_dtype = "int8" if arg.qlora else "bfloat16"
   config.input.files = (f"{arg.data}/train.json",)

@@ -1,12 +1,15 @@
 """Loading, overriding, storing and comparing configs."""
 
+import random
 import re
 import textwrap
 
+import jax
 import pytest
+from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
-from vr_jax import configs
+from vr_jax import cli, configs
 from vr_jax.configs import (
   MISSING,
   base_config,
@@ -73,7 +76,10 @@ def test_arguments_and_overrides_reach_their_fields(config_file):
     ("", ["schedule.2=3"], "expected an item from 0 to 1, got '2'"),
     ("", ["input=3"], "config.input is a group; set one of its fields: .*batch_size"),
     ("", ["lr.x=3"], "config.lr.x is not known"),
-    ("", ["lr"], "override 'lr': expected config.key=value"),
+    ("", ["lr"], "override 'lr': expected config.key=value; write --lr=VALUE"),
+    ("", ["input.files=('a.json')"], r"expected tuple; .* is written \('a.json',\)"),
+    ("", ["input.files=a.json"], r"expected tuple; .* is written \('a.json',\)"),
+    ("", ["lr=None"], "config.lr='None': expected float"),
   ],
 )
 def test_wrong_keys_and_types_are_refused(config_file, args, overrides, message):
@@ -90,6 +96,9 @@ def test_wrong_keys_and_types_are_refused(config_file, args, overrides, message)
     ("1 / 0", "run.py:5: ZeroDivisionError"),
     ("return 3", "returned int, not a ConfigDict"),
     ("config.model = [base_config]", "config.model.0 is a function"),
+    ("config.input.files = ('a.json')", r"run.py:5: 'a.json' is no tuple; write \('a.json',\)"),
+    ("config.log_steps = 0", "config.log_steps=0: accepted: at least 1"),
+    ("config.tokenizer = 's3://bucket/tokenizer'", "config.tokenizer: s3://bucket/tokenizer: acc"),
     ("config = (", "run.py:[56]: SyntaxError"),
   ],
 )
@@ -144,6 +153,114 @@ def test_a_stored_config_comes_back_equal(config_file):
   assert back == config
   assert back.is_locked
   assert diff(config, back) == {}
+
+
+@pytest.mark.parametrize("text", ["None", "none"])
+def test_none_unsets_what_the_file_had_set(config_file, text):
+  config = load_config(config_file, [f"total_steps={text}", "total_epochs=2"])
+  assert (config.total_steps, config.total_epochs) == (None, 2.0)
+  assert load_config(config_file, [f"total_steps={text}", "total_steps=4"]).total_steps == 4
+
+
+@pytest.mark.parametrize(
+  ("override", "accepted"),
+  [
+    ("log_steps=0", "at least 1"),
+    ("ckpt_steps=0", "at least 1"),
+    ("keep_ckpts=0", "at least 1"),
+    ("keep_ckpt_steps=0", "at least 1"),
+    ("input.batch_size=0", "at least 1"),
+    ("input.threads=0", "at least 1"),
+    ("schedule.0.1={'warmup_percent': 2.0}", "from 0 to 1"),
+    ("schedule.1.1.peak=-1.0", "at least 0"),
+    ("schedule=((3, None),)", "regex"),
+    ("mesh=()", "size of at least 1"),
+    ("mesh=(('data', 0),)", "size of at least 1"),
+    ("mesh=(('data', -1), ('data', 2))", "size of at least 1"),
+    ("lr=nan", "at least 0"),
+    ("wd=-0.1", "at least 0"),
+    ("b2=1.0", "from 0 to less than 1"),
+    ("seed=-1", "from 0 to 4294967295"),
+    ("model_init=(('img', 3),)", "path"),
+    ("model_init=('img', 'siglip')", "path"),
+    ("profile_steps=(3, 2)", r"\(first, last\), from 1"),
+    ("input.masks=all", "single, multi, half"),
+    ("input.weights=(1.0,)", "a share for each of the 0 of config.input.files"),
+    ("input.weights=('a',)", "a share of more than 0"),
+    ("input.max_unreadable=2.0", "from 0 to 1"),
+    ("ema_decay=1.0", "from 0 to less than 1"),
+    ("total_epochs=0", "more than 0"),
+  ],
+)
+def test_values_out_of_range_are_refused_with_the_range(config_file, override, accepted):
+  key = override.partition("=")[0]
+  with pytest.raises(InputError, match=rf"config\.{re.escape(key)}.*accepted|expected") as error:
+    load_config(config_file, [override])
+  assert re.search(accepted, str(error.value))
+  assert "\n" not in str(error.value)
+
+
+def test_a_test_of_ours_that_is_wrong_is_no_user_error(config_file, monkeypatch):
+  def broken(config, fields):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(configs, "check_values", broken)
+  with pytest.raises(ZeroDivisionError):
+    load_config(config_file)
+
+
+VALUES = ("-1", "0", "1", "2", "0.5", "nan", "inf", "-inf", "1e40", "9" * 40, "None", "", "x", "()")
+VALUES += ("(1,)", "(None,)", "(('a', 1),)", "((1, 'a'),)", "(('a',),)", "{'a': ()}", "(", "true")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_value_is_taken_or_refused_in_one_line(config_file, seed):
+  """Each field gets values of every kind; what is taken comes back from JSON as it was."""
+  rng = random.Random(seed)
+  for key in diff(base_config(), ConfigDict()):
+    for value in rng.sample(VALUES, 6):
+      try:
+        config = load_config(config_file, [f"{key}={value}"])
+      except InputError as error:
+        line = str(error)
+      else:
+        assert from_json(to_json(config)) == config
+        continue
+      assert key in line
+      assert "\n" not in line
+
+
+def test_an_option_without_its_equals_sign_is_told_how(capsys):
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(["train", "--config", "c.py", "--workdir", "W", "--config.lr", "0.1"])
+  assert capsys.readouterr().err == "vr: --config.lr: write --config.lr=0.1\n"
+
+
+def test_devices_that_are_not_here_are_one_line(capsys, monkeypatch):
+  def fails(*args):
+    raise AssertionError
+
+  monkeypatch.setattr(cli, "call", fails)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  words = ["train", "--config", "c.py", "--workdir", "W"]
+  with pytest.raises(AssertionError):  # there are devices: a fault of ours
+    cli.main(words)
+  monkeypatch.setattr(jax, "devices", fails)
+  assert cli.main(words) == 2
+  assert capsys.readouterr().err.startswith("vr train: JAX_PLATFORMS='cuda': JAX starts no such")
+
+
+def test_home_is_expanded(config_file, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/of")
+  overrides = [
+    "tokenizer=~/t",
+    "input.files=('~/a.json', 'b~.json')",
+    "model_init=(('img', '~/i'),)",
+  ]
+  config = load_config(config_file, overrides)
+  assert config.tokenizer == "/home/of/t"
+  assert config.input.files == ("/home/of/a.json", "b~.json")
+  assert config.model_init == (("img", "/home/of/i"),)
 
 
 def test_diff_names_fields_by_their_dotted_key(config_file):

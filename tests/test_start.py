@@ -7,10 +7,11 @@ from safetensors.numpy import save_file
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, make_meta, make_tokenizer, read_tokenizer_files
-from vr_jax.configs import base_config
+from vr_jax.configs import base_config, load_config
 from vr_jax.interop import videorefer as published
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import Part, Safetensors, arrays
+from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import init_params
 from vr_jax.training.start import (
   fit_vocabulary,
@@ -144,6 +145,29 @@ def test_what_dont_load_names_stays_open(folder, model):
   params = starting_params(config, model[2])
   assert set(params) == {"img", "llm", "region"}
   assert set(params["region"]) == {"fc2"}
+
+
+def test_a_rule_of_dont_load_that_matches_nothing_is_refused(folder, model):
+  config = config_with(model_init=(("", str(folder)),), dont_load=("llm/embeder/.*",))
+  with pytest.raises(InputError) as error:
+    starting_params(config, model[2])
+  assert str(error.value) == (
+    "config.dont_load: rule llm/embeder/.* matches no parameter; did you mean llm/embedder/.*?"
+  )
+
+
+def test_a_packaged_name_works_and_the_model_is_the_checkpoints(folder, model, tmp_path):
+  config = load_config("transfer_lora:init=vr-mini,rank=8")
+  cfg = model_config(config)
+  assert (cfg.name, cfg.llm.lora_rank, cfg.llm.width) == (
+    "vr-mini",
+    8,
+    get_variant("vr-mini").llm.width,
+  )
+  assert tokenizer_files(config)
+  assert model_config(load_config(f"transfer_lora:init={folder}")).llm.width == model[0].llm.width
+  assert model_config(load_config("transfer_lora:init=nowhere")).llm.width == 3584
+  assert open_source("vr-mini").whole
 
 
 def test_weights_that_do_not_fit_are_listed(folder):

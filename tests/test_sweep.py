@@ -51,6 +51,10 @@ def sweep_file(tmp_path, body):
     ("def sweep(add): add(lrr=1.0)", r"config.lrr is not known; did you mean 'lr'"),
     ("def sweep(add): add(lr='x')", "config.lr='x': expected float"),
     (
+      "def sweep(add):\n  add(lr=1.0)\n  add(log_steps=0)",
+      "config.log_steps=0: accepted: at least 1",
+    ),
+    (
       "def sweep(add): add(lr=1.0)\ndef metrics(): return {'m': ('bench-z',)}",
       "bench-z",
     ),
@@ -59,6 +63,44 @@ def sweep_file(tmp_path, body):
 def test_a_sweep_that_does_not_fit(tmp_path, body, message):
   with pytest.raises(InputError, match=message):
     read_sweep(sweep_file(tmp_path, body))
+
+
+def test_long_names_are_cut_and_stay_apart_and_the_table_has_all_that_was_added(tmp_path):
+  files = "tuple(f'/data/annotations/{s}_part{n}.json' for s in ('captions', 'reasoning') * 4)"
+  body = f"def sweep(add):\n  for n in (1, 2): add(**{{'input.files': {files}}}, lr=1e-3)"
+  members = read_sweep(sweep_file(tmp_path, body))
+  names = [member.name for member in members]
+  assert len(set(names)) == 2
+  for name in names:
+    (tmp_path / "W" / name / "multi").mkdir(parents=True)
+    assert len(name) <= 100
+  table, page = write_table(members, tmp_path / "W")
+  for n in (1, 2):
+    assert f"/data/annotations/reasoning_part{n}.json" in table.read_text()
+    assert f"/data/annotations/reasoning_part{n}.json" in page.read_text()
+
+
+def test_names_that_look_alike_stay_apart(tmp_path):
+  body = "def sweep(add):\n  add(tokenizer='a/b')\n  add(tokenizer='a b')\n  add(tokenizer='A/B')"
+  names = [member.name for member in read_sweep(sweep_file(tmp_path, body))]
+  assert names[0] == "tokenizer=a_b"
+  assert len({name.lower() for name in names}) == 3
+
+
+def test_none_unsets_a_field_and_numbers_of_numpy_are_numbers(tmp_path):
+  body = (
+    "import numpy as np\n"
+    "def sweep(add):\n"
+    "  add(total_steps=3)\n"
+    "  add(total_steps=None, total_epochs=np.float32(0.5), profile_steps=(np.int64(1), 2))"
+  )
+  whole = body.replace("import numpy", "_base = base_config\ndef base_config():\n"
+    "  config = _base()\n  config.total_steps = 5\n  return config\nimport numpy")  # fmt: skip
+  path = sweep_file(tmp_path, whole)
+  configs = [load_config(m.spec, m.overrides) for m in read_sweep(path)]
+  assert [c.total_steps for c in configs] == [3, None]
+  assert configs[1].total_epochs == 0.5
+  assert configs[1].profile_steps == (1, 2)
 
 
 def test_print_gives_commands_that_the_parser_takes(tmp_path, capsys):

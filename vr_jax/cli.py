@@ -10,7 +10,10 @@ it does not fit or cannot go on, 130 Ctrl-C, 143 training was stopped and has sa
 """
 
 import argparse
+import itertools
+import os
 import pkgutil
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -114,8 +117,27 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as error:
     print(f"vr {args.command}: {error}", file=sys.stderr)
     return 2
+  except Exception:
+    if _has_devices():
+      raise
+    print(
+      f"vr {args.command}: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: JAX starts no such "
+      "device here; accepted: one whose plug-in is installed (extras [tpu], [cuda]), cpu, or unset",
+      file=sys.stderr,
+    )
+    return 2
   except KeyboardInterrupt:
     return 130
+
+
+def _has_devices() -> bool:
+  """Whether JAX, if it is used at all, has devices to run on."""
+  if (jax := sys.modules.get("jax")) is None:
+    return True
+  try:
+    return bool(jax.devices())
+  except Exception:  # a plug-in may fail in any way
+    return False
 
 
 def call(args: argparse.Namespace) -> int | None:
@@ -137,6 +159,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     SystemExit: --help, or words that are not understood: code 2, the reason and the usage on
       stderr.
   """
+  for word, value in itertools.pairwise([*argv, ""]):
+    if word.startswith("--config.") and "=" not in word:
+      shown = "VALUE" if not value or value.startswith("--") else shlex.quote(value)
+      raise SystemExit(_complain(f"vr: {word}: write {word}={shown}"))
   overrides = [a.removeprefix("--") for a in argv if a.startswith("--config.")]
   words = [a for a in argv if not a.startswith("--config.")]
   entry: Command | Group = Group(DESCRIPTION, "COMMAND", COMMANDS)
@@ -186,6 +212,11 @@ def _parse(
   args = parser.parse_args(words)
   args.command, args.function, args.overrides = path[1], function, list(overrides)
   return args
+
+
+def _complain(line: str) -> int:
+  print(line, file=sys.stderr)
+  return 2
 
 
 def _takers(commands: Mapping[str, Command | Group]) -> Iterator[str]:

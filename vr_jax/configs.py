@@ -4,10 +4,11 @@
     load_config("my/run.py:frames=8,debug", ["config.lr=1e-4"]) # a file, its arguments, overrides
 
 The words are big_vision's (`schedule`, `mesh`, `sharding_strategy`, `model_init`, …); differences
-are noted beside the field in `base_config`. A config file starts from `base_config()`, which is
+are noted beside the field in `_fields`. A config file starts from `base_config()`, which is
 locked: an unknown field is an error that names the nearest one.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -20,10 +21,36 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from data_pipes.errors import InputError, nearest
+from vr_jax.addresses import local
+from vr_jax.config_values import (
+  ABOVE_0,
+  AT_LEAST_0,
+  AT_LEAST_1,
+  BELOW_1,
+  SEED,
+  SHARE,
+  TEXTS,
+  Accepted,
+  Field,
+  check_values,
+  defaults,
+  is_axis,
+  is_factor,
+  is_mesh,
+  is_pattern,
+  is_text,
+  is_whole,
+  is_window,
+  leaves,
+  one_of,
+  optional_types,
+  rows,
+)
 from vr_jax.sharding import FSDP_RULES, FSDP_STRATEGY
 
 # The arguments that every stage of the recipe takes.
@@ -35,107 +62,161 @@ RECIPE = {
   "tensor": 1,  # devices that share the decoder's heads and hidden units
   "sequence": False,  # they share the slots of a row too, for long videos
 }
+PATHS = ("tokenizer", "model_init", "input.files", "input.media", "input.features")
 _SCALARS = (bool, int, float, str, type(None))
 
 
 def base_config() -> ConfigDict:
   """Every field that training reads, with its default; locked. `None` means not set."""
+  return defaults(_fields()).lock()
+
+
+def check_config(config: ConfigDict) -> None:
+  """Refuses values that the fields do not accept, before anything is read or written.
+
+  Raises:
+    InputError: naming the key, the value and what is accepted.
+  """
+  check_values(config, _fields())
+
+
+@functools.cache
+def _optional() -> dict[str, type]:
+  return optional_types(base_config())
+
+
+@functools.cache
+def _fields() -> ConfigDict:
+  """Every field that training reads; those with a range of values as a `Field`."""
   config = ConfigDict()
-  config.seed = 42
-  config.task = "videorefer"  # what is trained: "videorefer", or "module:function" (loop.Task)
+  config.seed = Field(42, SEED)
+  # What is trained: "videorefer", or "module:function" (training/task.py).
+  config.task = Field("videorefer", Accepted("a name, or module:function", is_text))
 
   # The model: a variant by name, dotted changes to it, and what it starts from.
   config.model_name = placeholder(str)  # default: the model of the first checkpoint in model_init
-  config.model = ()  # (("llm.remat", "dots"), …): fields of VideoReferConfig
+  # (("llm.remat", "dots"), …): fields of VideoReferConfig
+  config.model = Field((), rows("((field, value), …)", lambda name, value: is_text(name)))
   # Weights to start from: ((part such as "img", or "" for all, path), …), later ones over earlier
   # ones; training/start.py lists what a path may be. Parameters whose names match `dont_load`, and
   # those of parts not named, are initialised.
-  config.model_init = ()
-  config.dont_load = ()
+  config.model_init = Field(
+    (),
+    rows("((part or '', path), …)", lambda part, path: isinstance(part, str) and is_text(path)),
+  )
+  config.dont_load = Field(
+    (), Accepted("a tuple of regexes such as ('region/.*',)", lambda v: all(map(is_pattern, v)))
+  )
   config.tokenizer = placeholder(str)  # folder of tokenizer files; default: that of model_init
   # Frozen parameters in memory: "float32", "bfloat16", or "int8": the decoder's matrices with a
   # scale for each column, the others in bfloat16 (QLoRA; extra [int8]).
-  config.frozen_dtype = "float32"
+  config.frozen_dtype = Field("float32", one_of("float32", "bfloat16", "int8"))
 
-  config.input = _input_config()
+  config.input = _input_fields()
 
   # How long: one of these; a fraction of an epoch is fine.
-  config.total_steps = placeholder(int)
-  config.total_examples = placeholder(int)
-  config.total_epochs = placeholder(float)
+  config.total_steps = Field(None, AT_LEAST_1, int)
+  config.total_examples = Field(None, AT_LEAST_1, int)
+  config.total_epochs = Field(None, ABOVE_0, float)
 
   # Loss: supervised tokens a row can hold (0: as many as its slots), vocabulary entries in a piece
   # of logits.
-  config.loss_budget = 0
-  config.loss_chunk = 16_384
+  config.loss_budget = Field(0, AT_LEAST_0)
+  config.loss_chunk = Field(16_384, AT_LEAST_1)
   # "tokens": the mean over all supervised tokens of the step, whatever accum_steps is.
   # "published": the mean over parts of their means (transformers 4.40).
-  config.accum_mean = "tokens"
+  config.accum_mean = Field("tokens", one_of("tokens", "published"))
 
   # Optimizer. `schedule`: (path regex, None | options), first match wins, None is frozen; options:
   # peak (times lr), warmup_{steps,examples,epochs,percent}, decay ("cosine"|"linear"|"constant").
   # Unlike big_vision's, warmup_percent is rounded up and starts from lr 0, as transformers does.
-  config.lr = 1e-3
+  config.lr = Field(1e-3, AT_LEAST_0)
   config.schedule = ((".*", {"warmup_percent": 0.03, "decay": "cosine"}),)
-  config.wd = 0.0
-  config.wd_mults = ((".*", 1.0),)  # (path regex, factor on wd), first match wins
-  config.b1 = 0.9
-  config.b2 = 0.999
-  config.eps = 1e-8
-  config.moments_dtype = "float32"  # of AdamW's moments in memory: "float32" or "bfloat16"
-  config.grad_clip_norm = 1.0  # 0: no clipping
+  config.wd = Field(0.0, AT_LEAST_0)
+  # (path regex, factor on wd), first match wins
+  config.wd_mults = Field(
+    ((".*", 1.0),), rows("((regex, factor of at least 0), …)", lambda p, f: is_factor(f))
+  )
+  config.b1 = Field(0.9, BELOW_1)
+  config.b2 = Field(0.999, BELOW_1)
+  config.eps = Field(1e-8, ABOVE_0)
+  # Of AdamW's moments in memory.
+  config.moments_dtype = Field("float32", one_of("float32", "bfloat16"))
+  config.grad_clip_norm = Field(1.0, AT_LEAST_0)  # 0: no clipping
   # Such as 0.9999: a running mean of the trained parameters, in the end written to W/ema; 0: none.
-  config.ema_decay = 0.0
+  config.ema_decay = Field(0.0, BELOW_1)
+  # A step whose gradient is not finite, or whose batch has no supervised token, changes nothing and
+  # is counted; so many in a row end the run.
+  config.max_skipped = Field(10, AT_LEAST_1)
 
-  # Devices.
-  config.mesh = (("data", -1), ("fsdp", 1))  # outermost first; one size may be -1
-  config.sharding_strategy = FSDP_STRATEGY  # of parameters; sharding.py has tables to choose from
-  config.sharding_rules = FSDP_RULES  # of activations
+  # Devices. Outermost axis first; one size may be -1.
+  config.mesh = Field(
+    (("data", -1), ("fsdp", 1)),
+    Accepted("((axis, size of at least 1), …), one size may be -1", lambda v: v and is_mesh(v)),
+  )
+  # Of parameters; sharding.py has tables to choose from.
+  config.sharding_strategy = Field(
+    FSDP_STRATEGY, rows("((regex, rule), …)", lambda pattern, rule: is_text(rule))
+  )
+  config.sharding_rules = Field(FSDP_RULES, rows("((name, mesh axes), …)", is_axis))
 
   # What is written, and when.
-  config.log_steps = 10
+  config.log_steps = Field(10, AT_LEAST_1)
   config.wandb = ""  # project of Weights & Biases that the metrics go to as well; extra [wandb]
-  config.profile_steps = ()  # (first, last), from 1: traced to W/profile, for XProf or Perfetto
-  config.stall_seconds = 600.0  # without progress, after which the process at fault is named
-  config.ckpt_steps = 1000
-  config.keep_ckpts = 1
-  config.keep_ckpt_steps = placeholder(int)  # keep every so-many-th step's for good
-  return config.lock()
+  # Steps that are traced to W/profile, for XProf or Perfetto.
+  config.profile_steps = Field((), Accepted("(first, last), from 1, or ()", is_window))
+  # Without progress, after which the process at fault is named.
+  config.stall_seconds = Field(600.0, ABOVE_0)
+  config.ckpt_steps = Field(1000, AT_LEAST_1)
+  config.keep_ckpts = Field(1, AT_LEAST_1)
+  config.keep_ckpt_steps = Field(None, AT_LEAST_1, int)  # every so-many-th step's for good
+  return config
 
 
-def _input_config() -> ConfigDict:
+def _input_fields() -> ConfigDict:
   """The fields of `config.input`: what is read, and how it becomes rows of a batch."""
   config = ConfigDict()
   # Annotation files in the published JSON format, or folders of shards (vr data prepare).
-  config.files = ()
+  config.files = Field((), TEXTS)
   config.media = "."  # folder that the videos and images of the files are relative to
-  config.features = ()  # caches of features, one for each of files (vr data features)
-  config.batch_size = 8  # examples of one optimizer step, over all devices
-  config.accum_steps = 1  # the step works through the batch in so many equal parts; 0: as
-  config.device_rows = 1  # many as leave each device this number of rows at a time
-  config.weights = ()  # shares in which to draw from the files; default: joined and shuffled
+  config.features = Field((), TEXTS)  # caches of features, one for each of files (vr data features)
+  config.batch_size = Field(8, AT_LEAST_1)  # examples of one optimizer step, over all devices
+  config.accum_steps = Field(1, AT_LEAST_0)  # the step works through the batch in so many equal
+  config.device_rows = Field(1, AT_LEAST_1)  # parts; 0: as many as leave each device these rows
+  # Shares in which to draw from the files; default: joined and shuffled.
+  config.weights = Field(
+    (),
+    Accepted("() or a share of more than 0 for each file", lambda v: all(map(ABOVE_0.holds, v))),
+  )
   config.shuffle = True
-  config.threads = 4  # that decode
-  config.max_unreadable = 0.01  # share of unreadable samples above which the run fails
+  config.threads = Field(4, AT_LEAST_1)  # that decode
+  config.max_unreadable = Field(0.01, SHARE)  # of the samples, above which the run fails
+  config.max_empty = Field(0.1, SHARE)  # of the batches without a supervised token, likewise
   config.templated = True  # chat template, answers supervised; False: plain text (stage 1)
-  config.masks = "multi"  # frames of an object: "single", "multi", or "half" of the rows each
-  config.single_frame = "first"  # which frame in single mode: "first" or "random"
-  config.max_mask_frames = 32
+  # Frames of an object; "half": of the rows each.
+  config.masks = Field("multi", one_of("single", "multi", "half"))
+  config.single_frame = Field("first", one_of("first", "random"))  # which frame in single mode
+  config.max_mask_frames = Field(32, AT_LEAST_1)
   # Masks on the tower's grid: "published", by which small objects vanish, or "keep": those keep the
   # cells they cover most.
-  config.mask_rule = "keep"
+  config.mask_rule = Field("keep", one_of("published", "keep"))
   # A row is one sample, all rows of one shape; or several samples, packed into so many slots, such
   # as 8192; or one sample in the shortest of up to three lengths that holds it. batch_size and
   # "examples" count rows.
-  config.pack = 0
-  config.buckets = ()
+  config.pack = Field(0, AT_LEAST_0)
+  config.buckets = Field(
+    (),
+    Accepted(
+      "up to three lengths of at least 1", lambda v: len(v) <= 3 and all(is_whole(n, 1) for n in v)
+    ),
+  )
   # Static sizes of a row; 0: what the largest record needs, or nine of ten packed rows (reads the
   # text of all records once).
-  config.row_frames = 0
-  config.row_clips = 0  # of packed rows
-  config.row_objects = 0
-  config.row_object_frames = 0
-  config.row_length = 0
+  config.row_frames = Field(0, AT_LEAST_0)
+  config.row_clips = Field(0, AT_LEAST_0)  # of packed rows
+  config.row_objects = Field(0, AT_LEAST_0)
+  config.row_object_frames = Field(0, AT_LEAST_0)
+  config.row_length = Field(0, AT_LEAST_0)
   return config
 
 
@@ -146,11 +227,12 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     spec: `path/to/file.py`, or the name of a packaged config (`stage2_region`, with or without
       `configs/` and `.py`), then optionally `:key=value,flag` for its `get_config(arg)`.
     overrides: `config.key=value` (or `key=value`); nested fields with dots, items of a table by
-      number (`schedule.1.1.peak=0.5`). The value must be of the field's type.
+      number (`schedule.1.1.peak=0.5`). The value must be of the field's type; `None` unsets a field
+      that may be None.
 
   Raises:
     InputError: no such config, an error in the file, an unknown key or argument (the nearest one
-      is named), a value of the wrong type.
+      is named), a value of the wrong type or out of range, an address that is not read.
   """
   name, arg = split_spec(spec)
   path = find_config(name)
@@ -162,10 +244,29 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     raise fault_in(path, error) from error
   if not isinstance(config, ConfigDict):
     raise InputError(f"{path}: get_config returned {type(config).__name__}, not a ConfigDict")
-  config = _normal(config, "config")
+  config = normalized(config, "config")
   for override in overrides:
     _override(config, override)
+  check_config(config)
+  _localize(config)
   return config.lock()
+
+
+def _localize(config: ConfigDict) -> None:
+  """Expands `~` in the paths of a config; refuses addresses that are not read."""
+
+  def expanded(value: Any, where: str) -> Any:
+    if isinstance(value, tuple):
+      return tuple(expanded(item, where) for item in value)
+    return local(value, where) if isinstance(value, str) else value
+
+  for key in PATHS:
+    *groups, name = key.split(".")
+    node = config
+    for group in groups:
+      node = node.get(group, ConfigDict())
+    if name in node:
+      node[name] = expanded(node[name], f"config.{key}")
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -179,7 +280,7 @@ def packaged_configs() -> dict[str, Path]:
 
 def find_config(name: str) -> Path:
   """The file of a config given by path or by the name of a packaged one."""
-  path = Path(name)
+  path = Path(local(name, "config"))
   if path.suffix == ".py" and path.is_file():
     return path
   packaged = packaged_configs()
@@ -239,7 +340,7 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
   """Reads what `to_json` wrote (lists come back as tuples); locked."""
-  return _normal(ConfigDict(json.loads(text)), "config").lock()
+  return normalized(ConfigDict(json.loads(text)), "config").lock()
 
 
 def diff(a: ConfigDict, b: ConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -247,7 +348,7 @@ def diff(a: ConfigDict, b: ConfigDict) -> dict[str, tuple[Any, Any]]:
 
   A field that one of them lacks has the value `MISSING` there.
   """
-  left, right = _flat(a), _flat(b)
+  left, right = leaves(a), leaves(b)
   keys = list(left) + [key for key in right if key not in left]
   pairs = {key: (left.get(key, MISSING), right.get(key, MISSING)) for key in keys}
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -327,23 +428,30 @@ def _line(error: Exception, path: Path) -> str:
 def _one_line(error: Exception) -> str:
   unknown = re.match(r"'?\"?Key \"(.+?)\" does not exist", str(error))
   if unknown and isinstance(error, AttributeError | KeyError):
-    return f"config has no field {unknown[1]!r}{nearest(unknown[1], _flat(base_config()))}"
+    return f"config has no field {unknown[1]!r}{nearest(unknown[1], leaves(base_config()))}"
+  text = re.search(
+    r"(\S+) is of original type <class 'str'> and .* type <class 'tuple'>", str(error)
+  )
+  if text and isinstance(error, TypeError):
+    return f"{text[1]!r} is no tuple; write ({text[1]!r},)"
   return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _normal(value: Any, where: str) -> Any:
+def normalized(value: Any, where: str) -> Any:
   """Nested mappings to ConfigDicts, lists to tuples, so that JSON and back changes nothing."""
   if isinstance(value, ConfigDict):
     out = ConfigDict()
     for key in value:
-      child = _normal(value[key], f"{where}.{key}")
+      child = normalized(value[key], f"{where}.{key}")
       # Keep the type of a field that is not set yet, so that an override is checked against it.
       out[key] = placeholder(value.get_type(key)) if child is None else child
     return out
   if isinstance(value, Mapping):
-    return {str(k): _normal(v, f"{where}.{k}") for k, v in value.items()}
+    return {str(k): normalized(v, f"{where}.{k}") for k, v in value.items()}
   if isinstance(value, tuple | list):
-    return tuple(_normal(v, f"{where}.{i}") for i, v in enumerate(value))
+    return tuple(normalized(v, f"{where}.{i}") for i, v in enumerate(value))
+  if isinstance(value, np.generic):
+    value = value.item()
   if isinstance(value, _SCALARS):
     return value
   raise InputError(
@@ -351,16 +459,10 @@ def _normal(value: Any, where: str) -> Any:
   )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-  if isinstance(value, ConfigDict):
-    return {k: v for key in value for k, v in _flat(value[key], f"{prefix}{key}.").items()}
-  return {prefix.rstrip("."): value}
-
-
 def _override(config: ConfigDict, text: str) -> None:
   key, equals, value = text.removeprefix("--").partition("=")
   if not equals:
-    raise InputError(f"override {text!r}: expected config.key=value")
+    raise InputError(f"override {text!r}: expected config.key=value; write --{key}=VALUE")
   key = key.removeprefix("config.")
 
   def replaced(node: Any, names: list[str]) -> Any:
@@ -372,7 +474,7 @@ def _override(config: ConfigDict, text: str) -> None:
       index = int(name)
       return (*node[:index], item(node[index], rest, None), *node[index + 1 :])
     if not isinstance(node, ConfigDict | dict) or name not in node:
-      raise InputError(f"config.{key} is not known{nearest(key, _flat(config))}")
+      raise InputError(f"config.{key} is not known{nearest(key, leaves(config))}")
     if isinstance(node, ConfigDict):
       node[name] = item(node[name], rest, node.get_type(name))
       return node
@@ -383,9 +485,20 @@ def _override(config: ConfigDict, text: str) -> None:
       return replaced(old, rest)
     if isinstance(old, ConfigDict):
       raise InputError(f"config.{key} is a group; set one of its fields: {', '.join(old)}")
-    return _parse(value, kind if old is None and kind else old, f"config.{key}")
+    unset = _optional().get(key)
+    if unset and value.lower() == "none":
+      return None
+    return _parse(value, unset or (kind if old is None and kind else old), f"config.{key}")
 
   replaced(config, key.split("."))
+
+
+def _as_tuple(text: str) -> tuple[Any]:
+  """The tuple that was meant by `('a.json')` or `a.json`."""
+  try:
+    return (literal_eval(text),)
+  except (ValueError, SyntaxError):
+    return (text,)
 
 
 def _parse(text: str, like: Any, where: str) -> Any:
@@ -402,11 +515,13 @@ def _parse(text: str, like: Any, where: str) -> Any:
       value = literal_eval(text)
       if not isinstance(value, dict if kind is dict else tuple | list):
         raise ValueError
-      return _normal(value, where)
+      return normalized(value, where)
   except (ValueError, KeyError, SyntaxError):
     shown = "tuple such as (1, 2)" if kind is tuple else kind.__name__
+    if kind is tuple and text:
+      shown = f"tuple; one of a single item is written {_as_tuple(text)}"
     raise InputError(f"{where}={text!r}: expected {shown}") from None
   try:  # the default is None and has no type: a literal if it reads as one, else the text
-    return _normal(literal_eval(text), where)
+    return normalized(literal_eval(text), where)
   except (ValueError, SyntaxError):
     return text

@@ -4,6 +4,7 @@ Tables are ordered `(path regex, rule)` pairs: the first match wins, and a table
 (every parameter covered) and tight (every rule used).
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -79,9 +80,27 @@ def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any
     if index not in used:
       raise InputError(
         f"config.{field}: rule {pattern!r} matches no parameter that an earlier rule left; "
-        "remove or correct it"
+        f"remove or correct it{nearest_rule(pattern, by_path(path_names(tree)))}"
       )
   return jax.tree.map(lambda index: table[index][1], indices)
+
+
+def nearest_rule(rule: str, paths: Iterable[str]) -> str:
+  """`; did you mean x?` for a rule that matches nothing: with the nearest beginning of a path.
+
+  Only the plain words before its first regex sign are looked at.
+  """
+  head, plain = "", re.match(r"[\w/.-]*(?=/)", rule)
+  words = (plain[0] if plain else rule).split("/")
+  names = [path.split("/") for path in paths]
+  for depth, word in enumerate(words, 1):
+    here = {parts[depth - 1] for parts in names if len(parts) >= depth}
+    if not (close := difflib.get_close_matches(word, here, 1, 0.6)):
+      return ""
+    names = [parts for parts in names if len(parts) >= depth and parts[depth - 1] == close[0]]
+    head = f"{head}{close[0]}/" if depth <= len(words) else head
+  meant = head + rule[len("/".join(words)) + 1 :]
+  return f"; did you mean {meant}?" if meant != rule else ""
 
 
 def param_shardings(

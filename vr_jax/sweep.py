@@ -21,6 +21,7 @@ W/sweep.md, .html     the table (and plots) of all members
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import re
@@ -34,7 +35,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.configs import fault_in, find_config, load_config, load_module, split_spec
+from vr_jax.configs import (
+  fault_in,
+  find_config,
+  load_config,
+  load_module,
+  normalized,
+  split_spec,
+)
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.pages.page import render
 from vr_jax.evaluation.pages.results import Line, bar_rows, headline_table
@@ -42,6 +50,7 @@ from vr_jax.evaluation.results import Result, load, write
 from vr_jax.training.metrics import read_metrics
 
 TAKEN = ("checkpoints", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
+LONGEST = 100  # letters of a member's name
 STOPPED = 143  # what `vr train` ends with when it was told to stop
 
 
@@ -49,10 +58,12 @@ STOPPED = 143  # what `vr train` ends with when it was told to stop
 class Member:
   """One run of a sweep.
 
-  spec: the config with its arguments. overrides: "config.key=value". metrics: see the module.
+  name: of its folder. title: what was added, from which the name is made. spec: the config with its
+  arguments. overrides: "config.key=value". metrics: see the module.
   """
 
   name: str
+  title: str
   spec: str
   overrides: tuple[str, ...]
   metrics: Mapping[str, Sequence[str]]
@@ -72,8 +83,10 @@ class Member:
 def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
   """The members of a sweep: its names are what was added, and `seed=` where there are several.
 
+  A long name is cut and ends in a hash of what was added; so does one that another member has.
+
   Raises:
-    InputError: no sweep in the file, two members of one name, a member whose config does not
+    InputError: no sweep in the file, a member added twice, a member whose config does not
       resolve, a metric that is not one of `vr eval`.
   """
   name, spec_arg = split_spec(spec)
@@ -92,21 +105,35 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
         f"{path}: metrics: {key!r}: {args!r}; accepted: a name, arguments of vr eval"
       )
     benchmark(args[0])
-  members = []
+  members: dict[str, Member] = {}  # by name, upper and lower case alike, as some disks have it
+  identities: set[str] = set()
   for values in added:
     arg = values.pop("config_arg", "")
-    words = [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
-    base = load_config(_with_arg(path, spec_arg, arg), _overrides(values))
+    values = {key: normalized(value, f"config.{key}") for key, value in values.items()}
+    member_spec = _with_arg(path, spec_arg, arg)
+    base = load_config(member_spec, _overrides(values))
     for n in range(seeds):
       both = {**values, "seed": base.seed + n} if seeds > 1 else values
-      seed = [f"seed={base.seed + n}"] if seeds > 1 else []
-      title = ",".join([*filter(None, [arg]), *words, *seed])
-      title = re.sub(r"[^\w.,=+-]+", "_", title) or "base"
-      members.append(Member(title, _with_arg(path, spec_arg, arg), _overrides(both), dict(metrics)))
-  names = [member.name for member in members]
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise InputError(f"{path}: sweep(add) added {', '.join(twice)} twice")
-  return members
+      words = [f"{key.rpartition('.')[2]}={value}" for key, value in both.items()]
+      title = ",".join([*filter(None, [arg]), *words]) or "base"
+      identity = repr((arg, sorted(both.items())))
+      if identity in identities:
+        raise InputError(f"{path}: sweep(add) added {title} twice")
+      identities.add(identity)
+      name = _folder_name(title)
+      if name.lower() in members or len(name) > LONGEST:
+        name = _folder_name(title, identity)
+      load_config(member_spec, _overrides(both))
+      members[name.lower()] = Member(name, title, member_spec, _overrides(both), dict(metrics))
+  return list(members.values())
+
+
+def _folder_name(title: str, identity: str = "") -> str:
+  """A title as the name of a folder; with an identity cut, and told from others by its hash."""
+  name = re.sub(r"[^\w.,=+-]+", "_", title, flags=re.ASCII)
+  if not identity:
+    return name
+  return f"{name[: LONGEST - 9]}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def run_member(
@@ -271,7 +298,7 @@ class Section:
 
 def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
   """Writes sweep.md and sweep.html; the members that have no results are listed with the reason."""
-  states = [(member.name, *_state(member, workdir)) for member in members]
+  states = [(_shown(member), *_state(member, workdir)) for member in members]
   sections = [s for s in (_section(n, members, workdir) for n in _metric_names(members)) if s]
   text = "\n".join(_markdown(workdir.resolve().name, states, sections)) + "\n"
   write(workdir / "sweep.md", text)
@@ -284,6 +311,11 @@ def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
     count=len(members),
   )
   return [workdir / "sweep.md", page]
+
+
+def _shown(member: Member) -> str:
+  """A member's name; where it was cut, with all that was added."""
+  return f"{member.name}: {member.title}" if len(member.title) > LONGEST else member.name
 
 
 def _metric_names(members: Sequence[Member]) -> list[str]:

@@ -25,6 +25,7 @@ from vr_jax.interop import (
 from vr_jax.interop.fields import read_config, shown
 from vr_jax.interop.npz import is_npz
 from vr_jax.interop.source import Source
+from vr_jax.weights import locate
 
 
 class Format(NamedTuple):
@@ -59,12 +60,12 @@ FORMATS: tuple[Format, ...] = (  # the first that fits is taken
 
 
 def open_source(path: str | Path) -> Source:
-  """Opens weights; no tensor is read yet.
+  """Opens weights, by any name that `vr_jax.weights.locate` knows; no tensor is read yet.
 
   Raises:
     InputError: nothing there, or nothing that is known; what is known but damaged or incomplete.
   """
-  path = Path(path)
+  path = locate(path).path
   for form in FORMATS:
     if form.holds(path):
       return form.open(path)

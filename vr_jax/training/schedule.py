@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.arrays import Array
-from vr_jax.configs import check_keys
+from vr_jax.config_values import UNITS, check_schedule
+from vr_jax.configs import check_config
 from vr_jax.params import Params, by_path, match_table
 
 ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
@@ -31,8 +32,6 @@ PUBLISHED_WD_MULTS = (
   ("(img|connector)/.*[nN]orm(_?[0-9])?/scale", 0.0),
   (".*", 1.0),
 )
-_UNITS = ("steps", "examples", "epochs", "percent")
-_OPTIONS = ("peak", "decay", *(f"warmup_{unit}" for unit in _UNITS))
 
 
 class Optimizer(NamedTuple):
@@ -82,22 +81,18 @@ def make_optimizer(
   Raises:
     InputError: a table that is not total and tight, an unknown option.
   """
-  if config.moments_dtype not in ("float32", "bfloat16"):
-    raise InputError(f"config.moments_dtype={config.moments_dtype!r}: accepted: float32, bfloat16")
-  if not 0 <= config.ema_decay < 1:
-    raise InputError(f"config.ema_decay={config.ema_decay}: accepted: from 0 to less than 1")
+  check_config(config)
   table = list(config.schedule)
   rules = _rule_indices(params, table)
   schedules = {}
   for index, (pattern, options) in enumerate(table):
     if options is not None:
       where = f"config.schedule.{index}.1"
-      check_keys(options, _OPTIONS, where)
       lr = config.lr * options.get("peak", 1.0)
       warmup = count_steps(
         "warmup", options, where, total_steps, config.input.batch_size, data_size
       )
-      schedules[index] = (pattern, _learning_rate(lr, warmup or 0, total_steps, options, where))
+      schedules[index] = (pattern, _learning_rate(lr, warmup or 0, total_steps, options))
 
   # By path, because the trained parameters are a sub-tree.
   group_of, decay_of = by_path(rules), by_path(match_table(params, config.wd_mults, "wd_mults"))
@@ -158,7 +153,7 @@ def count_steps(
   """
   given: dict[str, float] = {
     unit: options[f"{prefix}_{unit}"]
-    for unit in _UNITS
+    for unit in UNITS
     if options.get(f"{prefix}_{unit}") is not None
   }
   if not given:
@@ -174,7 +169,7 @@ def count_steps(
 
 
 def _learning_rate(
-  peak: float, warmup: int, total: int, options: Mapping[str, Any] | ConfigDict, where: str
+  peak: float, warmup: int, total: int, options: Mapping[str, Any] | ConfigDict
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
   """Linear from 0 over `warmup` steps, then the decay to 0 at `total`.
 
@@ -185,22 +180,18 @@ def _learning_rate(
     "linear": lambda done: 1.0 - done,
     "constant": jnp.ones_like,
   }
-  decay = options.get("decay", "cosine")
-  if decay not in decays:
-    raise InputError(f"{where}.decay={decay!r}: accepted: {', '.join(decays)}")
+  decay = decays[options.get("decay", "cosine")]
 
   def lr(step):
     step = jnp.asarray(step, jnp.float32)
     done = jnp.clip((step - warmup) / max(1, total - warmup), 0.0, 1.0)
-    return peak * jnp.where(step < warmup, step / max(1, warmup), decays[decay](done))
+    return peak * jnp.where(step < warmup, step / max(1, warmup), decay(done))
 
   return lr
 
 
 def _rule_indices(params: Params, table: list) -> Params:
-  for row in table:
-    if len(row) != 2 or not (row[1] is None or isinstance(row[1], Mapping)):
-      raise InputError(f"config.schedule: {row!r}: expected (regex, None) or (regex, options)")
+  check_schedule(table)
   return match_table(params, [(row[0], i) for i, row in enumerate(table)], "schedule")
 
 

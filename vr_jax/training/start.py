@@ -9,7 +9,7 @@ PEFT folder.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, nearest
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.checkpoint import (
   is_checkpoint,
@@ -26,7 +26,7 @@ from vr_jax.checkpoint import (
   read_tokenizer_files,
   tokenizer_files_of,
 )
-from vr_jax.configs import nearest
+from vr_jax.configs import RECIPE
 from vr_jax.interop import peft
 from vr_jax.interop import videorefer as published
 from vr_jax.interop.adapter import Adapter
@@ -39,14 +39,15 @@ from vr_jax.models.lora import is_factor
 from vr_jax.models.quantize import is_quantized
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import PARTS, VideoReferConfig
-from vr_jax.params import Params
-from vr_jax.weights import locate
+from vr_jax.params import Params, nearest_rule
+from vr_jax.weights import locate, weights_path
 
 
 def model_config(config: ConfigDict) -> VideoReferConfig:
   """The model of a config: the variant `model_name` with the fields of `model` changed.
 
-  Without a model_name, it is the one that the first checkpoint of ours in `model_init` holds.
+  Without a model_name, it is that of the first source in `model_init` that holds a whole one; the
+  published one as long as no source is there.
 
   Raises:
     InputError: an unknown variant or field, a value of the wrong type, no model at all.
@@ -54,15 +55,29 @@ def model_config(config: ConfigDict) -> VideoReferConfig:
   if config.model_name is not None:
     cfg = get_variant(config.model_name)
   else:
-    ours = [path for _, path in config.model_init if is_checkpoint(path)]
-    if not ours:
-      raise InputError(
-        "config.model_name is not set; give a variant, or a checkpoint of vr_jax in model_init"
-      )
-    cfg = VideoReferConfig.from_dict(load_meta(ours[0])["model"])
+    cfg = _first_whole_model(config)
   for key, value in config.model:
     cfg = _replaced(cfg, key.split("."), value, f"config.model: {key}")
   return cfg
+
+
+def _first_whole_model(config: ConfigDict) -> VideoReferConfig:
+  sources = _sources(config)
+  if sources and not any(path.exists() for path in sources):
+    return get_variant(RECIPE["model"])  # to look at a recipe before its weights are here
+  for path in sources:
+    if is_checkpoint(path):
+      return VideoReferConfig.from_dict(load_meta(path)["model"])
+    if not peft.is_adapter(path) and (source := open_source(path)).whole:
+      return source.model_config()
+  raise InputError(
+    "config.model_name is not set; give a variant, or a checkpoint of a whole model in model_init"
+  )
+
+
+def _sources(config: ConfigDict) -> list[Path]:
+  """The paths of `model_init`, in order."""
+  return [weights_path(path) for _, path in config.model_init]
 
 
 def starting_params(config: ConfigDict, shapes: Params) -> Params:
@@ -78,7 +93,7 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
       lists them.
   """
   target = flax.traverse_util.flatten_dict(shapes, sep="/")
-  fresh = {k for k in target if any(re.fullmatch(p, k) for p in config.dont_load)}
+  fresh = _left_out(config.dont_load, target)
   loaded: dict[str, Any] = {}
   origins: dict[str, str] = {}
   for part, path in config.model_init:
@@ -98,6 +113,23 @@ def starting_params(config: ConfigDict, shapes: Params) -> Params:
         origins[name] = origin
   _print_origins(target, origins)
   return flax.traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def _left_out(rules: Sequence[str], target: Iterable[str]) -> set[str]:
+  """The parameters that the regexes of `dont_load` name.
+
+  Raises:
+    InputError: a rule that matches none.
+  """
+  fresh: set[str] = set()
+  for rule in rules:
+    matched = {name for name in target if re.fullmatch(rule, name)}
+    if not matched:
+      raise InputError(
+        f"config.dont_load: rule {rule} matches no parameter{nearest_rule(rule, target)}"
+      )
+    fresh |= matched
+  return fresh
 
 
 def _expected(params: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
@@ -244,12 +276,12 @@ def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:
     InputError: there are none.
   """
   if config.tokenizer:
-    return read_tokenizer_files(config.tokenizer)
-  for _, path in config.model_init:
+    return read_tokenizer_files(weights_path(config.tokenizer))
+  for path in _sources(config):
     if is_checkpoint(path):
       if files := tokenizer_files_of(load_meta(path)):
         return files
-    elif (Path(path) / "tokenizer_config.json").is_file():
+    elif (path / "tokenizer_config.json").is_file():
       return read_tokenizer_files(path)
   sources = ", ".join(str(path) for _, path in config.model_init) or "none"
   raise InputError(
@@ -263,7 +295,7 @@ def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
   Keys: eos_ids, pad_id, repetition_penalty.
   """
-  for _, path in config.model_init:
+  for path in _sources(config):
     if is_checkpoint(path) and (stored := load_meta(path).get("generation")):
       return stored
     if published.is_published(path):

@@ -1,0 +1,177 @@
+"""What the fields of a config accept: ranges and forms of values, and their check.
+
+The fields themselves stand in configs.py; one whose type does not say all about it is a `Field`
+there, with what it accepts beside its default.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from data_pipes.errors import InputError, nearest
+
+
+class Accepted(NamedTuple):
+  """The values that a field takes: in words, and as a test of one of its type."""
+
+  words: str
+  holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A default and what is accepted in its place; a field that may be None says its `kind`."""
+
+  default: Any
+  accepted: Accepted
+  kind: type | None = None
+
+
+def number(words: str, holds: Callable[[float], bool]) -> Accepted:
+  return Accepted(words, lambda value: math.isfinite(value) and holds(value))
+
+
+def one_of(*names: str) -> Accepted:
+  return Accepted(", ".join(names), lambda value: value in names)
+
+
+def rows(words: str, holds: Callable[..., bool]) -> Accepted:
+  """A table: a tuple of tuples, of which `holds` takes the items of each."""
+  return Accepted(
+    words, lambda table: all(isinstance(r, tuple | list) and holds(*r) for r in table)
+  )
+
+
+def is_whole(value: Any, least: int) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_text(value: Any) -> bool:
+  return isinstance(value, str) and value != ""
+
+
+def is_pattern(value: Any) -> bool:
+  return isinstance(value, str) and re.compile(value) is not None
+
+
+def is_factor(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def is_mesh(axes: Any) -> bool:
+  names, sizes = zip(*axes, strict=True)
+  fits = all(is_whole(size, 1) or size == -1 for size in sizes) and sizes.count(-1) <= 1
+  return fits and all(map(is_text, names)) and len(set(names)) == len(names)
+
+
+def is_window(steps: Any) -> bool:
+  return not steps or (len(steps) == 2 and is_whole(steps[0], 1) and is_whole(*steps[::-1]))
+
+
+def is_axis(name: Any, axes: Any) -> bool:
+  return is_text(name) and (axes is None or is_text(axes) or all(map(is_text, axes)))
+
+
+AT_LEAST_0 = number("at least 0", lambda n: n >= 0)
+AT_LEAST_1 = number("at least 1", lambda n: n >= 1)
+ABOVE_0 = number("more than 0", lambda n: n > 0)
+SHARE = number("from 0 to 1", lambda n: 0 <= n <= 1)
+BELOW_1 = number("from 0 to less than 1", lambda n: 0 <= n < 1)
+SEED = number("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
+TEXTS = Accepted("a tuple of texts such as ('a.json',)", lambda items: all(map(is_text, items)))
+
+UNITS = ("steps", "examples", "epochs", "percent")
+# The options of a rule of `config.schedule`.
+SCHEDULE_OPTIONS: Mapping[str, Accepted] = {
+  "peak": AT_LEAST_0,
+  "decay": one_of("cosine", "linear", "constant"),
+  **{f"warmup_{unit}": SHARE if unit == "percent" else AT_LEAST_0 for unit in UNITS},
+}
+
+
+def defaults(fields: ConfigDict) -> ConfigDict:
+  """The config that has the default of each field."""
+  config = ConfigDict()
+  for name in fields:
+    value, kind = fields[name], fields.get_type(name)
+    if isinstance(value, Field):
+      value, kind = value.default, value.kind
+    if isinstance(value, ConfigDict):
+      config[name] = defaults(value)
+    else:
+      config[name] = placeholder(kind) if value is None else value
+  return config
+
+
+def optional_types(config: ConfigDict) -> dict[str, type]:
+  """The type of each field that is not set, by its dotted key."""
+  kinds = {key: _type(config, key) for key, value in leaves(config).items() if value is None}
+  return {key: kind for key, kind in kinds.items() if kind is not None}
+
+
+def check_values(config: ConfigDict, fields: ConfigDict) -> None:
+  """Refuses values outside of what their fields accept; others than those `fields` pass.
+
+  Raises:
+    InputError: naming the key, the value and what is accepted.
+  """
+  values = leaves(config)
+  for key, field in leaves(fields).items():
+    value = values.get(key)
+    if isinstance(field, Field) and value is not None and not _takes(field.accepted, value):
+      raise InputError(f"config.{key}={value!r}: accepted: {field.accepted.words}")
+  weights, files = values.get("input.weights"), values.get("input.files", ())
+  if weights and len(weights) != len(files):
+    raise InputError(
+      f"config.input.weights={weights!r}: accepted: a share for each of the {len(files)} of "
+      "config.input.files, or ()"
+    )
+  check_schedule(values.get("schedule", ()))
+
+
+def check_schedule(table: Any) -> None:
+  """Refuses a `config.schedule` whose rules are not (regex, None) or (regex, options).
+
+  Raises:
+    InputError: naming the rule, and the option with what it accepts.
+  """
+  for index, rule in enumerate(table):
+    pattern, options = rule if isinstance(rule, tuple | list) and len(rule) == 2 else (None, None)
+    if not isinstance(pattern, str) or not (options is None or isinstance(options, Mapping)):
+      raise InputError(f"config.schedule: {rule!r}: expected (regex, None) or (regex, options)")
+    where = f"config.schedule.{index}.1"
+    for name, value in (options or {}).items():
+      if name not in SCHEDULE_OPTIONS:
+        raise InputError(f"{where}.{name} is not known{nearest(name, SCHEDULE_OPTIONS)}")
+      unset = value is None and name.startswith("warmup_")
+      if not unset and not _takes(SCHEDULE_OPTIONS[name], value):
+        accepted = SCHEDULE_OPTIONS[name].words
+        raise InputError(f"{where}.{name}={value!r}: accepted: {accepted}")
+
+
+def _takes(accepted: Accepted, value: Any) -> bool:
+  """Whether a value holds; one that the test cannot even read does not."""
+  try:
+    return bool(accepted.holds(value))
+  except Exception:  # the value is anything: what no test foresees is refused, not our fault
+    return False
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+  """The fields of a config by their dotted keys."""
+  if isinstance(value, ConfigDict):
+    return {k: v for key in value for k, v in leaves(value[key], f"{prefix}{key}.").items()}
+  return {prefix.rstrip("."): value}
+
+
+def _type(config: ConfigDict, key: str) -> type | None:
+  """The type of the field at a dotted key."""
+  *groups, name = key.split(".")
+  for group in groups:
+    config = config[group]
+  return config.get_type(name)
