@@ -1,16 +1,16 @@
 """Reads the chosen option out of a model's answer.
 
-Two parsers: *strict* (ours) takes a letter only where the answer clearly names one option, else the
-text of exactly one option, else nothing; *published* does what the published scripts do, letter by
-letter, so that their numbers can be compared. An answer nothing can be read from counts as wrong
-and says why.
+Two parsers: *strict* (ours, reading/strict.py) takes an option only where the answer clearly names
+one; *published* does what the published scripts do, letter by letter, so that their numbers can be
+compared. An answer nothing can be read from counts as wrong and says why.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipes.errors import InputError
+from vr_jax.evaluation.reading.strict import labelled, letter_at, strict_letter
 
 PARSERS = ("strict", "published")
 
@@ -47,6 +47,15 @@ def published_truth(answer: str) -> str:
   return match[1] if match else answer
 
 
+def truth_letter(answer: str, options: Sequence[str] = ()) -> str | None:
+  """The letter of the right option as a file has it: "(A) ...", "A. ...", its letter or its text."""
+  labels, texts = labelled(options)
+  front = re.match(r"\s*\(?([A-Z])(?:[).:]|\s*$)", answer)
+  if front and answer not in texts and (front[1] in labels or not labels):
+    return front[1]
+  return strict_letter(answer, options)
+
+
 def grade(
   prediction: str,
   answer: str,
@@ -72,7 +81,7 @@ def grade(
     # Where nothing is read, upstream stops with an IndexError.
     correct = bool(letter) and letter.lower() == expected.lower()
     return Graded(letter or None, expected, correct, None if letter else "empty")
-  truth = strict_letter(answer, options)
+  truth = truth_letter(answer, options)
   if truth is None:
     known = "; ".join(options) or "a letter such as (A)"
     raise InputError(f"Answer: found {answer!r}; accepted: one of the options ({known})")
@@ -81,83 +90,9 @@ def grade(
   return Graded(choice, truth, choice == truth, problem)
 
 
-# A letter that is marked as a label: (A) [A] A) A. A: or alone.
-_BRACKETED = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]")
-_ALONE = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:,;!]?")
-_IN_FRONT = re.compile(r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z])\s*[).:])(?=\W|$)")
-# After such a word a capital letter is a label unless a word goes on; "a" and "I" may be English.
-_AFTER_CUE = r"\s*(?:is|would be|:|=)?\s*:?\s*(?:{nouns}\s*)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|{bare})"
-_BARE = r"([B-HJ-Z])(?![\w'’])|([A-Z])(?=\s*(?:[.,:;!)]|$))"
-_CUES = tuple(
-  re.compile(rf"\b(?i:{cue})" + _AFTER_CUE.format(nouns="(?i:option|choice|letter)", bare=_BARE))
-  for cue in ("answer", "option|choice|choose|select|pick")
-)
-
-
-def strict_letter(text: str, options: Sequence[str] | Mapping[str, str] = ()) -> str | None:
-  """The one option that `text` names, as a capital letter; None if it names none or several.
-
-  In this order: the whole text is one option; it is a letter, bracketed or not; "the answer is B",
-  then "option B"; a label in front, or in brackets anywhere, if no other label is there; the words
-  of exactly one option.
-
-  Args:
-    options: texts of the options, with or without "(A)" in front, or letter -> text.
-  """
-  if isinstance(options, Mapping):
-    options = [f"({letter}) {option}" for letter, option in options.items()]
-  labels, bare = labelled(options)
-  texts = [_plain(t) for t in bare]
-  line = " ".join(re.sub(r"[*_`\"“”]+", "", text).split())
-  plain = _plain(line)
-  whole = {label for label, o in zip(labels, options, strict=True) if plain == _plain(o)}
-  whole |= {label for label, t in zip(labels, texts, strict=True) if plain == t}
-  if len(whole) == 1:
-    return whole.pop()
-  alone = _ALONE.fullmatch(line)
-  if alone:
-    return _known(alone[1], labels)
-  for cue in _CUES:
-    cued = {next(filter(None, match.groups())).upper() for match in cue.finditer(line)}
-    if cued:
-      return _known(cued.pop(), labels) if len(cued) == 1 else None
-  marked = {letter.upper() for letter in _BRACKETED.findall(line)}
-  front = _IN_FRONT.match(line)
-  if front:
-    marked.add((front[1] or front[2]).upper())
-  if marked:
-    return _known(marked.pop(), labels) if len(marked) == 1 else None
-  held = [t for t in texts if t and re.search(rf"(?<!\w){re.escape(t)}(?!\w)", plain)]
-  longest = [t for t in held if not any(t != other and t in other for other in held)]
-  return labels[texts.index(longest[0])] if len(longest) == 1 else None
-
-
-def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Letters of the options and their texts without them; bare ones are lettered in order."""
-  labels, texts = [], []
-  for i, option in enumerate(options):
-    match = re.match(r"\s*(?:\(([A-Z])\)|([A-Z])[.)])\s*", option)
-    labels.append(match[1] or match[2] if match else letter_at(i))
-    texts.append(option[match.end() :] if match else option)
-  return labels, texts
-
-
-def _plain(text: str) -> str:
-  return " ".join(text.casefold().split()).rstrip(". ")
-
-
-def _known(letter: str, labels: Sequence[str]) -> str | None:
-  letter = letter.upper()
-  return letter if not labels or letter in labels else None
-
-
 # --- General video QA, as published: the letter of an option's place.
 
 FALLBACK = 2  # the place of the option that is taken where nothing is understood
-
-
-def letter_at(index: int) -> str:
-  return chr(ord("A") + index)
 
 
 def without_answer(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.answers import Graded, grade, strict_letter
+from vr_jax.evaluation.answers import Graded, grade, truth_letter
 from vr_jax.evaluation.benchmark import Benchmark, Kind
 from vr_jax.evaluation.items import Prediction, counts, item_record
 from vr_jax.evaluation.metrics import BY_VIDEO, Metric
@@ -107,7 +107,7 @@ def _record(p: Prediction, graded: Graded | None) -> dict[str, Any]:
   return item_record(
     p,
     parsed=graded.letter if graded else None,
-    gt=graded.truth if graded else strict_letter(p.truth or "", p.options),
+    gt=graded.truth if graded else truth_letter(p.truth or "", p.options),
     score=int(graded.correct) if graded else None,
     problem=graded.problem if graded else None,
     slices=dict(p.slices),
