@@ -4,6 +4,9 @@
     cudnn    CUDA with cuDNN, half precision: the same on Hopper; no packed rows, no soft cap
     xla      everything else: scores in memory, any mask, half of them where it is causal
 
+What a query sees is told as `Causal`, as `Inside` (all of its own segment) or, where kernels
+cannot know it, as a mask.
+
 Letters: B batch, L query, S key, N query head, K key/value head, G query heads of one K, H head.
 """
 
@@ -44,10 +47,21 @@ class Causal:
   window: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
+@no_type_check  # JAX rebuilds it with leaves of any kind
+@flax.struct.dataclass
+class Inside:
+  """Full attention inside segments, for queries that are their own keys: pictures in one row.
+
+  segments i32 [B,L]: a slot sees every slot of its own segment; -1 is padding.
+  """
+
+  segments: Int[Array, "B L"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """All that decides which kernel takes a call. `mask`: "none", "causal" or "dense"; sizes are
-  those of the whole arrays, `shards` the parts that the heads are split into."""
+  """All that decides which kernel takes a call. `mask`: "none", "causal", "inside" or "dense";
+  sizes are those of the whole arrays, `shards` the parts that the heads are split into."""
 
   platform: str
   dtype: str
@@ -79,7 +93,7 @@ def attention(
   *,
   scale: float,
   soft_cap: float | None = None,
-  causal: Causal | None = None,
+  causal: Causal | Inside | None = None,
   rules: ActivationRules = (),
   names: tuple[str | None, ...] = ("batch", "heads", "kv_heads"),
 ) -> Float[Array, "B L N H"]:
@@ -90,6 +104,7 @@ def attention(
 
   Args:
     causal: what `mask` says in a form that every kernel takes; padding queries then give anything.
+      An `Inside` needs no mask beside it.
     rules: placement of activations; the kernels run on each device's part of them.
     names: the activation axes of B, N and K in the rules, None for one that stays whole.
   """
@@ -125,11 +140,19 @@ def describe(q, k, mask, causal, soft_cap, rules=(), names=("batch", "heads", "k
     N=q.shape[2],
     K=k.shape[2],
     H=q.shape[3],
-    mask="causal" if causal is not None else "none" if mask is None else "dense",
-    packed=causal is not None and causal.packed,
+    mask=_kind_of_mask(mask, causal),
+    packed=isinstance(causal, Inside) or (causal is not None and causal.packed),
     soft_cap=soft_cap,
     shards=(sizes[0], sizes[1]),
   )
+
+
+def _kind_of_mask(mask, causal) -> str:
+  if isinstance(causal, Inside):
+    return "inside"
+  if causal is not None:
+    return "causal"
+  return "none" if mask is None else "dense"
 
 
 @functools.cache
@@ -157,8 +180,10 @@ def _specs(q, k, rules, names):
 
 def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
   """Where the mask is causal, in up to XLA_BLOCKS blocks of queries, each over the keys that it may
-  see: what lies beyond is not computed."""
+  see: what lies beyond is not computed. Pictures are taken in as many blocks, to hold less."""
   L = q.shape[1]
+  if isinstance(causal, Inside):
+    return _inside(q, k, v, causal.segments, scale, soft_cap)
   size = BLOCK * -(-L // (BLOCK * XLA_BLOCKS))
   if causal is None or size >= L:
     return _masked(q, k, v, mask, scale, soft_cap)
@@ -168,6 +193,17 @@ def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
     first = 0 if causal.window is None else max(0, start - causal.window + 1)
     seen = None if mask is None else mask[:, start:end, first:end]
     parts.append(_masked(q[:, start:end], k[:, first:end], v[:, first:end], seen, scale, soft_cap))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _inside(q, k, v, segments, scale, soft_cap):
+  L = q.shape[1]
+  size = BLOCK * -(-L // (BLOCK * XLA_BLOCKS))
+  parts = []
+  for start in range(0, L, size):
+    block = slice(start, min(start + size, L))
+    seen = segments[:, block, None] == segments[:, None, :]
+    parts.append(_masked(q[:, block], k, v, seen, scale, soft_cap))
   return jnp.concatenate(parts, axis=1)
 
 
@@ -224,10 +260,10 @@ def _splash(q, k, v, mask, causal, scale, soft_cap, rules, names, interpret=Fals
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel scales nothing
   q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
   segments = jnp.pad(segments, ((0, 0), (0, extra)), constant_values=-1)
-  window = None if causal is None else causal.window
+  window = causal.window if isinstance(causal, Causal) else None
   run = functools.partial(
     _splash_local,
-    is_causal=causal is not None,
+    is_causal=isinstance(causal, Causal),
     window=window,
     soft_cap=soft_cap,
     interpret=interpret,

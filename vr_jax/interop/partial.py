@@ -3,16 +3,10 @@
 They are PyTorch pickles (extra [torch]); the same tensors as safetensors are read as well.
 """
 
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from data_pipes.errors import InputError, one_line
-from data_pipes.lfs import refuse_pointer
+from data_pipes.errors import InputError
 from vr_jax.interop import peft, videorefer
 from vr_jax.interop.fields import read_json
 from vr_jax.interop.npz import is_npz
@@ -22,72 +16,14 @@ from vr_jax.interop.table import (
   Mapped,
   Parameters,
   Part,
-  Safetensors,
   Tensors,
   slots,
 )
+from vr_jax.interop.torch_file import open_tensors
 from vr_jax.models.region import RegionConfig
 
 FILES = ("mm_projector.bin", "region_encoder.bin", "mm_projector.safetensors",
          "region_encoder.safetensors")  # fmt: skip
-
-
-class TorchFile:
-  """The tensors of a file that torch.save wrote; mapped, nothing but tensors is unpickled."""
-
-  def __init__(self, path: Path):
-    self.path = path
-    try:
-      import torch
-    except ImportError:
-      raise InputError(
-        f"{path}: a PyTorch file needs PyTorch; install the extra: pip install 'vr-jax[torch]'"
-      ) from None
-    try:
-      mapped = zipfile.is_zipfile(path)
-      self._tensors: dict[str, Any] = dict(
-        torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-      )
-    except Exception as error:  # the unpickler raises all kinds
-      reason = one_line(error, 120)
-      raise InputError(f"{path}: not a complete PyTorch file of tensors ({reason})") from None
-    if not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
-      raise InputError(f"{path}: holds other things than tensors by name")
-    self._bfloat16 = torch.bfloat16
-    self._int16 = torch.int16
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(sorted(self._tensors))
-
-  def __contains__(self, name: object) -> bool:
-    return name in self._tensors
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._tensors[name].shape)
-
-  def dtype(self, name: str) -> np.dtype:
-    tensor = self._tensors[name]
-    if tensor.dtype == self._bfloat16:
-      return np.dtype(ml_dtypes.bfloat16)
-    return tensor.new_empty(0).numpy().dtype
-
-  def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    tensor = self._tensors[name][index] if index else self._tensors[name]
-    if tensor.dtype == self._bfloat16:
-      return tensor.contiguous().view(self._int16).numpy().copy().view(ml_dtypes.bfloat16)
-    return tensor.numpy().copy()
-
-
-def open_tensors(path: Path) -> Tensors:
-  """A file of tensors, safetensors or PyTorch's, by its content."""
-  refuse_pointer(path)
-  with path.open("rb") as file:
-    start = file.read(9)
-  if start[8:9] == b"{":
-    return Safetensors(path)
-  if start[:2] == b"PK" or start[:1] == b"\x80":
-    return TorchFile(path)
-  raise InputError(f"{path}: neither a safetensors file, nor a PyTorch file, nor an npz")
 
 
 def is_partial(path: Path) -> bool:

@@ -16,6 +16,7 @@ from vr_jax.interop import (
   hf_decoder,
   hf_paligemma,
   hf_tower,
+  navit,
   partial,
   peft,
   torch_folder,
@@ -49,6 +50,12 @@ TRANSFORMERS = "a folder of transformers (SigLIP, Qwen2, Gemma 1 to 3, PaliGemma
 FORMATS: tuple[Format, ...] = (  # the first that fits is taken
   Format("a checkpoint of vr_jax", vr.open_checkpoint, is_checkpoint),
   Format("a published VideoRefer folder", partial.open_stage, videorefer.MODEL_TYPES),
+  Format(
+    "a folder of VideoRefer-VideoLLaMA3, PixelRefer, PixelRefer-Lite or VideoLLaMA3",
+    navit.open_published,
+    navit.MODEL_TYPES,
+  ),
+  Format("VL3-SigLIP-NaViT", navit.open_tower_folder, (navit.TOWER_TYPE,)),
   Format(TRANSFORMERS, hf_tower.open_folder, hf_tower.MODEL_TYPES),
   Format(TRANSFORMERS, hf_decoder.open_folder, hf_decoder.MODEL_TYPES),
   Format(TRANSFORMERS, hf_paligemma.open_paligemma, (hf_paligemma.MODEL_TYPE,)),

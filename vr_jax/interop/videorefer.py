@@ -117,7 +117,7 @@ def config_json(
   """
   llm = hf_decoder.hf_config(cfg.llm)
   sizes = {
-    **{key: llm[key] for key in _DECODER_FIELDS},
+    **{key: llm[key] for key in DECODER_FIELDS},
     "image_aspect_ratio": cfg.image_aspect_ratio,
     "mm_hidden_size": cfg.img.width,
     "mm_projector_type": cfg.connector.kind,
@@ -157,7 +157,7 @@ def config_json(
   }
 
 
-_DECODER_FIELDS = (
+DECODER_FIELDS = (
   "hidden_size",
   "intermediate_size",
   "num_attention_heads",

@@ -22,9 +22,8 @@ from ml_collections import ConfigDict
 from data_pipes.embedded.states import FIELDS, SLICES, STATE
 from data_pipes.embedded.stills import picture_rows
 from vr_jax.models.region import pool_regions
-from vr_jax.models.siglip import Siglip, SiglipConfig
+from vr_jax.models.siglip import Siglip, SiglipConfig, pixels
 from vr_jax.models.variants import get_variant
-from vr_jax.models.videorefer import pixels
 from vr_jax.training.loss import LossSums
 from vr_jax.training.start import starting_params
 from vr_jax.training.task import Task

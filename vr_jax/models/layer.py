@@ -25,6 +25,7 @@ from vr_jax.arrays import Array
 from vr_jax.attention import Causal, attention
 from vr_jax.models.lora import adapter
 from vr_jax.models.quantize import values_and_scale
+from vr_jax.models.rotary import rotate
 from vr_jax.sharding import ActivationRules, shard_act
 
 ACTIVATIONS = {"gelu_tanh": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -117,15 +118,6 @@ class Layout:
   layers: Callable[[DecoderConfig, ActivationRules], Any]
   run: Callable[..., tuple[Array, KeysValues | None]]
   empty: Callable[[DecoderConfig, tuple[int, ...]], Any]
-
-
-def rotate(
-  x: Float[Array, "B L N H"], cos: Float[Array, "B L A"], sin: Float[Array, "B L A"]
-) -> Float[Array, "B L N H"]:
-  """Rotary position embedding in float32, halves as pairs (RoFormer, arXiv 2104.09864)."""
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -11,6 +11,7 @@ Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `layer.py`.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Num
 from data_pipes.errors import InputError
 from vr_jax.arrays import Array
 from vr_jax.models.connector import Mlp
+from vr_jax.models.crops import CellEncoder, CellsInContext, PlacedCells
 from vr_jax.sharding import ActivationRules, shard_act
 
 
@@ -177,6 +179,14 @@ class RegionEncoder(nn.Module):
     tokens, kept = self.lift(*merged)
     return shard_act(tokens, self.rules, "batch", "object", None, None), kept
 
+  def objects(
+    self, features: Float[Array, "B P N D"], batch: Mapping[str, Array]
+  ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
+    """`__call__` with the arrays of a batch: masks and frames, or cached features instead."""
+    if "object_tokens" in batch:
+      return self(features, None, None, (batch["object_tokens"], batch["object_kept"]))
+    return self(features, batch["region_masks"], batch["region_frames"])
+
   def merged_features(
     self,
     features: Float[Array, "B P N D"],
@@ -212,5 +222,11 @@ class RegionEncoder(nn.Module):
     return mlp(merged.astype(self.cfg.dtype)), kept
 
 
-# What a region encoder can be; each is made as `RegionEncoder` is, and has its methods.
-KINDS: dict[str, type[RegionEncoder]] = {"token_merge": RegionEncoder}
+# What a region encoder can be; each is made of (config, rules) and has the method `objects`. Those
+# that read masks on a grid have all methods of `RegionEncoder`.
+KINDS: dict[str, type[nn.Module]] = {
+  "token_merge": RegionEncoder,
+  "cells": CellEncoder,
+  "placed_cells": PlacedCells,
+  "cells_in_context": CellsInContext,
+}

@@ -1,7 +1,8 @@
 """SigLIP vision tower.
 
 Letters: X image, S pixel, P patch side, N patch (grid * grid), D width, A head, H head width,
-K layer that runs.
+K layer that runs; of a batch: B row, P frame of the row, T scene frame, C clip of a packed row,
+V scene token, E decoder width.
 
 Parameters carry big_vision's names, the layer axis K in front (its scanned layout):
   embedding/{kernel [P,P,3,D], bias}, pos_embedding [1,N,D]
@@ -17,16 +18,19 @@ Source: SigLIP (arXiv 2303.15343); VideoRefer Suite (2501.00599) section 3.1 and
 
 import dataclasses
 import functools
+from typing import Any, ClassVar, Protocol, no_type_check, runtime_checkable
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, UInt8
 
 from data_pipes.errors import InputError
 from vr_jax.arrays import Array
-from vr_jax.attention import attention
+from vr_jax.attention import Inside, attention
+from vr_jax.models.rotary import rotate
 from vr_jax.remat import remat
 from vr_jax.sharding import ActivationRules, shard_act
 
@@ -41,6 +45,8 @@ class SiglipConfig:
   attention-pooling head and needs None. `dtype` is that of the matmuls; `remat` is none, dots,
   full or offload.
   """
+
+  kind: ClassVar[str] = "siglip"  # of videorefer.TOWERS
 
   image_size: int = 384
   patch_size: int = 14
@@ -77,22 +83,80 @@ class SiglipConfig:
     return self.select_layer + (self.depth + 1 if self.select_layer < 0 else 0)
 
 
+@runtime_checkable
+class AttentionSizes(Protocol):
+  """What a config says of attention."""
+
+  @property
+  def width(self) -> int: ...
+
+  @property
+  def heads(self) -> int: ...
+
+  @property
+  def dtype(self) -> str: ...
+
+
+@runtime_checkable
+class TowerSizes(AttentionSizes, Protocol):
+  """What a config says of the layers, here and in `navit.NavitConfig`."""
+
+  @property
+  def patch_size(self) -> int: ...
+
+  @property
+  def mlp_dim(self) -> int: ...
+
+  @property
+  def layers(self) -> int: ...
+
+  @property
+  def select_layer(self) -> int | None: ...
+
+  @property
+  def remat(self) -> str: ...
+
+
+@no_type_check  # JAX rebuilds it with leaves of any kind
+@flax.struct.dataclass
+class Pictures:
+  """Where the patches of a row stand that holds several pictures.
+
+  segments i32 [X,N]: the picture of a patch, -1 for padding; cos, sin f32 [X,N,H/2]: its rotary
+  angles.
+  """
+
+  segments: Int[Array, "X N"]
+  cos: Float[Array, "X N A"]
+  sin: Float[Array, "X N A"]
+
+
+def pixels(frames: UInt8[Array, "..."]) -> Float[Array, "..."]:
+  """uint8 to the tower's range [-1, 1], float32, bit-equal to SiglipImageProcessor."""
+  scaled = frames.astype(jnp.float32) * jnp.float32(0.00392156862745098)
+  return (scaled - 0.5) / 0.5
+
+
 class PatchEmbedding(nn.Module):
   """Convolution with stride = kernel = patch and valid padding, as a reshape and one matmul."""
 
-  cfg: SiglipConfig
+  cfg: TowerSizes
+
+  def __call__(self, pixels: Float[Array, "X S S 3"]) -> Float[Array, "X N D"]:
+    P = self.cfg.patch_size
+    seen = pixels.shape[1] // P * P
+    patches = rearrange(pixels[:, :seen, :seen], "X (h p) (w q) C -> X (h w) (p q C)", p=P, q=P)
+    return self.of_patches(patches)
 
   @nn.compact
-  def __call__(self, pixels: Float[Array, "X S S 3"]) -> Float[Array, "X N D"]:
+  def of_patches(self, patches: Float[Array, "X N C"]) -> Float[Array, "X N D"]:
+    """The same of patches that hold their pixels row by row, the colour last."""
     c = self.cfg
     shape = (c.patch_size, c.patch_size, 3, c.width)
     kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
     bias = self.param("bias", nn.initializers.zeros, (c.width,))
-    seen, P = c.grid * c.patch_size, c.patch_size
-    patches = pixels[:, :seen, :seen]
-    patches = rearrange(patches, "X (h p) (w q) C -> X (h w) (p q C)", p=P, q=P).astype(c.dtype)
     kernel = rearrange(kernel, "p q C D -> (p q C) D").astype(c.dtype)
-    return patches @ kernel + bias.astype(c.dtype)
+    return patches.astype(c.dtype) @ kernel + bias.astype(c.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -112,25 +176,35 @@ class LayerNorm(nn.Module):
 
 
 class MultiHeadDotProductAttention(nn.Module):
-  """Full attention of `x` over `keys`."""
+  """Attention of `x` over `keys`: over all, those that `mask` shows, or those of its picture."""
 
-  cfg: SiglipConfig
+  cfg: AttentionSizes
   rules: ActivationRules = ()
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "X L D"], keys: Float[Array, "X N D"]
+    self,
+    x: Float[Array, "X L D"],
+    keys: Float[Array, "X N D"],
+    pictures: Pictures | None = None,
+    mask: Bool[Array, "X L N"] | None = None,
   ) -> Float[Array, "X L D"]:
     c = self.cfg
     head_dim = c.width // c.heads
     dense = functools.partial(
       nn.DenseGeneral, dtype=c.dtype, kernel_init=nn.initializers.xavier_uniform()
     )
+    query = dense((c.heads, head_dim), name="query")(x)
+    key = dense((c.heads, head_dim), name="key")(keys)
+    if pictures is not None:
+      query, key = (rotate(t, pictures.cos, pictures.sin) for t in (query, key))
     y = attention(
-      dense((c.heads, head_dim), name="query")(x),
-      dense((c.heads, head_dim), name="key")(keys),
+      query,
+      key,
       dense((c.heads, head_dim), name="value")(keys),
+      mask,
       scale=head_dim**-0.5,
+      causal=None if pictures is None else Inside(pictures.segments),
       rules=self.rules,
       names=("frame", None, None),
     )
@@ -140,7 +214,7 @@ class MultiHeadDotProductAttention(nn.Module):
 class MlpBlock(nn.Module):
   """Two layers with the tanh form of GELU."""
 
-  cfg: SiglipConfig
+  cfg: TowerSizes
 
   @nn.compact
   def __call__(self, x: Float[Array, "X L D"]) -> Float[Array, "X L D"]:
@@ -158,16 +232,16 @@ class MlpBlock(nn.Module):
 class Encoder1DBlock(nn.Module):
   """One pre-norm layer; scanned, so it returns (carry, what it emits)."""
 
-  cfg: SiglipConfig
+  cfg: TowerSizes
   emit: bool = False
   rules: ActivationRules = ()
 
   @nn.compact
-  def __call__(self, x: Float[Array, "X N D"], _):
+  def __call__(self, x: Float[Array, "X N D"], pictures: Pictures | None):
     c = self.cfg
     y = LayerNorm(c.dtype, name="LayerNorm_0")(x)
     attend = MultiHeadDotProductAttention(c, self.rules, name="MultiHeadDotProductAttention_0")
-    x = x + attend(y, y)
+    x = x + attend(y, y, pictures)
     y = LayerNorm(c.dtype, name="LayerNorm_1")(x)
     x = shard_act(x + MlpBlock(c, name="MlpBlock_0")(y), self.rules, "frame", None, None)
     return x, x if self.emit else None
@@ -176,11 +250,17 @@ class Encoder1DBlock(nn.Module):
 class Encoder(nn.Module):
   """The layers that run, and the norm behind them if that is all of them."""
 
-  cfg: SiglipConfig
+  cfg: TowerSizes
   rules: ActivationRules = ()
 
   @nn.compact
-  def __call__(self, x: Float[Array, "X N D"], out: dict[str, Array], intermediates: bool):
+  def __call__(
+    self,
+    x: Float[Array, "X N D"],
+    out: dict[str, Array],
+    intermediates: bool,
+    pictures: Pictures | None = None,
+  ) -> Float[Array, "X N D"]:
     c = self.cfg
     if intermediates:
       out["hidden"] = x[None]
@@ -189,9 +269,10 @@ class Encoder(nn.Module):
         remat(Encoder1DBlock, c.remat, scanned=True),
         variable_axes={"params": 0},
         split_rngs={"params": True},
+        in_axes=nn.broadcast,
         length=c.layers,
       )(c, intermediates, self.rules, name="encoderblock")
-      x, hidden = layers(x, None)
+      x, hidden = layers(x, pictures)
       if intermediates:
         out["hidden"] = jnp.concatenate([out["hidden"], hidden])
     return LayerNorm(c.dtype, name="encoder_norm")(x) if c.select_layer is None else x
@@ -240,6 +321,43 @@ class Siglip(nn.Module):
     if c.pool:
       out["pooled"] = MAPHead(c, name="MAPHead_0")(x)
     return x, out
+
+  def features(self, batch: dict[str, Array]) -> Float[Array, "B P N D"]:
+    """Features of every frame of the rows, each frame once; cached ones as they are."""
+    frames = batch["frames"]
+    if frames.ndim == 4:
+      features = frames.astype(self.cfg.dtype)
+    else:
+      features, _ = self(rearrange(pixels(frames), "B P h w C -> (B P) h w C"))
+      features = rearrange(features, "(B P) N D -> B P N D", B=len(frames))
+    return shard_act(features, self.rules, "batch", None, None, None)
+
+  def scene(
+    self, connector: Any, features: Float[Array, "B P N D"], batch: dict[str, Array]
+  ) -> tuple[Float[Array, "B V E"], Bool[Array, "B V"]]:
+    """Scene tokens of the rows (of packed rows, those of clip after clip), and which count: all."""
+    B, T = len(features), batch["scene"].shape[-1]
+    if features.shape[1] == 1 and batch["scene"].ndim == 2:  # images alone
+      scene = connector(features, stands_for=T)
+    else:
+      index = batch["scene"].reshape(B, -1)[:, :, None, None]
+      frames = jnp.take_along_axis(features, index, axis=1)
+      scene = connector(rearrange(frames, "B (C T) N D -> (B C) T N D", T=T))
+      scene = rearrange(scene, "(B C) V E -> B (C V) E", B=B)
+    return scene, jnp.ones(scene.shape[:2], bool)
+
+  @staticmethod
+  def empty_batch(
+    cfg: SiglipConfig, frames: int, scene: int, objects: int
+  ) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of a row's pictures and objects; `scene` frames of the scene."""
+    N = cfg.grid**2
+    return {
+      "frames": ((frames, cfg.image_size, cfg.image_size, 3), jnp.uint8),
+      "scene": ((scene,), jnp.int32),
+      "region_masks": ((objects, frames, N), jnp.uint8),
+      "region_frames": ((objects, frames), jnp.int32),
+    }
 
 
 def resample_posemb(pos: Float[Array, "1 N D"], grid: int) -> Float[Array, "1 M D"]:

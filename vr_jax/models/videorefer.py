@@ -4,11 +4,15 @@
                             └─ region (pool, merge, project) ► object tokens ┼ splice ─ llm ─ logits
     token ids ── embedding ──────────────────────────────────────────────────┘
 
+The tower and the region encoder are of a kind (TOWERS, region.KINDS), and each reads its own
+arrays of a batch; the assembly asks them for features, scene tokens and object tokens.
+
 Letters: B batch, P frame of the row, S pixel, T scene frame, N patch, D tower width, R object,
 F frame of an object, U token kept per object, V scene token, L sequence slot, E decoder width,
 W vocabulary.
 
-A batch is the dict that `data_pipes.batch` makes: `frames` u8 [B,P,S,S,3], `scene` i32 [B,T],
+A batch of squares of one size is the dict that `data_pipes.batch` makes (for pictures of any size
+see navit.py and crops.py): `frames` u8 [B,P,S,S,3], `scene` i32 [B,T],
 `region_masks` u8 [B,R,P,N], `region_frames` i32 [B,R,F], `tokens`, `visual` i32 [B,L], `valid`,
 `supervised` bool [B,L]. In packed rows `scene` is [B,C,T] (C clips) and `segments` i32 [B,L]
 numbers the samples of a row, which do not see each other. Cached object features, `object_tokens`
@@ -19,7 +23,7 @@ Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_a
 """
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax
 import flax.linen as nn
@@ -32,6 +36,7 @@ from data_pipes.errors import InputError
 from vr_jax.arrays import Array
 from vr_jax.models.connector import Connector, ConnectorConfig, scene_token_count
 from vr_jax.models.decoder import Decoder, DecoderConfig, KVCache
+from vr_jax.models.navit import Navit, NavitConfig
 from vr_jax.models.region import KINDS, RegionConfig, merge_segments
 from vr_jax.models.siglip import Siglip, SiglipConfig
 from vr_jax.sharding import ActivationRules, shard_act
@@ -48,7 +53,7 @@ class VideoReferConfig:
   """
 
   name: str
-  img: SiglipConfig
+  img: Any  # the config of a kind of TOWERS
   connector: ConnectorConfig
   region: RegionConfig
   llm: DecoderConfig
@@ -73,6 +78,16 @@ class VideoReferConfig:
     return cls(**{k: part_config(k, v) if k in PARTS else v for k, v in fields.items()})
 
 
+class Tower(NamedTuple):
+  """A vision tower: its config, and the module that makes features and scene tokens of a batch."""
+
+  config: type[Any]
+  module: type[Any]
+
+
+# What `kind` of a tower's config says; a config without it is that of a SigLIP of one size.
+TOWERS = {"siglip": Tower(SiglipConfig, Siglip), "navit": Tower(NavitConfig, Navit)}
+
 PARTS = {
   "img": SiglipConfig,
   "connector": ConnectorConfig,
@@ -87,7 +102,8 @@ def part_config(part: str, fields: dict[str, Any]) -> Any:
   def frozen(value):
     return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
-  return PARTS[part](**{k: frozen(v) for k, v in fields.items()})
+  config = TOWERS[fields.get("kind", "siglip")].config if part == "img" else PARTS[part]
+  return config(**{k: frozen(v) for k, v in fields.items()})
 
 
 @no_type_check  # JAX rebuilds it with leaves of any kind
@@ -108,12 +124,6 @@ class Spliced:
   segments: Int[Array, "B L"] | None = None
 
 
-def pixels(frames: UInt8[Array, "... S S 3"]) -> Float[Array, "... S S 3"]:
-  """uint8 frames to the tower's range [-1, 1], float32, bit-equal to SiglipImageProcessor."""
-  scaled = frames.astype(jnp.float32) * jnp.float32(0.00392156862745098)
-  return (scaled - 0.5) / 0.5
-
-
 class VideoRefer(nn.Module):
   """The assembly. Pure: `apply({"params": p}, batch)`; the KV cache goes in and comes out.
 
@@ -127,7 +137,7 @@ class VideoRefer(nn.Module):
   trained: tuple[str, ...] = tuple(PARTS)
 
   def setup(self):
-    self.img = Siglip(self.cfg.img, self.rules)
+    self.img = TOWERS[self.cfg.img.kind].module(self.cfg.img, self.rules)
     self.connector = Connector(self.cfg.connector, self.rules)
     self.region = KINDS[self.cfg.region.kind](self.cfg.region, self.rules)
     self.llm = Decoder(self.cfg.llm, self.rules)
@@ -136,39 +146,19 @@ class VideoRefer(nn.Module):
     self, frames: UInt8[Array, "B P S S 3"] | Float[Array, "B P N D"]
   ) -> Float[Array, "B P N D"]:
     """Tower features of every frame of the rows, each frame once; cached ones as they are."""
-    if frames.ndim == 4:
-      features = frames.astype(self.cfg.img.dtype)
-    else:
-      B = frames.shape[0]
-      features, _ = self.img(rearrange(pixels(frames), "B P h w C -> (B P) h w C"))
-      features = rearrange(features, "(B P) N D -> B P N D", B=B)
-    return shard_act(features, self.rules, "batch", None, None, None)
+    return self.img.features({"frames": frames})
 
   def visual_table(
-    self, features: Float[Array, "B P N D"], batch: Batch
+    self, features: Float[Array, "B *n D"], batch: Batch
   ) -> tuple[Float[Array, "B X E"], Bool[Array, "B X"]]:
     """Scene tokens, then the U object tokens of each object: (rows, valid), X = C*V + R*U."""
-    B, T = len(features), batch["scene"].shape[-1]
-    if features.shape[1] == 1 and batch["scene"].ndim == 2:  # images alone
-      scene = self.connector(features, stands_for=T)
-    else:
-      index = batch["scene"].reshape(B, -1)[:, :, None, None]
-      scene_features = jnp.take_along_axis(features, index, axis=1)
-      scene = self.connector(rearrange(scene_features, "B (C T) N D -> (B C) T N D", T=T))
-      scene = rearrange(scene, "(B C) V E -> B (C V) E", B=B)
-    cached = "object_tokens" in batch
-    objects, kept = self.region(
-      features,
-      None if cached else batch["region_masks"],
-      None if cached else batch["region_frames"],
-      (batch["object_tokens"], batch["object_kept"]) if cached else None,
-    )
+    scene, counts = self.img.scene(self.connector, features, batch)
+    objects, kept = self.region.objects(features, batch)
     scene = shard_act(scene, self.rules, "batch", None, None)
     objects = rearrange(objects, "B R U E -> B (R U) E").astype(scene.dtype)
     rows = jnp.concatenate([scene, objects], axis=1)
     kept = rearrange(kept, "B R U -> B (R U)")
-    valid = jnp.concatenate([jnp.ones(scene.shape[:2], bool), kept], axis=1)
-    return rows, valid
+    return rows, jnp.concatenate([counts, kept], axis=1)
 
   def splice(self, batch: Batch) -> Spliced:
     """Text embeddings with scene and object tokens in their slots, compacted.
@@ -182,7 +172,7 @@ class VideoRefer(nn.Module):
         compacted   a  b  v0 v1 c  o0 o1 d  e  o2 o3 -
         position    0  1  2  3  4  5  6  7  8 -1 -1 -1
     """
-    rows, rows_valid = self.visual_table(self.encode_frames(batch["frames"]), batch)
+    rows, rows_valid = self.visual_table(self.img.features(batch), batch)
     is_visual = batch["visual"] >= 0
     row = jnp.maximum(batch["visual"], 0)
     text = self.llm.embed(batch["tokens"])
@@ -230,9 +220,10 @@ class VideoRefer(nn.Module):
     come after the scene tokens of their media, so that their number V is a static bound. (Not so in
     packed rows.)
     """
+    if self.trained != ("region",) or "segments" in batch or "frames" not in batch:
+      return 0
     V = scene_token_count(self.cfg.connector, batch["scene"].shape[-1], self.cfg.img.grid)
-    some = batch["tokens"].shape[1] > V and "segments" not in batch
-    return V if self.trained == ("region",) and some else 0
+    return V if batch["tokens"].shape[1] > V else 0
 
   def logits(
     self, hidden: Float[Array, "... E"], rows: tuple[Int[Array, ""], int] | None = None
@@ -328,12 +319,9 @@ def empty_batch(
   cfg: VideoReferConfig, *, rows: int = 1, frames: int = 2, objects: int = 1, length: int = 8
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a small batch, enough to initialise parameters."""
-  N = cfg.img.grid**2
+  pictures = TOWERS[cfg.img.kind].module.empty_batch(cfg.img, frames, cfg.num_frames, objects)
   shapes = {
-    "frames": ((frames, cfg.img.image_size, cfg.img.image_size, 3), jnp.uint8),
-    "scene": ((cfg.num_frames,), jnp.int32),
-    "region_masks": ((objects, frames, N), jnp.uint8),
-    "region_frames": ((objects, frames), jnp.int32),
+    **pictures,
     "tokens": ((length,), jnp.int32),
     "visual": ((length,), jnp.int32),
     "valid": ((length,), jnp.bool_),
