@@ -33,6 +33,7 @@ DEFECTS = {
   "path": "the media path leads out of the media folder",
   "conversations": "no dialogue of human and gpt in turn",
   "media-tag": "not exactly one <video> or <image> for the media, or a tag without media",
+  "stream": "a streaming sample, which no published trainer of these formats can read",
   "region-count": "as many <region> as objects are needed",
   "object": "an object that is not {frame: segmentation, ...}",
   "never-seen": "an object without a mask in any frame",
@@ -60,6 +61,8 @@ NOTICES = {
   "orientation": "an image's orientation tag is ignored, as published: masks must be as stored",
   "alpha": "transparency is dropped",
   "greyscale": "grey becomes equal red, green and blue",
+  "frame-list": "the video is a list of pictures: for VideoRefer's successors, from the annotation "
+  "file alone",
   "size-differs": "height and width are not those of the media, whose own are used",
 }
 KINDS = {**DEFECTS, **NOTICES}
@@ -400,24 +403,49 @@ def check_item(
   media = None
   if record.media is not None:
     try:
-      # Without a folder of media nothing says where an absolute path should lie.
-      anywhere = "/" if os.path.isabs(record.path) else ""
-      file = media_path(checks.media or anywhere, record.path)
-      if checks.media is not None:
-        result = inspect(file, record.media)
-        if isinstance(result, Defect):
-          raise result
-        media = result
-        findings += media.findings
+      media = _inspected(record, checks, inspect)
+      findings += media.findings if media else ()
     except Defect as error:
       findings.append(finding(error))
+  if record.frames:
+    findings.append(Finding("frame-list", f"{len(record.frames.files)} pictures"))
   findings += check_masks(record, media.size if media else None, checks.grid)
   if media is not None:
     findings += check_frames(record, media)
-    if checks.decode and record.media == "video" and not any(f.is_defect for f in findings):
+    one_file = record.media == "video" and not record.frames  # pictures are decoded already
+    if checks.decode and one_file and not any(f.is_defect for f in findings):
       try:
+        file = _place(checks, record.path)
         needed = (file, record, checks.scene)
         isolated("media-damaged", file, checks.item_seconds, decode_needed, *needed)
       except Defect as error:
         findings.append(finding(error))
   return Checked(index, span, identity, record, tuple(findings))
+
+
+def _place(checks: Checks, path: str) -> Path:
+  """Where a media path leads. Raises Defect where it leads out of the media folder."""
+  # Without a folder of media nothing says where an absolute path should lie.
+  return media_path(checks.media or ("/" if os.path.isabs(path) else ""), path)
+
+
+def _inspected(
+  record: Record, checks: Checks, inspect: Callable[[Path, str], Media | Defect]
+) -> Media | None:
+  """What a record's media is, None where it is not opened. Raises Defect."""
+  frames = record.frames
+  files = (*frames.files, *frames.masked) if frames else (record.path,)
+  paths = [_place(checks, file) for file in files]
+  if checks.media is None:
+    return None
+  kind = "image" if frames else record.media
+  assert kind is not None
+  results = []
+  for path in paths:
+    result = inspect(path, kind)
+    if isinstance(result, Defect):
+      raise result
+    results.append(result)
+  if len({result.size for result in results}) > 1:
+    raise Defect("media-unreadable", f"{paths[0]}: found pictures of several sizes; accepted: one")
+  return results[0] if not frames else Media(len(files), results[0].size, results[0].findings)

@@ -232,7 +232,8 @@ class Prepare:
   def _index(self, number: int) -> None:
     """Lines: the file; then [shard, item, offset, length, media, path] or a reject."""
     path = self.settings.files[number]
-    checks = Checks(reject=self.settings.reject)
+    # Shards hold a clip a file.
+    checks = Checks(reject=(*self.settings.reject, "frame-list"))
     source = _identify_file(path)
     write_text(self._source(number), json.dumps(source))
     with replaced(self.output("index", number)) as part, open(part, "w") as out:

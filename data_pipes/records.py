@@ -1,5 +1,8 @@
 """Training samples in the published VideoRefer-700K JSON and the variants of it that are about.
 
+The SFT format of VideoRefer's successors is one of them: `masks`, `video` as a list, and a media
+tag that may be left out.
+
 One file is one JSON array of items (up to 5.6 GB), so items are read through an index of byte
 ranges; nothing here ever holds a whole file.
 """
@@ -30,6 +33,21 @@ BENCH_KEYS = {
 
 
 @dataclass(frozen=True)
+class FrameList:
+  """A scene given as picture files, as the SFT format of VideoRefer's successors allows.
+
+  Attributes:
+    files: the scene, relative to the media root.
+    times: seconds, one a file.
+    masked: pictures that masks lie on; as frames of the item they count on behind `files`.
+  """
+
+  files: tuple[str, ...]
+  times: tuple[float, ...]
+  masked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Record:
   """One dialogue about one video, one image or nothing.
 
@@ -44,6 +62,7 @@ class Record:
       (an empty mask).
     size: (height, width) in pixels where the item gives both.
     stored: the media, where prepared shards hold it.
+    frames: the media, where it is a list of pictures; `path` is the first of them.
   """
 
   id: str | int
@@ -54,6 +73,7 @@ class Record:
   objects: tuple[Mapping[int, Any], ...]
   size: tuple[int, int] | None
   stored: Video | None = None
+  frames: FrameList | None = None
 
   @property
   def tag(self) -> str | None:
@@ -74,13 +94,20 @@ def parse_record(item: Any, where: str) -> Record:
   if not isinstance(item, dict):
     raise Defect("item", f"{where}: found {_kind(item)}; accepted: an object with 'conversations'")
   where = f"{where} (id {item['id']!r})" if "id" in item else where
-  media, path = _parse_media(item, where)
+  if item.get("stream"):
+    raise Defect("stream", f"{where}: found a streaming sample; accepted: key 'stream' unset")
+  media, path, frames = _parse_media(item, where)
   turns = _parse_turns(item.get("conversations"), where)
   objects = parse_objects(item, where, media)
+  if media and (item.get("masks") is not None or isinstance(item[media], list)):
+    turns = _with_tag(turns, MEDIA_TAGS[media])
+    objects = _one_each(objects, sum(turn.text.count(REGION) for turn in turns))
+  if frames is not None:
+    objects = _on_masked(objects, frames, where)
   _check_tag(turns, media, len(objects), where)
   size = _parse_size(item, where)
   check_text((item.get("id"), path, *(turn.text for turn in turns)), where)
-  return Record(item.get("id", where), where, media, path, turns, objects, size)
+  return Record(item.get("id", where), where, media, path, turns, objects, size, frames=frames)
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,8 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
   """The annotated objects of an item: a tuple of {frame number: segmentation or None}.
 
   Reads key `annotation` (`{frame: {"segmentation": S}}`, VideoRefer-700K and VideoRefer-Bench) or
-  `masks` (`{frame: S}`, the later trainers). A list nested one deeper is flattened, and
+  `masks` (`{frame: S}`, of an image S alone: the later trainers); either nesting under either key.
+  A list nested one deeper is flattened, and
   `{frame_idx: {frame: ...}}`, as in the Ref-YouTube-VOS items, unwrapped.
   """
   keys = [key for key in ("annotation", "masks") if item.get(key) is not None]
@@ -194,6 +222,8 @@ def parse_objects(item: Mapping[str, Any], where: str, media: str | None = "vide
     return ()
   key = keys[0]
   entries = item[key]
+  if media == "image" and key == "masks" and isinstance(entries, list):
+    entries = [{"0": e} if _is_segmentation(e) else e for e in entries]
   if isinstance(entries, list) and entries and all(isinstance(e, list) for e in entries):
     entries = [e for inner in entries for e in inner]
   if not isinstance(entries, list):
@@ -282,20 +312,74 @@ def read_records(path: str | Path) -> Iterator[Record]:
     yield parse_record(item, f"{path}: item {i}")
 
 
-def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str]:
+def _parse_media(item: Mapping[str, Any], where: str) -> tuple[str | None, str, FrameList | None]:
   named = [kind for kind in MEDIA_TAGS if item.get(kind) is not None]
   if len(named) == 2:
     raise Defect(
       "media-key", f"{where}: found keys 'video' and 'image'; accepted: one of them, or neither"
     )
   if not named:
-    return None, ""
-  path = item[named[0]]
+    return None, "", None
+  path, frames = item[named[0]], None
+  if named[0] == "video" and isinstance(path, list) and len(path) > 1:
+    frames = _parse_frames(item, where)
+    path = frames.files[0]
   if isinstance(path, list) and len(path) == 1:  # as VideoLLaMA 3 writes it
     (path,) = path
   if not isinstance(path, str) or not path:
     raise Defect("media-key", f"{where}: key '{named[0]}': found {_kind(path)}; accepted: one path")
-  return named[0], path
+  return named[0], path, frames
+
+
+def _parse_frames(item: Mapping[str, Any], where: str) -> FrameList:
+  """Keys `video`, `timestamps` and `masked_video` of a scene given as picture files."""
+  lists: list[tuple] = []
+  accepted = {"video": str, "timestamps": int | float, "masked_video": str}
+  for key, type_ in accepted.items():
+    value = [] if key == "masked_video" and item.get(key) is None else item.get(key)
+    if not isinstance(value, list) or not all(isinstance(v, type_) and v != "" for v in value):
+      kind = "times in seconds" if key == "timestamps" else "paths"
+      raise Defect(
+        "media-key",
+        f"{where}: key '{key}': found {_kind(value)}; accepted: a list of {kind}, as "
+        "'video' is a list of pictures",
+      )
+    lists.append(tuple(value))
+  frames = FrameList(*lists)
+  if len(frames.times) != len(frames.files):
+    raise Defect(
+      "media-key",
+      f"{where}: key 'timestamps': found {len(frames.times)} for {len(frames.files)} pictures; "
+      "accepted: equal numbers",
+    )
+  return frames
+
+
+def _with_tag(turns: tuple[Turn, ...], tag: str) -> tuple[Turn, ...]:
+  """The dialogue with the media tag in front, where it lacks one, as the later trainers do."""
+  if any(tag in turn.text for turn in turns):
+    return turns
+  first = next(i for i, turn in enumerate(turns) if turn.role == "human")
+  return (*turns[:first], Turn("human", f"{tag}\n{turns[first].text}"), *turns[first + 1 :])
+
+
+def _one_each(objects: tuple, regions: int) -> tuple:
+  """Objects with one frame each, where the text has a `<region>` for every (object, frame)."""
+  pairs = tuple({number: mask} for by_frame in objects for number, mask in by_frame.items())
+  return pairs if regions == len(pairs) != len(objects) else objects
+
+
+def _on_masked(objects: tuple, frames: FrameList, where: str) -> tuple:
+  """Frame numbers of masks, which stand for the masked pictures in order of their appearance."""
+  numbers = list(dict.fromkeys(number for by_frame in objects for number in by_frame))
+  if len(numbers) > len(frames.masked):
+    raise Defect(
+      "frame-range",
+      f"{where}: key 'masked_video': found {len(frames.masked)} pictures for masks on "
+      f"{len(numbers)} frames; accepted: one for each",
+    )
+  place = {number: len(frames.files) + i for i, number in enumerate(numbers)}
+  return tuple({place[number]: mask for number, mask in o.items()} for o in objects)
 
 
 def _parse_size(item: Mapping[str, Any], where: str) -> tuple[int, int] | None:
@@ -418,6 +502,20 @@ def _check_form(segmentation: Any, where: str) -> None:
       f"{where}: segmentation: found {_kind(segmentation)}{keys}; accepted: RLE {{'size': [height, "
       "width], 'counts': text or list}, a list of polygons [[x, y, ...], ...], or null",
     )
+
+
+def _is_segmentation(value: Any) -> bool:
+  """Whether an entry of an image's masks is run lengths or polygons by itself."""
+  if isinstance(value, dict):
+    return not {"counts", "box", "segmentation"}.isdisjoint(value)
+  return (
+    isinstance(value, list)
+    and bool(value)
+    and all(
+      isinstance(polygon, list) and all(isinstance(n, int | float) for n in polygon)
+      for polygon in value
+    )
+  )
 
 
 def _check_tag(turns: tuple[Turn, ...], media: str | None, objects: int, where: str) -> None:

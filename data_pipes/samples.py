@@ -191,6 +191,8 @@ class Samples(RowSource):
     """
     record = self.records[index]
     try:
+      if record.frames:
+        raise InputError("found a list of pictures as the video; accepted: one file or folder")
       text = self.rules.text(record, self.tokenizer)
       clip = None
       if record.media is not None:

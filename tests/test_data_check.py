@@ -210,6 +210,9 @@ SOUND = [
   item(annotation=..., conversations=[{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "A."}]),
   item(annotation=..., video=..., image="i.png", conversations=[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]),
   item(annotation=..., video=..., conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]),
+  # The SFT format of the successors: a list of one path, no tag, masks of an image alone.
+  item(annotation=..., video=["a.mp4"], masks=[{"7": mask()}], conversations=[{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A."}]),
+  image_item("i.png") | {"annotation": None, "masks": [mask()]},
   BENCH_D,
   BENCH_Q,
 ]  # fmt: skip
@@ -246,6 +249,7 @@ CASES = [
   ("conversations", item(conversations=item()["conversations"][:1]), "conversations: found human; accepted: human, gpt, human, gpt, ..."),
   ("media-tag", item(conversations=[{"from": "human", "value": "<region>"}, {"from": "gpt", "value": "A"}]), "key 'conversations': found no messages with <video> although key 'video' is given; accepted: exactly one"),
   ("media-tag", item(video=..., annotation=...), "found <video> in the text but no media; accepted: a key 'video' or 'image'"),
+  ("stream", item(stream=True), "found a streaming sample; accepted: key 'stream' unset"),
   ("region-count", item(annotation=[{"0": {"segmentation": mask()}}] * 2), "found 1 <region> after <video> but 2 annotated objects; accepted: equal numbers, the i-th tag takes the i-th object"),
   ("object", item(annotation=[{}]), "key 'annotation', object 0: found an object without frames; accepted: {frame number: segmentation, ...}"),
   ("never-seen", item(annotation=[{"0": {"segmentation": None}, "7": {}}]), "object 0: found no mask in 2 frames; accepted: at least one"),
@@ -295,6 +299,7 @@ CASES = [
   ("greyscale", image_item("grey.png"), "mode L"),
   ("greyscale", item(video="grey.mkv", annotation=[{"0": {"segmentation": mask()}}]), "a video without colour"),
   ("orientation", image_item("turned.jpg"), "tag 6"),
+  ("frame-list", item(video=["i.png"] * 2, timestamps=[0, 1], masked_video=["i.png"], annotation=[{"7": mask()}]), "2 pictures"),
   ("size-differs", item(height=96, width=64), "found height x width 96x64; the media has 48x64"),
 ]  # fmt: skip
 OWN_TESTS = {"json", "duplicate-id"}  # of a whole file

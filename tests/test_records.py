@@ -97,9 +97,41 @@ def test_image_frames_are_dummies():
   assert record.size == (4, 6)
 
 
+def _sft(question, **changes):
+  """An item in the SFT format of VideoRefer's successors."""
+  return _item(annotation=..., video=["a.mp4"], conversations=_asked(question), **changes)
+
+
+def test_a_tag_that_the_later_format_leaves_out_is_put_in_front():
+  record = parse_record(_sft("Is <region> red?", masks=[{"3": RLE}]), "f")
+  assert record.turns[0].text == "<video>\nIs <region> red?"
+  assert record.path == "a.mp4"
+
+
+def test_masks_of_an_image_stand_alone():
+  polygon = [[0, 0, 5, 0, 5, 3]]
+  item = _sft("<region>, <region>?", image="a.png", masks=[RLE, polygon]) | {"video": None}
+  assert parse_record(item, "f").objects == ({0: RLE}, {0: polygon})
+
+
+def test_an_object_and_frame_each_with_a_region_of_its_own():
+  record = parse_record(_sft("<region>, <region>?", masks=[{"3": RLE, "1": RLE}]), "f")
+  assert record.objects == ({3: RLE}, {1: RLE})
+  assert len(parse_record(_sft("<region>?", masks=[{"3": RLE, "1": RLE}]), "f").objects[0]) == 2
+
+
+def test_masks_of_a_list_of_pictures_lie_on_the_masked_ones():
+  lists = {"timestamps": [0, 0.5], "masked_video": ["c.png", "d.png"]}
+  item = _sft("<region>, <region>?", masks=[{"7": RLE}, {"2": RLE}], **lists)
+  record = parse_record(item | {"video": ["a.png", "b.png"]}, "f")
+  assert record.objects == ({2: RLE}, {3: RLE})
+  assert record.frames.times == (0, 0.5)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"stream": True}, r"found a streaming sample; accepted: key 'stream' unset"),
     ({"annotation": []}, r"found 1 <region> after <video> but 0 annotated objects"),
     ({"annotation": ...}, r"found 1 <region> after <video> but 0 annotated objects"),
     ({"annotation": [{"0": {}}, {"0": {}}]}, r"found 1 <region> after <video> but 2 annotated"),
@@ -111,7 +143,10 @@ def test_image_frames_are_dummies():
     ({"video": ...}, r"found <video> in the text but no media"),
     ({"video": ..., "conversations": _asked("What?")}, r"found 1 annotated objects but no media"),
     ({"image": "a.png"}, r"found keys 'video' and 'image'"),
-    ({"video": ["a", "b"]}, r"key 'video': found a list; accepted: one path"),
+    ({"video": ["a", "b"]}, r"key 'timestamps': found null; accepted: a list of times in seconds"),
+    ({"video": ["a", "b"], "timestamps": [0]}, r"'timestamps': found 1 for 2 pictures"),
+    ({"video": ["a", "b"], "timestamps": [0, 1]}, r"found 0 pictures for masks on 2 frames"),
+    ({"image": ["a", "b"], "video": ...}, r"key 'image': found a list; accepted: one path"),
     ({"annotation": {}}, r"key 'annotation': found an object; accepted: a list of objects"),
     ({"masks": []}, r"found keys 'annotation' and 'masks'"),
     ({"annotation": [{}]}, r"'annotation', object 0: found an object without frames"),
