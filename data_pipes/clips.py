@@ -112,7 +112,7 @@ def _on_grid(
     cells.append({})
     for number, mask in by_frame.items():
       if not isinstance(mask, GridMask):
-        mask = _whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
+        mask = whole_mask(mask, frame_size, size, f"object {i}, frame {number}")
         mask = grid_mask(mask, grid, aspect_ratio, mask_rule)
       cells[i][number] = mask.cells
       if mask.lost:
@@ -120,7 +120,7 @@ def _on_grid(
   return cells, vanishing
 
 
-def _whole_mask(
+def whole_mask(
   mask: Any, frame_size: tuple[int, int], size: tuple[int, int] | None, where: str
 ) -> np.ndarray:
   """The mask in pixels. Of another size than its frame it would mark another place."""

@@ -19,6 +19,7 @@ from data_pipes.navit_images import PATCH, Patches, to_patches
 from data_pipes.opencv_resize import resize_area, resize_linear
 
 MARGIN = 2 * PATCH  # pixels around the object
+VL3_TOKENS = 10  # K of VideoRefer-VideoLLaMA3, which its config.json does not hold
 WHOLE_SIDE, LOCAL_SIDE = 336, 224  # Lite's two pictures beside a crop
 
 

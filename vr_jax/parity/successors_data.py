@@ -3,6 +3,7 @@
 Stages 04 and 10 and the JSON tables of a set of family "videollama3 successors".
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,15 @@ from data_pipes.navit_prompts import (
   timed_object_text,
   video_text,
 )
-from data_pipes.object_crops import CROP_RULES, crop_objects, crop_patches
+from data_pipes.navit_samples import NavitRules, training_sample
+from data_pipes.object_crops import (
+  CROP_RULES,
+  VL3_TOKENS,
+  boxes_array,
+  crop_objects,
+  crop_patches,
+)
+from data_pipes.records import parse_record
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video
 from vr_jax.parity.golden import (
@@ -244,3 +253,56 @@ def _frames(golden: Golden, case: Case) -> Produced:
   # Conversions of lossy video to RGB differ by less between builds of FFmpeg.
   levels = 0.5 if video.kind == "video" else _FLOAT
   return Produced(arrays, {"timestamps": _FLOAT} | dict.fromkeys(list(arrays)[1:], levels))
+
+
+# --- Training samples ----------------------------------------------------------------------------
+
+
+def training_samples(golden: Golden) -> Iterator[CaseResult]:
+  """The samples of the folder's SFT files, read from disk, as stage 07 records them."""
+  results = compare_cases(golden.cases("07_forward"), functools.partial(_training, golden))
+  yield from (dataclasses.replace(result, stage="train_data") for result in results)
+
+
+def _training(golden: Golden, case: Case) -> Produced:
+  meta = case.meta
+  folder = golden.path(meta["checkpoint"])
+  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  rule = CROP_RULES[meta["generation"]]
+  rules = NavitRules(
+    crop=rule,
+    tokens=config.get("mask_num", VL3_TOKENS),
+    max_length=config["mm_max_length"],
+    max_frames=config["max_frames"],
+    published=True,
+  )
+  items = json.loads(golden.path(meta["data"]).read_text(encoding="utf-8"))
+  records = {item["name"]: parse_record(item, item["name"]) for item in items}
+  tokenizer = Tokenizer.from_folder(folder)
+  samples = [
+    training_sample(records[name], tokenizer, rules, golden.folder) for name in meta["samples"]
+  ]
+  crops = [crop for sample in samples for crop in sample.crops]
+  made = [patches for sample in samples for patches in sample.patches]
+  arrays: dict[str, Any] = {
+    "input_ids": np.concatenate([s.text.ids for s in samples]),
+    "labels": np.concatenate([s.text.labels for s in samples]),
+    "position_ids": np.concatenate([np.arange(len(s.text.ids)) for s in samples]),
+    "boxes": boxes_array(crops),
+    "crop_grid": np.array([p.crop.grid for p in made]),
+  }
+  for i, sample in enumerate(samples):
+    if sample.scene:
+      arrays[f"image_{i}_u8"] = np.stack([p.pixels for p in sample.scene])
+      arrays[f"image_{i}_grid"] = np.array([p.grid for p in sample.scene])
+  for i, (crop, patches) in enumerate(zip(crops, made, strict=True)):
+    arrays |= {f"mask_{i}": crop.mask, f"crop_{i}_u8": patches.crop.pixels}
+    if patches.whole and patches.local:
+      arrays |= {f"raw_{i}_u8": patches.whole.pixels, f"local_{i}_u8": patches.local.pixels}
+  if rule.lite:
+    arrays["raw_grid"] = np.array([p.whole.grid for p in made if p.whole])
+    arrays["local_grid"] = np.array([p.local.grid for p in made if p.local])
+  for name in case.expected():
+    if name not in arrays:
+      case[name]  # what the model makes of it, compared as stage 07
+  return Produced(arrays, {f"mask_{i}": _FLOAT for i in range(len(crops))})
