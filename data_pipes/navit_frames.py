@@ -109,7 +109,7 @@ def _filtered(
   the clip does not fill. The time told is the beginning of the step.
   """
   stamps = video.pts(range(len(video)))
-  seconds = video.times()
+  seconds = video.times
   assert stamps is not None
   assert seconds is not None
   unit = stamps[1]
