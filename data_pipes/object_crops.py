@@ -182,8 +182,7 @@ def _cut(
   if not part.size:
     raise InputError(f"{name}: a picture of {_by(size)} leaves no crop; accepted: 2x2 and more")
 
-  scale = _scale(area, rule, tokens)
-  new = [math.ceil(side * scale / PATCH) * PATCH for side in part.shape]
+  new = crop_size(part.shape, area, rule, tokens)
   if new[0] * new[1] > MAX_PIXELS:
     raise InputError(
       f"{name}: its {area} pixels lie in {_by(part.shape)} pixels, which would be enlarged to "
@@ -198,6 +197,13 @@ def _cut(
     cells = area_cells(mask[top : bottom + 1, left : right + 1], *grid).astype(cells.dtype)
   count = tokens if rule.lite else min(tokens, int(cells.sum()))
   return ObjectCrop(scaled, cells, (top, left, bottom, right), size, count), crop
+
+
+def crop_size(part: Sequence[int], area: int, rule: CropRule, tokens: int) -> tuple[int, int]:
+  """Height and width to which a part of a picture is scaled, whose object has `area` pixels."""
+  scale = _scale(area, rule, tokens)
+  height, width = (math.ceil(side * scale / PATCH) * PATCH for side in part)
+  return height, width
 
 
 def _scale(area: int, rule: CropRule, tokens: int) -> float:
