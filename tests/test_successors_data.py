@@ -29,7 +29,14 @@ from vr_jax.parity import successors_data
 from vr_jax.parity.golden import PASS, Golden
 
 GOLDEN = Path(__file__).parent / "golden"
-STAGES = ("region_prep", "preprocess", "prompts", "sizes", "frame_sample", "training_samples")
+STAGES = (
+  "region_prep",
+  "preprocess",
+  "prompts",
+  "smart_resize",
+  "frame_sample",
+  "training_samples",
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from data_pipes.navit_frames import scene_frames, step_frames
-from data_pipes.navit_images import Patches, smart_resize, to_patches
+from data_pipes.navit_images import Patches, to_patches
+from data_pipes.navit_images import smart_resize as resized_size
 from data_pipes.navit_prompts import (
   image_text,
   render,
@@ -56,8 +57,8 @@ def max_length(golden: Golden, generation: str) -> int:
 # --- JSON tables ---------------------------------------------------------------------------------
 
 
-def sizes(golden: Golden) -> Iterator[CaseResult]:
-  """What `smart_resize` makes of height and width."""
+def smart_resize(golden: Golden) -> Iterator[CaseResult]:
+  """What the image processor makes of height and width."""
   table = golden.other_json("smart_resize")
   named = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
   inputs = ("height", "width", "factor", "max_pixels", "min_pixels")
@@ -65,7 +66,7 @@ def sizes(golden: Golden) -> Iterator[CaseResult]:
   def pairs() -> Iterator[tuple[Any, Any, Any]]:
     for row in named:
       given = [row[name] for name in inputs]
-      yield given, smart_resize(*given), (row["out_h"], row["out_w"])
+      yield given, resized_size(*given), (row["out_h"], row["out_w"])
 
   yield exact("smart_resize", "all", pairs())
 
