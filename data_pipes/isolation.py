@@ -22,10 +22,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from multiprocessing.connection import Connection
 from typing import Any
+
+import numpy as np
 
 from data_pipes.errors import InputError
 
@@ -49,18 +52,25 @@ class Ended(InputError):
   """The worker died with a call, or had to be ended; the text says how."""
 
 
-def call(function: Callable[..., Any], *args: Any, seconds: float | None = SECONDS) -> Any:
+def call(
+  function: Callable[..., Any],
+  *args: Any,
+  seconds: float | None = SECONDS,
+  room: Iterable[np.ndarray] = (),
+) -> Any:
   """`function(*args)`, made in a worker of this process; any number of threads may call.
 
   Function, arguments and result must pickle. What the function raises is raised here.
 
   Args:
     seconds: that the call may take; None: without end.
+    room: arrays whose memory the arrays of the result that are as large take, in their order; those
+      for which there is none left have memory of their own.
 
   Raises:
     Ended: it crashed its process, or took longer.
   """
-  return _workers.call(function, *args, seconds=seconds)
+  return _workers.call(function, *args, seconds=seconds, room=room)
 
 
 class Workers:
@@ -71,12 +81,18 @@ class Workers:
     self._all: set[_Worker] = set()
     self._lock = threading.Lock()
 
-  def call(self, function: Callable[..., Any], *args: Any, seconds: float | None = SECONDS) -> Any:
+  def call(
+    self,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float | None = SECONDS,
+    room: Iterable[np.ndarray] = (),
+  ) -> Any:
     """See `call`."""
     worker = self._take()
     try:
       worker.send((os.getcwd(), function, args, seconds))
-      raised, value = worker.receive(seconds)
+      raised, value = worker.receive(seconds, room)
     except BaseException:
       self._drop(worker)
       raise
@@ -140,13 +156,13 @@ class _Worker:
     except OSError:
       raise self._ended() from None
 
-  def receive(self, seconds: float | None) -> tuple[bool, Any]:
+  def receive(self, seconds: float | None, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
     """(whether it is an error, the result). Raises Ended."""
     try:
       self._connection.recv_bytes()  # it has begun: the time that modules take is not the call's
       if not self._connection.poll(seconds):
         raise Ended(f"hung: no result within {seconds:g} s")
-      return _receive(self._connection)
+      return _receive(self._connection, room)
     except (EOFError, OSError):
       raise self._ended() from None
 
@@ -221,11 +237,13 @@ def _send(connection: Connection, answer: tuple[bool, Any]) -> None:
     connection.send_bytes(view)
 
 
-def _receive(connection: Connection) -> tuple[bool, Any]:
+def _receive(connection: Connection, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
   pickled, sizes = pickle.loads(connection.recv_bytes())
-  buffers = []
+  free = deque(memoryview(array).cast("B") for array in room)
+  buffers: list[Any] = []
   for size in sizes:
-    buffer = bytearray(size)
+    fits = free and free[0].nbytes == size
+    buffer = free.popleft() if fits else memoryview(np.empty(size, np.uint8))
     connection.recv_bytes_into(buffer)
     buffers.append(buffer)
   return pickle.loads(pickled, buffers=buffers)

@@ -1,5 +1,6 @@
 """Records to rows: which frames and words a row takes, and random access to the rows of a set."""
 
+import functools
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipes import isolation
 from data_pipes.batch import Clip, Needs, Row, RowShape, empty_row, place
 from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, read_clip
 from data_pipes.errors import InputError
@@ -162,16 +164,18 @@ class Samples(RowSource):
     media_root: str | Path = "",
     rules: RowRules | None = None,
     features: FeatureShards | None = None,
+    item_seconds: float = isolation.SECONDS,
   ):
     """`records` is a Container or a list; `media_root` the folder its paths start from.
 
     `features` are cached object features, where `rules.cached`; frames come from there too where
-    `shape.frame_features`.
+    `shape.frame_features`. `item_seconds`: that the decoders may take for a sample.
     """
     self.features = features
     self.records, self.tokenizer, self.shape = records, tokenizer, shape
     self.media_root = Path(media_root)
     self.rules = rules or RowRules()
+    self.item_seconds = item_seconds
     self.vanished = 0
 
   def __len__(self) -> int:
@@ -208,22 +212,40 @@ class Samples(RowSource):
           clip = self.features.frames.clip(record.stored, image, self.shape.scene)
           clip = replace(clip, objects=objects)
         else:
-          clip = read_clip(
-            record.stored or media_path(self.media_root, record.path),
-            self.shape,
-            objects,
-            image=image,
-            aspect_ratio=self.rules.aspect_ratio,
-            mask_rule=self.rules.mask_rule,
-            size=record.size,
-            room=room,
-          )
+          clip = self._read(record, objects, image, room)
         clip = replace(clip, features=cached)
     except (InputError, OSError) as error:
       raise InputError(f"{record.where}: {error}") from error
     if clip and clip.vanished:
       self._warn(record.where, clip)
     return text, clip, record.where
+
+  def _read(
+    self, record: Record, objects: list[dict], image: bool, room: np.ndarray | None
+  ) -> Clip:
+    """The clip of a record. Media are decoded in a worker process, as they may be anybody's; what
+    stands in shards was encoded by `vr data prepare`."""
+    read = functools.partial(
+      read_clip,
+      image=image,
+      aspect_ratio=self.rules.aspect_ratio,
+      mask_rule=self.rules.mask_rule,
+      size=record.size,
+    )
+    if record.stored is not None:
+      return read(record.stored, self.shape, objects, room=room)
+    path = media_path(self.media_root, record.path)
+    slots = () if image or room is None else room
+    try:
+      clip = isolation.call(read, path, self.shape, objects, seconds=self.item_seconds, room=slots)
+    except isolation.Ended as error:
+      raise InputError(f"{path}: the decoder {error}") from None
+    numbers = clip.numbers()
+    placed = 0 < len(numbers) <= len(slots) and all(
+      np.may_share_memory(clip.frames[number], slot)
+      for number, slot in zip(numbers, slots, strict=False)
+    )
+    return replace(clip, placed=placed)
 
   def _warn(self, where: str, clip: Clip) -> None:
     self.vanished += len(clip.vanished)

@@ -2,13 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 from bad_decoder import with_bad_decoder
 from test_data_check import item, mask, write, write_clip
+from test_prepare import SHAPE
 
 from data_pipes import isolation
+from data_pipes.clips import read_clip
+from data_pipes.failures import Failures
 from data_pipes.jobs import run_local
+from data_pipes.loader import make_dataset, prefetched
 from data_pipes.prepare import Prepare, Settings
+from data_pipes.records import RecordFile
+from data_pipes.samples import Samples
+from data_pipes.tokenizer import Tokenizer
 from vr_jax import cli
 
 CRASH = "the decoder crashed: its process died of SIGABRT"
@@ -56,6 +64,24 @@ def test_data_prepare_also_when_started_again(folder):
   assert (
     job.command("index", 0) == f"vr data prepare --out {folder}/out --item-seconds 1 --task index 0"
   )
+
+
+def test_the_loader(folder, golden):
+  tokenizer = Tokenizer.from_folder(golden / "tiny_videorefer_qwen2")
+  records, media = RecordFile(folder / "f.json"), folder / "media"
+  samples = Samples(records, tokenizer, SHAPE, media_root=media, item_seconds=1)
+  failures = Failures(max_share=0.5)
+  options = {"batch_size": 4, "seed": 0, "shuffle": False, "drop_remainder": True}
+  (batch,) = prefetched(make_dataset([samples], failures=failures, **options), threads=1)
+  assert [bool(valid.any()) for valid in batch["valid"]] == [False, True, False, True]
+  assert failures.messages == [
+    f"{records[0].where}: {media}/abort.mp4: {CRASH}",
+    f"{records[2].where}: {media}/endless.mp4: {HANG}",
+  ]
+  # What a worker sends lies where it would have been decoded to.
+  direct = read_clip(media / "a.mp4", SHAPE, records[1].objects)
+  for slot, number in enumerate(direct.numbers()):
+    np.testing.assert_array_equal(batch["frames"][1][slot], direct.frames[number])
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])

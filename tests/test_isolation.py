@@ -30,6 +30,15 @@ def test_a_call_is_made_elsewhere_and_its_arrays_come_back():
   assert pid() == number  # the process stays
 
 
+def test_arrays_come_into_the_memory_that_is_given():
+  room = np.zeros((1, 3), np.float32)
+  _, result = isolation.call(isolation_toy.double, np.ones(3, np.float32), room=room)
+  assert np.may_share_memory(result["twice"], room)
+  np.testing.assert_array_equal(room, [[2, 2, 2]])
+  _, result = isolation.call(isolation_toy.double, np.ones(4, np.float32), room=room)
+  assert not np.may_share_memory(result["twice"], room)
+
+
 @pytest.mark.parametrize(
   ("function", "args", "message"),
   [
