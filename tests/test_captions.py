@@ -109,6 +109,7 @@ def test_edges():
   assert cider_d([[s] for s in same], same).items == pytest.approx((7.5, 10))
   assert cider_d([["a b c d"]], ["a b c d"]).corpus == 0  # one item: every n-gram is everywhere
   assert rouge_l([["a b"], ["a b"]], ["", "a b"]).items == (0, 1)
+  assert rouge_l([[""], ["", "a"], ["a"]], ["", "a", ""]).items == (1, 1, 0)  # as pycocoevalcap
   assert [s.items[0] < 1e-3 for s in bleu([["a b"]], [""])] == [True] * 4
   assert bleu([["a b c", "a b c d e"]], ["a b c d"])[0].corpus == pytest.approx(1)  # the shorter
   assert rouge_l([["a b c d"]], ["a c"]).corpus == pytest.approx(

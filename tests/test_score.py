@@ -211,6 +211,15 @@ def test_the_command_compares(tmp_path, capsys):
     ("{", "accepted: a JSON list or JSON lines"),
     ('{"video": "v", "Answer": "(A) x", "type": "t"}', "no key 'pred'"),
     ('{"id":1,"video":"v","Answer":"(A) x","pred":"A","type":"t"}\n' * 2, "both have id 1"),
+    ('{"id":[1],"video":"v","Answer":"(A) x","pred":"A","type":"t"}', "id: found [1]"),
+    ('{"id":true,"video":"v","Answer":"(A) x","pred":"A","type":"t"}', "id: found True"),
+    ('{"video":"v","Answer":"(A) x","pred":7,"type":"t"}', "pred: found 7; accepted: text"),
+    ('{"video":["v"],"Answer":"(A) x","pred":"A","type":"t"}', "video: found ['v']"),
+    ('{"video":"v","Answer":{"A":1},"pred":"A","type":"t"}', "truth: found {'A': 1}"),
+    ('{"video":"v","Answer":"(A) x","pred":"A","type":{"t":1}}', "type: found {'t': 1}"),
+    ('{"video":"v","Answer":"(A) x","pred":"A \\ud83d","type":"t"}', "pred: holds half a"),
+    ('{"id":"\\udc00","video":"v","Answer":"(A) x","pred":"A","type":"t"}', "id: holds half a"),
+    ("[" * 100_000, "accepted: a JSON list or JSON lines"),
   ],
 )
 def test_bad_prediction_files(content, says, tmp_path, capsys):
@@ -221,6 +230,31 @@ def test_bad_prediction_files(content, says, tmp_path, capsys):
   assert says in told
   assert told.count("\n") == 1
   assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "says"),
+  [
+    ("run.json", "{", "run.json: cannot be read as JSON"),
+    ("run.json", "[]", "run.json: found list"),
+    ("run.json", "{}", "run.json: names no task"),
+    ("predictions.jsonl", "", "no predictions"),
+    ("predictions.jsonl", '{"id": 1}\n', "record 0: no key 'video'"),
+    ("predictions.jsonl", '{"id": {}, "video": "v", "pred": "A"}\n', "id: found {}"),
+    ("predictions.jsonl", '{"id": 1, "video": "v", "pred": 3.5}\n', "pred: found 3.5"),
+    ("predictions.jsonl", '{"id": 1, "video": "v", "pred": "A", "options": "AB"}\n', "options: "),
+    ("predictions.jsonl", '{"id": 1, "video": "v", "pred": "A", "slices": []}\n', "slices: "),
+    ("predictions.jsonl", '{"id": 1, "video": "v", "pred": "A"}\n' * 2, "both have id 1"),
+  ],
+)
+def test_a_damaged_run_is_one_line(file, content, says, tmp_path, capsys):
+  (tmp_path / "run.json").write_text('{"task": {"name": "bench-q"}}')
+  (tmp_path / "predictions.jsonl").write_text('{"id": 1, "video": "v", "pred": "A"}\n')
+  (tmp_path / file).write_text(content)
+  assert cli.main(["score", "bench-q", str(tmp_path)]) == 2
+  told = capsys.readouterr().err
+  assert says in told
+  assert told.count("\n") == 1
 
 
 def test_table_8(tmp_path, capsys):

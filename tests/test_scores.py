@@ -92,12 +92,57 @@ def test_strict_parser_reads_one_line_decimals_and_wide_digits():
     (reply("5.0.1", 4, 5, 3), "no score for Subject"),
     (reply("...", 4, 5, 3), "no score for Subject"),
     (reply(3, 3, 3, 3) + "\n" + reply(1, 3, 3, 3), "2 different scores for Subject"),
+    (reply(5, "3-4", 5, 3), "no score for Appearance"),
+    (reply(5, "3 – 4", 5, 3), "no score for Appearance"),
+    (reply(5, "3 to 4", 5, 3), "no score for Appearance"),
+    (reply(5, "3 or 4", 5, 3), "no score for Appearance"),
+    (reply("5e3", 4, 5, 3), "no score for Subject"),
+    (reply(5, "3,5", 5, 3), "no score for Appearance"),
+    (reply(5, "80%", 5, 3), "no score for Appearance"),
+    (reply(5, "4 out of 10", 5, 3), "Appearance Description: 4/10 is not between"),
+    (reply(5, 5, 5, 5, form="> {i}. {name}: {score}") + "\n\nSorry, no.", "no score for Subject"),
+    (reply(5, 5, 5, 5) + "\nThat is the format, but I cannot judge this video.", "a refusal"),
+    ("I'm unable to rate it. The form is:\n" + reply(5, 5, 5, 5), "a refusal"),
+    (reply(5, 4, 3, 2, form="{i}. {name}: {score} (reason)"), "the prompt's example"),
+    ('{"Subject Correspondence": 5, "Appearance Description": 4}', "no score for Temporal"),
+    (
+      json.dumps(dict(zip(DIMENSIONS, (5, 4, 5e3, 3), strict=True))),
+      "Temporal Description: 5000.0 is not",
+    ),
+    (json.dumps(dict(zip(DIMENSIONS, (5, 4, True, 3), strict=True))), "no score for Temporal"),
+    (json.dumps(dict(zip(DIMENSIONS, (5, 4, "3-4", 3), strict=True))), "no score for Temporal"),
   ],
 )
 def test_strict_parser_refuses(text, error):
   scores = strict_scores(text)
   assert error in scores.error
   assert scores.values == {}
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    json.dumps(dict(zip(DIMENSIONS, (5, 4, 2.5, 0), strict=True))),
+    "Here it is:\n```json\n"
+    + json.dumps(dict(zip(DIMENSIONS, (5, "4/5", 2.5, 0), strict=True)))
+    + "\n```",
+    json.dumps(
+      {
+        "scores": {
+          n.lower().replace(" ", "_"): v for n, v in zip(DIMENSIONS, (5, 4, 2.5, 0), strict=True)
+        }
+      }
+    ),
+    json.dumps(
+      {n: {"score": v, "reason": "5"} for n, v in zip(DIMENSIONS, (5, 4, 2.5, 0), strict=True)}
+    ),
+    json.dumps([{"name": n, "score": v} for n, v in zip(DIMENSIONS, (5, 4, 2.5, 0), strict=True)]),
+    reply(5, 4, 2.5, 0, form="{i}. {name}: {score} (I cannot give more)"),
+    reply(5, 4, 2.5, 0, form="{i}. {name}: {score} out of 5 - the jacket [red] is {{missing}}"),
+  ],
+)
+def test_strict_parser_reads_json_and_reasons(text):
+  assert list(strict_scores(text).values.values()) == [5, 4, 2.5, 0], strict_scores(text).error
 
 
 def test_strict_parser_takes_the_line_not_the_quotation():

@@ -1,5 +1,6 @@
 """Intervals and tests against known values, and against brute force."""
 
+import tracemalloc
 from itertools import product
 from statistics import fmean
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
+from vr_jax.evaluation.scoring import statistics
 from vr_jax.evaluation.scoring.statistics import (
   Answered,
+  bootstrap_mean_of_means,
   cluster_bootstrap,
   clustered_standard_error,
   holm,
@@ -146,3 +149,25 @@ def test_above_chance_needs_both_intervals():
   one_video = summarize([Answered("T", i // 100, i < 100, 4) for i in range(200)]).micro
   assert one_video.wilson.low > one_video.chance
   assert not one_video.above_chance  # half of two videos: nothing is known
+
+
+def test_the_bootstrap_of_many_clusters_takes_little_memory_and_the_same_numbers(monkeypatch):
+  rng = np.random.default_rng(3)
+  right, values, clusters = rng.random(900) < 0.6, rng.random(900), list(range(300)) * 3
+  columns = [(values, clusters), (values[:100], clusters[:100])]
+
+  def intervals():
+    means = cluster_bootstrap(values, clusters), bootstrap_mean_of_means(columns)
+    return cluster_bootstrap(right, clusters), np.array([(m.low, m.high) for m in means])
+
+  share, means = intervals()
+  monkeypatch.setattr(statistics, "_CELLS", 300 * 7)  # parts that do not divide the draws
+  share_of_parts, means_of_parts = intervals()
+  assert share_of_parts == share
+  # A sum of products may be grouped otherwise: the last bit.
+  np.testing.assert_allclose(means_of_parts, means, rtol=1e-14)
+  tracemalloc.start()
+  cluster_bootstrap(rng.random(20_000), range(20_000), draws=300)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 45e6, peak  # 300 rows at once are 48 MB, and as much again as floats

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.reading.strict import labelled, letter_at, strict_letter
+from vr_jax.evaluation.reading.strict import labelled, strict_letter
 
 PARSERS = ("strict", "published")
 
@@ -48,7 +48,7 @@ def published_truth(answer: str) -> str:
 
 
 def truth_letter(answer: str, options: Sequence[str] = ()) -> str | None:
-  """The letter of the right option as a file has it: "(A) ...", "A. ...", its letter or its text."""
+  """The letter of the right option as a file has it: "(A) ...", its letter, or its text."""
   labels, texts = labelled(options)
   front = re.match(r"\s*\(?([A-Z])(?:[).:]|\s*$)", answer)
   if front and answer not in texts and (front[1] in labels or not labels):

@@ -177,8 +177,7 @@ def one_truth(*keys: str, truth: str, **aliases: str) -> Published:
   """Records of one prediction each: `video`, `pred`, the truth under its key, perhaps a type."""
 
   def predictions(record: Mapping[str, Any], index: int) -> Iterable[Prediction]:
-    kind = str(record.get("type") or "")
-    video, pred = str(record["video"]), record["pred"]
-    yield Prediction(record.get("id", index), video, pred, record[truth], kind)
+    values = (record["video"], record["pred"], record[truth], record.get("type") or "")
+    yield Prediction(record.get("id", index), *values)
 
   return Published(keys, predictions, aliases)

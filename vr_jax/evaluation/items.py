@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,12 +116,40 @@ class Prediction:
     return cls(pred=pred, **{name: getattr(item, name) for name in names}, **fields)
 
   @classmethod
-  def from_dict(cls, record: Mapping[str, Any]) -> "Prediction":
+  def from_dict(cls, record: Mapping[str, Any], where: str = "prediction") -> "Prediction":
+    """A line of predictions.jsonl; InputError naming `where` if a field is of another kind."""
     names = [field.name for field in dataclasses.fields(cls)]
     known = {name: record[name] for name in names if name in record}
+    for name in ("id", "video", "pred"):
+      if name not in known:
+        raise InputError(f"{where}: no key {name!r}; accepted: a line that vr eval wrote")
     for name in ("options", "scene_frames", "warnings"):
-      known[name] = tuple(known.get(name) or ())
-    return cls(**known)
+      value = known.get(name) or ()
+      if not isinstance(value, list | tuple):
+        raise InputError(f"{where}: {name}: found {type(value).__name__}; accepted: a list")
+      known[name] = tuple(value)
+    if not isinstance(known.get("slices", {}), Mapping):
+      raise InputError(f"{where}: slices: found {known['slices']!r}; accepted: names and texts")
+    return cls(**known).checked(where)
+
+  def checked(self, where: str) -> "Prediction":
+    """The same, if its fields are what their types say; else an InputError naming `where`."""
+    if isinstance(self.id, bool) or not isinstance(self.id, str | int):
+      raise InputError(f"{where}: id: found {_shown(self.id)}; accepted: a text or a whole number")
+    texts: list[tuple[str, Any]] = [
+      (name, getattr(self, name)) for name in ("id", "video", "type", "question")
+    ]
+    texts += [
+      (n, getattr(self, n)) for n in ("pred", "truth", "error") if getattr(self, n) is not None
+    ]
+    texts += [("options", option) for option in self.options]
+    texts += [("slices", text) for pair in self.slices.items() for text in pair]
+    for name, text in texts[0 if isinstance(self.id, str) else 1 :]:
+      if not isinstance(text, str):
+        raise InputError(f"{where}: {name}: found {_shown(text)}; accepted: text")
+      if _SURROGATE.search(text):
+        raise InputError(f"{where}: {name}: holds half a surrogate pair; accepted: text in UTF-8")
+    return self
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -132,6 +161,11 @@ class Prediction:
 
 
 MISSING = "missing media"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _shown(value: Any) -> str:
+  return ascii(value)[:60]
 
 
 def counts(predictions: Sequence[Prediction]) -> dict[str, int]:

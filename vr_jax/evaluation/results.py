@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from data_pipes.files import json_line, read_json_lines, replaced
-from vr_jax.evaluation.items import Prediction
+from vr_jax.evaluation.items import Prediction, check_ids
 from vr_jax.evaluation.metrics import Metric
 
 SCHEMA = "vr_jax.result/1"
@@ -97,7 +97,7 @@ def load(folder: Path | str) -> Result:
   path = folder / "result.json"
   if not path.is_file():
     raise InputError(f"{folder}: no result.json; accepted: a folder that vr score wrote")
-  content = json.loads(path.read_text(encoding="utf-8"))
+  content = _object(path)
   if content.get("schema") != SCHEMA:
     raise InputError(f"{path}: schema {content.get('schema')!r}; accepted: {SCHEMA!r}")
   keys = ("run_id", "task", "model", "code", "env", "inference", "timing", "files")
@@ -125,9 +125,29 @@ def read_predictions(folder: Path | str) -> tuple[dict[str, Any], list[Predictio
     parts = sorted(p.name for p in folder.glob("parts/*.jsonl"))
     hint = f"; only parts are done ({', '.join(parts)}): run vr eval again" if parts else ""
     raise InputError(f"{folder}: no finished run of vr eval{hint}")
-  run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-  records = read_json_lines(folder / "predictions.jsonl")
-  return run, [Prediction.from_dict(record) for record in records]
+  run = _object(folder / "run.json")
+  if not isinstance(run.get("task"), dict) or not isinstance(run["task"].get("name"), str):
+    raise InputError(f"{folder / 'run.json'}: names no task; accepted: what vr eval wrote")
+  path = folder / "predictions.jsonl"
+  predictions = [
+    Prediction.from_dict(record, f"{path}: record {i}")
+    for i, record in enumerate(read_json_lines(path))
+  ]
+  if not predictions:
+    raise InputError(f"{path}: no predictions; at least one is needed")
+  check_ids(predictions, str(path))
+  return run, predictions
+
+
+def _object(path: Path) -> dict[str, Any]:
+  """The JSON object of a file; InputError if it is none."""
+  try:
+    content = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+  if not isinstance(content, dict):
+    raise InputError(f"{path}: found {type(content).__name__}; accepted: a JSON object")
+  return content
 
 
 def write(path: Path, text: str) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, one_line
 from vr_jax.evaluation.answers import PARSERS
-from vr_jax.evaluation.benchmark import Benchmark
+from vr_jax.evaluation.benchmark import Benchmark, Published
 from vr_jax.evaluation.benchmarks.registry import benchmark
 from vr_jax.evaluation.items import Prediction, check_ids
 from vr_jax.evaluation.results import Result, read_predictions, save, write
@@ -88,7 +88,16 @@ def _published(bench: Benchmark, path: Path) -> Iterator[Prediction]:
         f"{path}: record {i}: no key {missing[0]!r}; accepted: {bench.title} predictions, with "
         f"{', '.join(published.keys)}"
       )
-    yield from published.predictions(record, i)
+    for prediction in _made(published, record, f"{path}: record {i}", i):
+      yield prediction.checked(f"{path}: record {i}")
+
+
+def _made(published: Published, record: Mapping[str, Any], where: str, i: int) -> list[Prediction]:
+  """The predictions of one record; what its benchmark's reader stumbles over is bad input."""
+  try:
+    return list(published.predictions(record, i))
+  except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    raise InputError(f"{where}: {one_line(error)}; accepted: the published shape") from None
 
 
 def _check_failures(result: Result, most: float, folder: Path) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
+from vr_jax.evaluation.answers import FALLBACK, without_answer
 from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file
 from vr_jax.evaluation.benchmarks.mvbench import multiple_choice_prompt
 from vr_jax.evaluation.items import Item, Prediction
+from vr_jax.evaluation.reading.strict import letter_at
 from vr_jax.evaluation.scoring.choice import CHOICE
 
 ACCEPTED = "mc_question_*.json, {video_id: {metadata, mc_question: [...]}}"

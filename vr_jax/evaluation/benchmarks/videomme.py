@@ -20,7 +20,7 @@ from data_pipes.frame_rules import grid_frames
 from data_pipes.json_items import read_items
 from data_pipes.prompts import LETTER_ONLY
 from data_pipes.video import open_video
-from vr_jax.evaluation.answers import FALLBACK, letter_at, without_answer
+from vr_jax.evaluation.answers import FALLBACK, without_answer
 from vr_jax.evaluation.benchmark import (
   Benchmark,
   Published,
@@ -30,6 +30,7 @@ from vr_jax.evaluation.benchmark import (
   one_file,
 )
 from vr_jax.evaluation.items import MISSING, Item, Prediction
+from vr_jax.evaluation.reading.strict import letter_at
 from vr_jax.evaluation.scoring.choice import CHOICE
 
 KEYS = (

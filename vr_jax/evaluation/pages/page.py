@@ -18,7 +18,7 @@ from data_pipes import page
 from data_pipes.drawing import LOSSLESS, colour_of, data_uri, draw_objects, luminance
 from data_pipes.page import Bar, percent
 from data_pipes.tokenizer import REGION
-from vr_jax.evaluation.answers import labelled
+from vr_jax.evaluation.reading.strict import labelled
 from vr_jax.evaluation.results import write
 from vr_jax.evaluation.scoring.statistics import Accuracy, Summary
 

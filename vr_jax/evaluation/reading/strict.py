@@ -448,7 +448,10 @@ def _marks(text: str) -> dict[int, set[str]]:
   return marks
 
 
-_SURELY = r"(?:definitely|certainly|surely|clearly|obviously|probably|for\s+sure|i\s+(?:think|believe|guess))"
+_SURELY = (
+  r"(?:definitely|certainly|surely|clearly|obviously|probably|for\s+sure"
+  r"|i\s+(?:think|believe|guess))"
+)
 _OPENING = (
   r"(?:(?:sure|okay|ok|certainly|yes|well|hello|hi|the|la|die|el|l'|(?:most\s+)?(?:probably|likely)"
   rf"|{_SURELY}|i'd\s+say|(?:must|should|has\s+to|can\s+only)\s+be|(?:seems|looks)\s+like)"

@@ -26,11 +26,11 @@ LABEL_NOUN = any_of(
   "antwortmöglichkeit möglichkeit proposition 选项 選項 選択肢 옵션 보기"
 )
 NOUN = any_of(
-  "description letter answer answers ans choice option solution response selection pick guess bet vote verdict "
-  "conclusion prediction 选项 選項 antwort lösung auswahl wahl réponse reponse choix respuesta "
-  "solución opción resposta opção alternativa risposta soluzione opzione scelta ответ вариант "
-  "antwoord odpowiedź cevap jawaban 答案 答え 正解 回答 解答 答 选择 選擇 정답 답 답변 "
-  "correct_one right_one best_one correct richtig korrekt correcta correcte corretta"
+  "description letter answer answers ans choice option solution response selection pick guess bet "
+  "vote verdict conclusion prediction 选项 選項 antwort lösung auswahl wahl réponse reponse "
+  "choix respuesta solución opción resposta opção alternativa risposta soluzione opzione scelta "
+  "ответ вариант antwoord odpowiedź cevap jawaban 答案 答え 正解 回答 解答 答 "
+  "选择 選擇 정답 답 답변 correct_one right_one best_one correct richtig korrekt correcta correcte corretta"
 )
 PICK = any_of(
   "meant choose chose choosing pick picked select selected selecting go_with going_with went_with "
@@ -71,10 +71,10 @@ RIGHT = any_of(
   "です だ 맞 정답 입니다 ✅ ✓ ✔ ☑"
 )
 NOT = any_of(
-  "no_way not never none_of neither nor isn't wasn't aren't can't cannot can_not couldn't shouldn't "
-  "wouldn't won't mustn't ain't rather_than instead_of except except_for excluding exclude "
-  "excludes excluded eliminate eliminates eliminated eliminating rule_out rules_out ruled_out "
-  "ruling_out reject rejected rejecting discard discarded dismiss dismissed don't_think "
+  "no_way not never none_of neither nor isn't wasn't aren't can't cannot can_not couldn't "
+  "shouldn't wouldn't won't mustn't ain't rather_than instead_of except except_for excluding "
+  "exclude excludes excluded eliminate eliminates eliminated eliminating rule_out rules_out "
+  "ruled_out ruling_out reject rejected rejecting discard discarded dismiss dismissed don't_think "
   "doesn't_think do_not_think don't_believe do_not_believe doubt against nicht kein keine weder "
   "noch statt anstatt anstelle_von außer pas plutôt_que au_lieu_de et_non sauf ni excepté no_es "
   "no_la en_lugar_de en_vez_de y_no excepto não em_vez_de e_não non_è non_la invece_di e_non не "

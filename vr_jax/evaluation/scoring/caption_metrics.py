@@ -96,9 +96,10 @@ def _rouge(references: Sequence[str], prediction: str) -> float:
 
 
 def _longest(a: Sequence[str], b: Sequence[str]) -> int:
-  """Length of the longest common subsequence; no words at all have none."""
-  if not any(a) or not any(b):
-    return 0
+  """Length of the longest common subsequence.
+
+  No words at all are one empty word to pycocoevalcap, so "" against "" is alike.
+  """
   row = [0] * (len(b) + 1)
   for x in a:
     before = 0

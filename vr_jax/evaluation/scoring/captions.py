@@ -34,7 +34,7 @@ from vr_jax.evaluation.scoring.caption_metrics import (
   rouge_l,
 )
 from vr_jax.evaluation.scoring.ptb import one_line, tokenize, without_punctuation
-from vr_jax.evaluation.scoring.statistics import cluster_bootstrap
+from vr_jax.evaluation.scoring.statistics import cluster_bootstrap, resampled
 from vr_jax.evaluation.settings import FILTERS, TOKENIZERS, CaptionSettings
 
 BLEU_DRAWS = 1000
@@ -227,10 +227,9 @@ def _bleu_interval(
   for texts, caption, video in zip(references, captions, videos, strict=True):
     matches, guesses, length, closest = bleu_counts(texts, caption)
     sums[names[video]] += [*matches, *guesses, length, closest]
-  rng = np.random.default_rng(0)
-  times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=BLEU_DRAWS)
   drawn = [
     bleu_from_counts(row[:ORDERS], row[ORDERS : 2 * ORDERS], row[-2], row[-1])[order - 1]
+    for times in resampled(len(names), BLEU_DRAWS)
     for row in times @ sums
   ]
   low, high = np.quantile(drawn, [0.025, 0.975])

@@ -244,8 +244,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
       records = json.loads(text)
     else:  # not splitlines: U+2028 within a text is no line break
       records = [json.loads(line) for line in text.split("\n") if line.strip()]
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise InputError(f"{path}: {error}; accepted: a JSON list or JSON lines") from None
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path}: {one_line(error)}; accepted: a JSON list or JSON lines") from None
   if not all(isinstance(record, dict) for record in records):
     raise InputError(f"{path}: found something else than objects; accepted: one object an item")
   return records

@@ -5,7 +5,7 @@ bootstrap, percentile, fixed seed); a proportion also has its Wilson interval. A
 95 % unless a `confidence` is given.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, comb, sqrt
 from statistics import NormalDist, fmean
@@ -16,6 +16,7 @@ from data_pipes.errors import InputError
 from vr_jax.evaluation.metrics import Interval
 
 DRAWS = 10_000
+_CELLS = 10_000_000  # of a table of draws held at once, 80 MB: 1 000 clusters in one part
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,24 @@ def cluster_bootstrap(
 ) -> Interval:
   """Percentile interval of the mean when whole clusters are drawn with replacement."""
   sums, counts = _by_cluster(values, clusters)
-  rng = np.random.default_rng(seed)
-  # How often each cluster is drawn is all that a draw is.
-  times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
-  means = (times @ sums) / (times @ counts)
+  means = np.concatenate(
+    [(times @ sums) / (times @ counts) for times in resampled(len(sums), draws, seed)]
+  )
   tail = (1 - confidence) / 2
   low, high = np.quantile(means, [tail, 1 - tail])
   return Interval(float(low), float(high))
+
+
+def resampled(clusters: int, draws: int, seed: int = 0) -> Iterator[np.ndarray]:
+  """How often each cluster is drawn, int64 [some, clusters], `draws` rows in all.
+
+  That is all a draw is. A table of all rows would take 1.6 GB for 20 000 clusters, and as much
+  again as floats; the parts hold the same numbers.
+  """
+  rng = np.random.default_rng(seed)
+  shares, rows = np.full(clusters, 1 / clusters), max(1, _CELLS // clusters)
+  for first in range(0, draws, rows):
+    yield rng.multinomial(clusters, shares, size=min(rows, draws - first))
 
 
 def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
@@ -162,15 +174,23 @@ def bootstrap_mean_of_means(
   """
   names = dict.fromkeys(cluster for _, clusters in columns for cluster in clusters)
   numbers = {cluster: i for i, cluster in enumerate(names)}
-  rng = np.random.default_rng(seed)
-  times = rng.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), size=draws)
-  means = np.zeros(draws)
-  for values, clusters in columns:
-    index = [numbers[c] for c in clusters]
-    sums = np.bincount(index, np.asarray(values, float), len(numbers))
-    drawn = times @ np.bincount(index, minlength=len(numbers))
-    # A draw without any item of a column says nothing about it: it is left out of that quantile.
-    means += np.divide(times @ sums, drawn, out=np.full(draws, np.nan), where=drawn > 0)
+  indices = [[numbers[c] for c in clusters] for _, clusters in columns]
+  sums = np.stack(
+    [
+      np.bincount(index, np.asarray(values, float), len(numbers))
+      for index, (values, _) in zip(indices, columns, strict=True)
+    ]
+  )
+  counts = np.stack([np.bincount(index, minlength=len(numbers)) for index in indices])
+  parts = []
+  for times in resampled(len(numbers), draws, seed):
+    means = np.zeros(len(times))
+    for column, count in zip(sums, counts, strict=True):
+      drawn = times @ count
+      # A draw without any item of a column says nothing about it: left out of that quantile.
+      means += np.divide(times @ column, drawn, out=np.full(len(times), np.nan), where=drawn > 0)
+    parts.append(means)
+  means = np.concatenate(parts)
   tail = (1 - confidence) / 2
   low, high = np.nanquantile(means / len(columns), [tail, 1 - tail])
   return Interval(float(low), float(high))
