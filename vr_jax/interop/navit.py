@@ -8,14 +8,17 @@ published code writes and reads them; the tower's folder VL3-SigLIP-NaViT.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
 from vr_jax.interop import hf_decoder, hf_tower, videorefer
-from vr_jax.interop.fields import field, read_json, require
+from vr_jax.interop.fields import DEPTH, IDS, field, read_config, read_json, require, section, size
 from vr_jax.interop.generation import generation
 from vr_jax.interop.hf_tower import dense, norm
 from vr_jax.interop.source import Kept, Source
@@ -30,14 +33,16 @@ from vr_jax.interop.table import (
   Tensors,
   Tree,
   collect,
+  shapes_of,
   slots,
 )
 from vr_jax.interop.torch_file import open_shards
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.navit import NavitConfig
 from vr_jax.models.region import RegionConfig
-from vr_jax.models.videorefer import PARTS, VideoReferConfig
+from vr_jax.models.videorefer import PARTS, VideoReferConfig, init_params
 
+TOWER = "DAMO-NLP-SG/VL3-SigLIP-NaViT"
 TOWER_TYPE = "videollama3_vision_encoder"
 MODEL_TYPES = ("videollama3_qwen2", "pixelrefer_qwen2", "pixelreferlite_qwen2")
 FORMAT = "navit"  # of a Source's origin
@@ -105,6 +110,12 @@ def model_slots(shapes: Shapes, cfg: VideoReferConfig, tower: str) -> list[Slot]
   ]
 
 
+@functools.cache
+def model_shapes(cfg: VideoReferConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of the whole model's parameters."""
+  return shapes_of(lambda key: init_params(cfg, key), jax.random.key(0))
+
+
 def tower_prefix(kind: str) -> str:
   """What stands before the tower's names in a folder with a region encoder of this kind."""
   return "model.vision_encoder.vision_encoder." + ("vision_model." if kind == "cells" else "")
@@ -129,7 +140,7 @@ def open_published(folder: Path) -> Source:
     InputError: anything that does not fit.
   """
   where = folder / "config.json"
-  fields = read_json(where)
+  fields = read_config(where)
   require(fields, where, "model_type", MODEL_TYPES, None)
   tensors = open_shards(folder)
   kind = next((k for k, g in GENERATIONS.items() if REGION + g.sign in tensors), None)
@@ -137,7 +148,9 @@ def open_published(folder: Path) -> Source:
   tower_files = _tower_files(folder, fields, where)
   prefix = _tower_prefix(tensors)
   parts: dict[str, Any] = {"img": _tower(tensors, prefix, fields, where, tower_files, notes)}
-  llm = hf_decoder.decoder_config(fields | {"model_type": "qwen2"}, where)
+  decoder = hf_decoder.decoder_config(fields | {"model_type": "qwen2"}, where)
+  llm, head = hf_decoder.with_head(decoder, tensors)
+  notes += head
   parts["connector"] = ConnectorConfig(kind="mlp2x_gelu", width=llm.width)
   if kind is not None:
     parts["region"] = _region(kind, llm.width, fields, where)
@@ -150,11 +163,7 @@ def open_published(folder: Path) -> Source:
   require(fields, where, "use_token_compression", (True,), True)
   require(fields, where, "mm_hidden_size", (parts["img"].width,), parts["img"].width)
   cfg = _config(folder, parts, fields, where)
-  shapes = {
-    path: shape
-    for path, shape in videorefer.model_shapes(cfg).items()
-    if path.split("/")[0] in parts
-  }
+  shapes = {path: shape for path, shape in model_shapes(cfg).items() if path.split("/")[0] in parts}
 
   def unused(name: str) -> bool:
     tied = name == "lm_head.weight" and llm.tied_head
@@ -184,9 +193,9 @@ def _config(folder: Path, parts: dict[str, Any], fields, where) -> VideoReferCon
   return VideoReferConfig(
     name=folder.resolve().name,
     **{**parts, "region": region},
-    num_frames=field(fields, where, "max_frames", int, 180),
+    num_frames=size(fields, where, "max_frames", 180),
     image_aspect_ratio="any",
-    max_text_ids=field(fields, where, "tokenizer_model_max_length", int, 16384),
+    max_text_ids=size(fields, where, "tokenizer_model_max_length", 16384, most=IDS),
   )
 
 
@@ -197,7 +206,7 @@ def _region(kind: str, width: int, fields: Mapping[str, Any], where: Path) -> Re
       f"{where}: model_type={fields['model_type']!r}, but the tensors hold {REGION}{made.sign}, as "
       f"{made.model_type} has; accepted: the two of one model"
     )
-  tokens = made.tokens or field(fields, where, "mask_num", int)
+  tokens = made.tokens or size(fields, where, "mask_num")
   return RegionConfig(width=width, tokens=tokens, kind=kind)
 
 
@@ -223,23 +232,23 @@ def tower_config(fields: Mapping[str, Any], where: Any, **settings: Any) -> Navi
   require(fields, where, "layer_norm_eps", (1e-6,), 1e-6)
   require(fields, where, "num_channels", (3,), 3)
   return NavitConfig(  # defaults: those of VL3-SigLIP-NaViT
-    patch_size=field(fields, where, "patch_size", int, 14),
-    width=field(fields, where, "hidden_size", int, 1152),
-    depth=field(fields, where, "num_hidden_layers", int, 27),
-    heads=field(fields, where, "num_attention_heads", int, 16),
-    mlp_dim=field(fields, where, "intermediate_size", int, 4304),
+    patch_size=size(fields, where, "patch_size", 14),
+    width=size(fields, where, "hidden_size", 1152),
+    depth=size(fields, where, "num_hidden_layers", 27, most=DEPTH),
+    heads=size(fields, where, "num_attention_heads", 16),
+    mlp_dim=size(fields, where, "intermediate_size", 4304),
     **settings,
   )
 
 
 def _tower(tensors, prefix, fields, where, files, notes: list[str]) -> NavitConfig:
   """The tower's sizes: of its own folder, of plain VideoLLaMA3's config, else of the tensors."""
-  merge = field(fields, where, "spatial_merge_size", int, 2)
-  most = field(fields, where, "mm_max_length", int, 9477 // merge**2)
+  merge = size(fields, where, "spatial_merge_size", 2)
+  most = size(fields, where, "mm_max_length", 9477 // merge**2)
   settings = {"merge": merge, "max_tokens": most}
   if "config.json" in files:
     return tower_config(files["config.json"], f"{files['name']}/config.json", **settings)
-  if isinstance(inside := fields.get("vision_encoder_config"), dict):
+  if inside := section(fields, where, "vision_encoder_config"):
     return tower_config(inside, f"{where}: vision_encoder_config", **settings)
   width, _, _, patch = tensors.shape(f"{prefix}embeddings.patch_embedding.weight")
   start = f"{prefix}encoder.layers."
@@ -266,14 +275,14 @@ def _beside(folder: Path) -> dict[str, Any]:
 def open_tower_folder(folder: Path) -> Source:
   """Opens VL3-SigLIP-NaViT alone: a part to start training from."""
   where = folder / "config.json"
-  fields = read_json(where)
+  fields = read_config(where)
   cfg = tower_config(fields, where)
   tensors = open_shards(folder)
   alone = hf_tower.prefix_of(tensors)
   whole = VideoReferConfig(
     "tower", cfg, ConnectorConfig("mlp2x_gelu", 8), RegionConfig(8, 1, kind="cells"), _SMALLEST
   )
-  shapes = {k: v for k, v in videorefer.model_shapes(whole).items() if k.startswith("img/")}
+  shapes = {k: v for k, v in model_shapes(whole).items() if k.startswith("img/")}
   params = Mapped(tensors, list(slots(shapes, hf_tower.ROWS, "img/", alone)), shapes)
   return Source(
     kind="SigLIP-NaViT folder",
@@ -328,7 +337,7 @@ def config_json(
     "hidden_act": "silu",
     "image_aspect_ratio": "qwen2vl",
     "max_position_embeddings": 32768,
-    "mm_vision_encoder": "DAMO-NLP-SG/VL3-SigLIP-NaViT",
+    "mm_vision_encoder": TOWER,
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2,
     "model_type": made.model_type,

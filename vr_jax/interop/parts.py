@@ -12,11 +12,12 @@ from data_pipes.errors import InputError
 from vr_jax.interop.fields import DEPTH, IDS, WIDTH, require, shown
 from vr_jax.models.layer import ACTIVATIONS, DecoderConfig
 from vr_jax.models.siglip import SiglipConfig
-from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_config
+from vr_jax.models.videorefer import PARTS, VideoReferConfig, part_class, part_config
 from vr_jax.remat import POLICIES
 
 _WORDS = {
   "activation": tuple(ACTIVATIONS),
+  "compare_dtype": ("float32", "bfloat16", "float16"),
   "dtype": ("float32", "bfloat16", "float16"),
   "layout": ("scanned",),  # fused is for inference and never stored
   "remat": ("none", *POLICIES),
@@ -33,7 +34,10 @@ def read_part(part: str, fields: Any, where: Path | str, *, adapters: bool = Fal
   Raises:
     InputError: a field that is unknown, absent, of another type or out of range.
   """
-  _check(PARTS[part], fields, f"{where}: {part}")
+  where_part = f"{where}: {part}"
+  if not isinstance(fields, Mapping):
+    raise InputError(f"{where_part}: {shown(fields)}; accepted: an object of fields")
+  _check(part_class(part, fields), fields, where_part)
   if not adapters:
     require(fields, f"{where}: {part}", "lora_rank", (0,), 0)
   return checked(part_config(part, fields), f"{where}: {part}")

@@ -66,6 +66,8 @@ def logits(source: Source, to: str, result: Path, mode: str = "auto") -> dict[st
 
 def cannot(source: Source, to: str, mode: str) -> str | None:
   """Why the models are not run, None if they can be."""
+  if "img" in source.parts and source.parts["img"].kind == "navit":
+    return "no second implementation of towers that read pictures of any size"
   if to == "big_vision":
     return "big_vision is not a library; see BIG_VISION_DIR in tests/test_interop_big_vision.py"
   missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]

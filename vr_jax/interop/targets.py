@@ -16,6 +16,7 @@ from vr_jax.interop import (
   hf_decoder,
   hf_paligemma,
   hf_tower,
+  navit,
   peft,
   torch_folder,
   videorefer,
@@ -27,6 +28,7 @@ from vr_jax.interop.source import Kept, Source
 from vr_jax.interop.table import DTYPES, Output, Parameters, Row, dtype_name, outputs, pieces, slots
 from vr_jax.interop.writers import SHARD_BYTES, NpzWriter, ShardWriter, size_of
 from vr_jax.models.siglip import SiglipConfig
+from vr_jax.models.videorefer import VideoReferConfig
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Cast = Callable[[np.dtype], np.dtype]
@@ -84,6 +86,12 @@ def lay_out(
   Raises:
     InputError: the source cannot be said in that format.
   """
+  navit_formats = ("vr", "videorefer", "peft")
+  if "img" in source.parts and source.parts["img"].kind == "navit" and to not in navit_formats:
+    raise InputError(
+      f"{source.path}: --to {to} does not know towers that read pictures of any size; accepted: "
+      + ", ".join(navit_formats)
+    )
   return FORMATS[to](source, folder, cast, shard_bytes)
 
 
@@ -120,6 +128,8 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
     raise InputError(
       f"{source.path}: the published code has only Qwen2 decoders; --to torch takes this one"
     )
+  if cfg.img.kind == "navit":
+    return _to_successor(source, cfg, folder, cast, shard_bytes)
   if cfg.img.select_layer is None:
     raise InputError(
       f"{source.path}: the published code takes a hidden state of the tower (select_layer), not "
@@ -147,6 +157,31 @@ def to_videorefer(source: Source, folder: Path, cast: Cast, shard_bytes: int) ->
   old_generation = origin.get("generation_config.json")
   generation = generation_json(source.generation)
   target.files["generation_config.json"] = _json(old_generation or generation)
+  target.files |= source.tokenizer_files
+  return target
+
+
+def _to_successor(
+  source: Source, cfg: VideoReferConfig, folder: Path, cast: Cast, shard_bytes: int
+) -> Target:
+  """The published folder of VideoRefer-VideoLLaMA3, PixelRefer or PixelRefer-Lite.
+
+  Of the tower's folder, which holds other weights, it writes the sizes.
+  """
+  origin = source.origin if source.origin.get("format") == navit.FORMAT else {}
+  target, shapes = Target(), source.params.shapes
+  old = origin.get("config.json", {})
+  made = outputs(navit.model_slots(shapes, cfg, navit.tower_prefix(cfg.region.kind)), shapes)
+  kept = source.kept if origin else None
+  _shards(target, folder, made, source.params, cast, shard_bytes, kept=kept)
+  fields = navit.config_json(cfg, old, source.generation, _main_dtype(target.items))
+  tower = {"name": fields.get("mm_vision_encoder") or navit.TOWER, **origin.get("tower", {})}
+  files = {name: content for name, content in tower.items() if name != "name"}
+  fields["mm_vision_encoder"] = home = tower["name"]
+  target.files |= {f"{home}/{n}": _json(v) for n, v in (files or navit.tower_json(cfg.img)).items()}
+  generation = origin.get("generation_config.json") or generation_json(source.generation)
+  target.files["config.json"] = _json(fields)
+  target.files["generation_config.json"] = _json(generation)
   target.files |= source.tokenizer_files
   return target
 

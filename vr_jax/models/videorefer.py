@@ -23,6 +23,7 @@ Source: VideoRefer Suite (arXiv 2501.00599) section 3.2; published `videorefer_a
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, no_type_check
 
 import flax
@@ -102,8 +103,21 @@ def part_config(part: str, fields: dict[str, Any]) -> Any:
   def frozen(value):
     return tuple(frozen(v) for v in value) if isinstance(value, list | tuple) else value
 
-  config = TOWERS[fields.get("kind", "siglip")].config if part == "img" else PARTS[part]
-  return config(**{k: frozen(v) for k, v in fields.items()})
+  return part_class(part, fields)(**{k: frozen(v) for k, v in fields.items()})
+
+
+def part_class(part: str, fields: Mapping[str, Any]) -> type[Any]:
+  """The config class of one part with these JSON fields.
+
+  Raises:
+    InputError: a kind of tower that is not in TOWERS.
+  """
+  if part != "img":
+    return PARTS[part]
+  kind = fields.get("kind", "siglip")
+  if not isinstance(kind, str) or kind not in TOWERS:
+    raise InputError(f"img kind {kind!r} is not one of {', '.join(TOWERS)}")
+  return TOWERS[kind].config
 
 
 @no_type_check  # JAX rebuilds it with leaves of any kind
