@@ -1,6 +1,8 @@
 """Sharing, batching, compiling, refusing: many requests to the tiny published checkpoint."""
 
 import dataclasses
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import vr_jax
 from data_pipes.errors import InputError
-from data_pipes.video import open_video, sample_scene, scene_ids
+from data_pipes.video import Video, open_video, sample_scene, scene_ids
 from vr_jax.compiling import compilations
 from vr_jax.inference.placement import parse_mesh
 from vr_jax.inference.reading import Reader
@@ -140,6 +142,37 @@ def test_a_request_for_a_part_of_a_video(model, requests):
       model.ask_many([vr_jax.Request(video, "What happens?", seconds=seconds)], **OPTIONS)
   with pytest.raises(InputError, match=r"seconds=\(1,\); accepted: two numbers"):
     vr_jax.Request(film, "What happens?", seconds=(1,))
+
+
+def test_a_further_question_about_a_file_decodes_nothing_that_is_known(
+  model, requests, answers, tmp_path, monkeypatch
+):
+  film = shutil.copy(requests[0].video, tmp_path)
+  first, plain = (dataclasses.replace(requests[i], video=film) for i in (0, 6))
+  decoded = []
+  frames = Video.frames
+
+  def counted(video, numbers, *rest):
+    decoded.append(list(numbers))
+    return frames(video, decoded[-1], *rest)
+
+  monkeypatch.setattr(Video, "frames", counted)
+  model.visual.forget()
+  assert model.ask_many([first], **OPTIONS)[0] == answers[0]
+  before = dict(model.visual.counts)
+  decoded.clear()
+  assert model.ask_many([first, plain], **OPTIONS) == [answers[0], answers[6]]
+  assert decoded == []
+  assert model.visual.counts == before
+  region = vr_jax.Region(box=(2, 2, 30, 30), frame=7)
+  other = dataclasses.replace(first, regions=[region])
+  answer = model.ask_many([other], **OPTIONS)[0]
+  assert decoded == [[7]]
+  assert model.visual.counts["frames"] == before["frames"] + 1
+  os.utime(film, (1, 1))  # another file, for all one can tell
+  assert model.ask_many([other], **OPTIONS)[0] == answer
+  assert len(decoded) == 2
+  assert model.ask_many([other], share=False, **OPTIONS)[0] == answer
 
 
 def test_a_prefix_is_kept_for_the_next_call(model, requests, answers):

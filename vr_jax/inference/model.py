@@ -320,9 +320,15 @@ class Model:
 
   def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
     """The prefix of the group's video, and the tokens of the questions' objects, in order."""
-    objects = [masks for question in questions for masks in question.objects]
+    masks = [m for question in questions for m in question.objects]
+    known = [tokens for question in questions for tokens in question.known]
+    unknown = [m for m, tokens in zip(masks, known, strict=True) if tokens is None]
     clip = group.clip
-    return self.visual.see(clip.frames, clip.scene, objects, group.head, group.video)
+    prefix, seen = self.visual.see(
+      clip.frames, clip.scene, unknown, group.head, group.video, group.file, group.prefix
+    )
+    fresh = iter(seen)
+    return prefix, [next(fresh) if tokens is None else tokens for tokens in known]
 
   def _prompt(self, question: Question, prefix: Prefix, objects: Sequence[ObjectTokens]) -> Prompt:
     """What follows the scene: text, and each object's tokens in the place of its `<region>`."""
@@ -398,7 +404,14 @@ class Model:
       scene=scene,
     )
     aspect_ratio = self.cfg.image_aspect_ratio
-    return Reader(self.tokenizer, shape, options, aspect_ratio=aspect_ratio, notice=self.notice)
+    return Reader(
+      self.tokenizer,
+      shape,
+      options,
+      aspect_ratio=aspect_ratio,
+      notice=self.notice,
+      visual=self.visual,
+    )
 
   def _question_slots(self, question: Question) -> int:
     """The slots of its row: a size that holds what the question and its objects can take."""

@@ -11,6 +11,8 @@ result for one frame or object does not depend on what else was computed with it
 
 import collections
 import dataclasses
+import hashlib
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ FRAMES = 4  # C
 OBJECTS = 8  # O
 OBJECT_FRAMES = 32  # smallest F; larger ones are four times as large each
 KEPT = 8  # prefixes that are kept for the next questions
+KEPT_OBJECTS = 256  # objects, half a megabyte each where the decoder is 3584 wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,31 @@ class Prefix:
   length: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownScene:
+  """The scene of a file that was seen before: the hash of its frames, their numbers, its prefix."""
+
+  video: bytes
+  scene: Sequence[int]
+  prefix: Prefix
+
+
 class Visual:
-  """Encodes frames, objects and prefixes; `counts` says how many of each."""
+  """Encodes frames, objects and prefixes; `counts` says how many of each.
+
+  What was seen of a file is kept by the file, so that a further question about it decodes nothing
+  that is known. Threads that read requests ask `known_scene` and `known_object`.
+  """
 
   def __init__(self, module: VideoRefer, params: Any, programs: Programs, placement: Placement):
     self._module, self._params, self._programs = module, params, programs
     self._placement = placement
     self._frames = placement.whole_rows(FRAMES)
     self._kept: collections.OrderedDict[Hashable, Prefix] = collections.OrderedDict()
+    # By the file: the hash and the numbers of its scene frames; and tokens by file and masks.
+    self._scenes: dict[Hashable, tuple[bytes, Sequence[int]]] = {}
+    self._objects: collections.OrderedDict[Hashable, ObjectTokens] = collections.OrderedDict()
+    self._lock = threading.Lock()
     self.counts: collections.Counter[str] = collections.Counter()
 
   def see(
@@ -61,35 +81,71 @@ class Visual:
     scene: Sequence[int],
     objects: Sequence[Mapping[int, np.ndarray]],
     head: np.ndarray,
-    video: Hashable = None,
+    video: bytes | None = None,
+    file: Hashable = None,
+    prefix: Prefix | None = None,
   ) -> tuple[Prefix, list[ObjectTokens]]:
     """The prefix of a video and the tokens of objects in it; each frame is encoded once.
 
     Args:
-      frames: uint8 [S,S,3] by frame number.
+      frames: uint8 [S,S,3] by frame number; with `prefix`, those of the objects alone.
       scene: the T frame numbers of the scene.
       objects: per object its mask uint8 [N] by frame number, in merge order.
       head: ids of the text before the media.
-      video: what tells this video from all others; its prefix is then kept for later calls.
+      video: hash of the scene frames, by which the prefix is kept for later calls.
+      file: what tells the file and its scene from all others, by which they are known later.
+      prefix: of the video, where it is known.
     """
     key = (video, tuple(scene), tuple(head))
-    prefix = None if video is None else self._kept.get(key)
+    if prefix is None and video is not None:
+      prefix = self._kept.get(key)
     numbers = dict.fromkeys(() if prefix is not None else scene)
     numbers |= dict.fromkeys(number for masks in objects for number in masks)
     chunks, pooled = self._encode(frames, list(numbers), objects, 0 if prefix else len(set(scene)))
     if prefix is None:
       place = {number: i for i, number in enumerate(numbers)}
       prefix = self._prefill(head, chunks, [place[number] for number in scene])
+    tokens = self._merge(objects, pooled)
     if video is not None:
+      self._keep(key, prefix, file, zip(objects, tokens, strict=True))
+    return prefix, tokens
+
+  def known_scene(self, file: Hashable, head: np.ndarray) -> KnownScene | None:
+    """The scene of a file, if its prefix behind the text `head` is kept."""
+    with self._lock:
+      if file not in self._scenes:
+        return None
+      video, scene = self._scenes[file]
+      prefix = self._kept.get((video, tuple(scene), tuple(head)))
+    return None if prefix is None else KnownScene(video, scene, prefix)
+
+  def known_object(self, file: Hashable, masks: Mapping[int, np.ndarray]) -> ObjectTokens | None:
+    """The tokens of an object of a file by its masks uint8 [N], if they are kept."""
+    with self._lock:
+      return self._objects.get((file, _masks_hash(masks)))
+
+  def _keep(self, key, prefix, file, objects) -> None:
+    with self._lock:
       self._kept[key] = prefix
       self._kept.move_to_end(key)
       while len(self._kept) > KEPT:
         self._kept.popitem(last=False)
-    return prefix, self._merge(objects, pooled)
+      if file is None:
+        return
+      self._scenes[file] = key[:2]
+      kept_videos = {video for video, *_ in self._kept}
+      self._scenes = {f: known for f, known in self._scenes.items() if known[0] in kept_videos}
+      for masks, tokens in objects:
+        self._objects[file, _masks_hash(masks)] = tokens
+      while len(self._objects) > KEPT_OBJECTS:
+        self._objects.popitem(last=False)
 
   def forget(self) -> None:
-    """Drops the kept prefixes, and begins to count anew."""
-    self._kept.clear()
+    """Drops what is kept, and begins to count anew."""
+    with self._lock:
+      self._kept.clear()
+      self._scenes.clear()
+      self._objects.clear()
     self.counts.clear()
 
   def compile(self, scene: int, head: int) -> None:
@@ -125,12 +181,9 @@ class Visual:
             masks[place, j], names[i, number] = mask, (place, j)
         pooled_chunks.append((names, pool(region, features, masks)))
     pooled = {}
-    for (
-      names,
-      values,
-    ) in pooled_chunks:  # fetched last, so that the device need not wait for the host
-      values = np.asarray(values)
-      pooled |= {name: values[at] for name, at in names.items()}
+    for names, values in pooled_chunks:  # last, so that the device need not wait for the host
+      fetched = np.asarray(values)
+      pooled |= {name: fetched[at] for name, at in names.items()}
     return chunks, pooled
 
   def _prefill(self, head: np.ndarray, chunks: list, places: list[int]) -> Prefix:
@@ -218,6 +271,13 @@ class Visual:
 
   def _apply(self, params, *args, method):
     return self._module.apply({"params": params}, *args, method=method)
+
+
+def _masks_hash(masks: Mapping[int, np.ndarray]) -> bytes:
+  content = hashlib.blake2b(digest_size=16)
+  for number, cells in masks.items():
+    content.update(b"%d:" % number + np.ascontiguousarray(cells).tobytes())
+  return content.digest()
 
 
 def head_slots(count: int) -> int:

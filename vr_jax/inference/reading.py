@@ -1,7 +1,7 @@
 """Requests as read on the host: frames, masks on the tower's grid and text ids; without jax.
 
 Threads read ahead of the device, video by video. The questions about one video at one time span are
-a group: each of its frames is decoded once.
+a group: each of its frames is decoded once, and none whose tokens are known of an earlier question.
 """
 
 import collections
@@ -9,22 +9,26 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipes.batch import Clip, RowShape
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
-from data_pipes.masks import grid_mask
+from data_pipes.masks import GridMask, grid_mask
 from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
 from data_pipes.tokenizer import REGION, Tokenizer
 from data_pipes.video import Video, open_video
 from vr_jax.inference.options import Options
 from vr_jax.inference.regions import objects_of, warnings_of
 from vr_jax.inference.requests import Request
+
+if TYPE_CHECKING:  # what is known is handed on, not looked into: this file needs no jax
+  from vr_jax.inference.prefix import KnownScene, ObjectTokens, Prefix, Visual
 
 TOGETHER = 32  # the most questions of a group: the frames of all their masks are held at once
 READERS = min(8, os.cpu_count() or 1)  # threads
@@ -37,6 +41,7 @@ class Question:
   Attributes:
     index: the request's place in the list.
     names: of the objects; `objects` are their masks uint8 [N] by frame number, in merge order.
+    known: the tokens of each object where they are known.
   """
 
   index: int
@@ -44,6 +49,7 @@ class Question:
   names: tuple[str, ...]
   objects: Sequence[Mapping[int, np.ndarray]]
   warnings: tuple[str, ...]
+  known: Sequence["ObjectTokens | None"] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +57,19 @@ class Group:
   """Questions about one video at one time span.
 
   Attributes:
+    clip: its frames are those that are not known.
     video: hash of the scene frames; None where nothing is shared.
     head: ids of the text before the media.
+    file: what tells the file and its scene from others; None for frames in memory and folders.
+    prefix: of the video, where it is known.
   """
 
   clip: Clip
   video: bytes | None
   head: np.ndarray
   questions: Sequence[Question]
+  file: Hashable = None
+  prefix: "Prefix | None" = None
 
 
 Refused = tuple[int, InputError]  # a request's place in the list, and why it cannot be asked
@@ -75,9 +86,14 @@ class Reader:
     *,
     aspect_ratio: str = "square",
     notice: str = "",
+    visual: "Visual | None" = None,
   ):
-    """`shape` gives the sizes of scene, image and grid; `notice` goes with every answer."""
+    """`shape` gives the sizes of scene, image and grid; `notice` goes with every answer.
+
+    `visual` knows what was seen of files before.
+    """
     self._tokenizer, self._shape, self._options = tokenizer, shape, options
+    self._visual = visual
     self._aspect_ratio, self._notice = aspect_ratio, notice
 
   def ahead(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Group | Refused]:
@@ -123,20 +139,54 @@ class Reader:
         results.append((i, error))
     if not prepared:
       return results
+    head, _ = around_media(prepared[0][0].text)
+    file = self._file(first)
+    known = None if file is None else self._visual.known_scene(file, head)
+    tokens = [[self._known_object(file, masks) for masks in marked] for _, marked in prepared]
+    unknown = [
+      masks
+      for (_, marked), kept in zip(prepared, tokens, strict=True)
+      for masks, seen in zip(marked, kept, strict=True)
+      if seen is None
+    ]
     try:
-      clip = self._read_clip(first, source, [masks for _, marked in prepared for masks in marked])
+      clip = self._read_clip(first, source, unknown, known)
     except InputError as error:
       if len(requests) == 1:
         return [(requests[0][0], error)]
       return [result for one in requests for result in self.read([one])]
     cells = iter(clip.objects)
-    questions = [
-      dataclasses.replace(question, objects=list(itertools.islice(cells, len(marked))))
-      for question, marked in prepared
-    ]
-    head, _ = around_media(questions[0].text)
-    video = _content(clip) if self._options.share else None
-    return [*results, Group(clip, video, head, questions)]
+    questions = []
+    for (question, marked), kept in zip(prepared, tokens, strict=True):
+      objects = [
+        next(cells) if seen is None else _cells(masks)
+        for masks, seen in zip(marked, kept, strict=True)
+      ]
+      questions.append(dataclasses.replace(question, objects=objects, known=kept))
+    if known is not None:
+      group = Group(clip, known.video, head, questions, file, known.prefix)
+    else:
+      group = Group(clip, _content(clip) if self._options.share else None, head, questions, file)
+    return [*results, group]
+
+  def _file(self, request: Request) -> Hashable:
+    """What tells a file and the scene taken from it; None where nothing may be known of it."""
+    video = request.video
+    if self._visual is None or not self._options.share or not isinstance(video, str | os.PathLike):
+      return None
+    try:
+      status = os.stat(video)
+    except OSError:
+      return None
+    if not stat.S_ISREG(status.st_mode):
+      return None  # of a folder, each file may change
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return (os.path.realpath(video), *identity, request.seconds, request.fps, self._shape.scene)
+
+  def _known_object(self, file: Hashable, masks: Mapping[int, Any]) -> "ObjectTokens | None":
+    if file is None or not all(isinstance(mask, GridMask) for mask in masks.values()):
+      return None
+    return self._visual.known_object(file, _cells(masks))
 
   def _prepare(
     self, index: int, request: Request, source: Video
@@ -162,13 +212,20 @@ class Reader:
     return Question(index, text, tuple(names), (), tuple(warnings)), objects
 
   def _read_clip(
-    self, request: Request, source: Video, objects: Sequence[Mapping[int, Any]]
+    self,
+    request: Request,
+    source: Video,
+    objects: Sequence[Mapping[int, Any]],
+    known: "KnownScene | None",
   ) -> Clip:
+    """The frames of the objects, and those of the scene if it is not known."""
+    if known is not None and not objects:
+      return Clip({}, known.scene, ())
     image = source.kind == "image"
     start, end = request.seconds or (None, None)
     clip = read_clip(
       source,
-      self._shape,
+      self._shape if known is None else dataclasses.replace(self._shape, scene=0),
       objects,
       image=image,
       aspect_ratio=self._aspect_ratio,
@@ -176,6 +233,8 @@ class Reader:
       start=start,
       end=end,
     )
+    if known is not None:
+      return dataclasses.replace(clip, scene=known.scene)
     scene = self._shape.scene
     if len(clip.scene) != scene:
       raise InputError(f"{source.name}: {len(clip.scene)} frames of the scene; accepted: {scene}")
@@ -191,6 +250,10 @@ def around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
       "question"
     )
   return text.ids[: tags[0]], text.ids[tags[0] + 1 :]
+
+
+def _cells(masks: Mapping[int, GridMask]) -> dict[int, np.ndarray]:
+  return {number: mask.cells for number, mask in masks.items()}
 
 
 def _identity(video: Any) -> Hashable:
