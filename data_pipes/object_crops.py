@@ -43,7 +43,8 @@ class CropRule:
 VL3 = CropRule(largest=100, empty="whole")
 PIXELREFER = CropRule(largest=100)
 LITE = CropRule(largest=50, empty="black", lite=True)
-CROP_RULES = {"vl3": VL3, "pixelrefer": PIXELREFER, "lite": LITE}
+CROP_RULES = {"cells": VL3, "placed_cells": PIXELREFER, "cells_in_context": LITE}
+"""By the kind of region encoder, as the model's config names it."""
 
 
 class ObjectCrop(NamedTuple):

@@ -15,6 +15,7 @@ from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.evaluation.results import Result
 
 PAPER = "VideoRefer paper"
+SUCCESSORS = "PixelRefer paper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Benchmark:
     root: the media folder of a data folder in the published layout.
     read: the items, still without the text of `prompt`.
     prompt: (question, options) as the text after the media tag, byte for byte as published.
+    prompts: the same for other generations, by the kind of their region encoder, where the
+      published scripts ask them otherwise.
     export: predictions -> {file name: content} in the published shapes.
     new_tokens: the most an answer may have, unless stated otherwise; the published scripts allow
       2048 everywhere.
@@ -138,6 +141,9 @@ class Benchmark:
   printed: Callable[[Any], str] = lambda summary: ""
   paper: Sequence[Row] = ()
   prompt_template: str = "published"
+  prompts: Mapping[str, Callable[[str, Sequence[str]], str]] = dataclasses.field(
+    default_factory=dict
+  )
   lmms_task: str = ""
 
 
@@ -169,8 +175,16 @@ def in_data_folder(folder: Path) -> Path:
 
 def in_videos(folder: Path) -> Path:
   """Media lie in `videos/`, or beside the file where there is no such folder."""
-  videos = folder / "videos"
-  return videos if videos.is_dir() else folder
+  return _inside(folder, "videos")
+
+
+def in_images(folder: Path) -> Path:
+  """Media lie in `images/`, or beside the file where there is no such folder."""
+  return _inside(folder, "images")
+
+
+def _inside(folder: Path, name: str) -> Path:
+  return folder / name if (folder / name).is_dir() else folder
 
 
 def one_truth(*keys: str, truth: str, **aliases: str) -> Published:

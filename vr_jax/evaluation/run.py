@@ -62,7 +62,8 @@ def evaluate(
   """
   benchmark, out = registry.benchmark(name), Path(out)
   settings = (settings or Settings()).resolve(benchmark, model)
-  dataset = registry.read(benchmark, data, media, split, settings.subtitles)
+  kind = model.cfg.region.kind
+  dataset = registry.read(benchmark, data, media, split, settings.subtitles, kind)
   items = list(dataset.items)[: limit or None]
   k, n = shard or shard_of(os.environ)
   if not 0 <= k < n:

@@ -24,7 +24,9 @@ from data_pipes.navit_prompts import (
 )
 from data_pipes.navit_samples import NavitRules, training_sample
 from data_pipes.object_crops import (
-  CROP_RULES,
+  LITE,
+  PIXELREFER,
+  VL3,
   VL3_TOKENS,
   boxes_array,
   crop_objects,
@@ -44,6 +46,7 @@ from vr_jax.parity.golden import (
   exact,
 )
 
+_RULES = {"vl3": VL3, "pixelrefer": PIXELREFER, "lite": LITE}
 _MASK_FRAMES = (0, 2)  # whose means the folder records beside each scene
 _FLOAT = 1e-5  # of float arrays for which the folder states no tolerance
 
@@ -135,7 +138,7 @@ def _crops(golden: Golden, cases: dict[str, Case], case: Case) -> Produced:
   inputs = cases[meta["inputs_from"]] if "inputs_from" in meta else case
   ids = meta["mask_ids"]
   images = [inputs[f"image_{i}"] for i in range(max(ids) + 1)]
-  rule = CROP_RULES[meta["generation"]]
+  rule = _RULES[meta["generation"]]
   crops = crop_objects(images, inputs["masks"], ids, rule, meta["K"], published=True)
   patches = crop_patches(crops, max_length(golden, meta["generation"]))
   arrays: dict[str, Any] = {
@@ -269,7 +272,7 @@ def _training(golden: Golden, case: Case) -> Produced:
   meta = case.meta
   folder = golden.path(meta["checkpoint"])
   config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  rule = CROP_RULES[meta["generation"]]
+  rule = _RULES[meta["generation"]]
   rules = NavitRules(
     crop=rule,
     tokens=config.get("mask_num", VL3_TOKENS),

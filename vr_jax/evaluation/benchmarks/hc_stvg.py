@@ -14,7 +14,15 @@ from data_pipes.errors import InputError
 from data_pipes.json_items import read_items
 from data_pipes.records import parse_objects
 from data_pipes.tokenizer import REGION
-from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file, one_truth
+from vr_jax.evaluation.benchmark import (
+  SUCCESSORS,
+  Benchmark,
+  Row,
+  Source,
+  in_videos,
+  one_file,
+  one_truth,
+)
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.evaluation.scoring.captions import CAPTION
 
@@ -22,6 +30,13 @@ PROMPT = (
   f"Please describe the important aspects of the marked object {REGION} in the video. "
   "Output in one sentense."
 )
+# Of the successors, spelling as published.
+PROMPTS = {
+  "cells": PROMPT,
+  "placed_cells": f"Please describe the object {REGION} in brief in the video.",
+  "cells_in_context": f"There is one object in the video: {REGION}.\nPlease give a description of "
+  "the highlighted object in the video. Using only one sentense.",
+}
 
 
 def read(source: Source) -> list[Item]:
@@ -84,10 +99,17 @@ HC_STVG = Benchmark(
   root=in_videos,
   read=read,
   prompt=lambda question, options: PROMPT,
+  prompts={kind: lambda question, options, text=text: text for kind, text in PROMPTS.items()},
   export=export,
   new_tokens=128,
   regions=True,
   published=one_truth("video", "Answer", "pred", truth="Answer"),
-  paper=(Row("VideoRefer-7B", {"CIDEr": 0.686}), Row("Artemis", {"CIDEr": 0.532})),
+  paper=(
+    Row("VideoRefer-7B", {"CIDEr": 0.686}),
+    Row("Artemis", {"CIDEr": 0.532}),
+    Row("VideoRefer-VideoLLaMA3-7B", {"CIDEr": 0.969}, SUCCESSORS),
+    Row("PixelRefer-7B", {"METEOR": 0.211, "CIDEr": 0.974}, SUCCESSORS),
+    Row("PixelRefer-Lite-7B", {"METEOR": 0.219, "CIDEr": 0.927}, SUCCESSORS),
+  ),
   prompt_template="published, later edition",
 )

@@ -19,6 +19,8 @@ BENCHMARKS = {
   "hc-stvg": "vr_jax.evaluation.benchmarks.hc_stvg:HC_STVG",
   "mvbench": "vr_jax.evaluation.benchmarks.mvbench:MVBENCH",
   "videomme": "vr_jax.evaluation.benchmarks.videomme:VIDEOMME",
+  "ref-l4": "vr_jax.evaluation.benchmarks.ref_l4:REF_L4",
+  "dlc-bench": "vr_jax.evaluation.benchmarks.dlc_bench:DLC_BENCH",
   "perception-test": "vr_jax.evaluation.benchmarks.perception:PERCEPTION_TEST",
 }
 
@@ -42,6 +44,7 @@ def read(
   media: Path | str | None = None,
   split: str = "",
   subtitles: bool = False,
+  region: str = "",
 ) -> "Dataset":
   """Reads a benchmark from its published files.
 
@@ -49,6 +52,7 @@ def read(
     data: the folder with its files, or its annotation file (docs/evaluation.md has the layouts).
     media: the folder that video paths start from; by default where the published layout has it.
     split: its name, where a benchmark has several; the file does not say.
+    region: the kind of the model's region encoder, which decides how it is asked.
     subtitles: with those of `<data>/subtitles`, where the benchmark has them.
   """
   from vr_jax.evaluation.benchmark import Dataset, Source
@@ -71,8 +75,9 @@ def read(
   texts = folder / "subtitles" if subtitles else None
   if texts is not None and not texts.is_dir():
     raise InputError(f"{texts}: no such folder; accepted: <videoID>.srt files in it")
+  prompt = bench.prompts.get(region, bench.prompt)
   items = [
-    dataclasses.replace(item, question=bench.prompt(item.bare_question, item.options))
+    dataclasses.replace(item, question=prompt(item.bare_question, item.options))
     for item in bench.read(Source(files, root, texts))
   ]
   if not items:

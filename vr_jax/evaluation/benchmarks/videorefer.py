@@ -10,8 +10,9 @@ from typing import Any
 from data_pipes.errors import InputError
 from data_pipes.files import json_line
 from data_pipes.json_items import read_items
-from data_pipes.prompts import DESCRIBE, bench_q_prompt
+from data_pipes.prompts import DESCRIBE, LETTER_ONLY, bench_q_prompt
 from data_pipes.records import parse_bench
+from data_pipes.tokenizer import REGION
 from vr_jax.evaluation.benchmark import (
   Benchmark,
   Row,
@@ -110,6 +111,21 @@ def _points(system: str, *values: float) -> Row:
   return Row(system, dict(zip((*DIMENSIONS, "Average"), values, strict=True)))
 
 
+# How the successors are asked; Q takes the question as it is, its `<region>` brings its brackets.
+_DESCRIBE = f"Please describe in detail the marked object {REGION} in the video."
+DESCRIBE_BY_KIND = {
+  "cells": f"{_DESCRIBE}\n<video>",
+  "placed_cells": _DESCRIBE,
+  "cells_in_context": f"There is one object in the video: {REGION}.\n"
+  "Please describe in detail the marked object in the video.",
+}
+
+
+def bare_q_prompt(question: str, options: Sequence[str]) -> str:
+  """VideoRefer-Bench-Q as the successors are asked it."""
+  return f"{question} {' '.join(options)}. {LETTER_ONLY}."
+
+
 BENCH_D = Benchmark(
   name="bench-d",
   title="VideoRefer-Bench-D",
@@ -118,6 +134,9 @@ BENCH_D = Benchmark(
   root=in_data_folder,
   read=functools.partial(_read, kind="D"),
   prompt=lambda question, options: DESCRIBE,
+  prompts={
+    kind: lambda question, options, text=text: text for kind, text in DESCRIBE_BY_KIND.items()
+  },
   export=_export,
   new_tokens=512,
   regions=True,
@@ -140,6 +159,7 @@ BENCH_Q = Benchmark(
   root=in_data_folder,
   read=functools.partial(_read, kind="Q"),
   prompt=bench_q_prompt,
+  prompts=dict.fromkeys(DESCRIBE_BY_KIND, bare_q_prompt),
   export=_export,
   new_tokens=64,
   regions=True,

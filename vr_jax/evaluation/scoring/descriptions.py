@@ -204,16 +204,22 @@ def _score(
   run: Mapping[str, Any],
   settings: ScoreSettings,
 ) -> Result:
-  judge = _open(settings.judge, settings.source, settings.home, settings.parser)
+  judge = judge_of(settings.judge, settings.source, settings.home, settings.parser, benchmark.title)
+  progress = progress_of(settings)
+  return score(benchmark, predictions, run, settings.parser, judge, progress)
+
+
+def progress_of(settings: ScoreSettings) -> Callable[[int, int], None]:
+  """Tells of every fiftieth reply."""
 
   def progress(done: int, total: int) -> None:
     if done % 50 == 0 or done == total:
       settings.progress(f"judged {done} of {total}")
 
-  return score(benchmark, predictions, run, settings.parser, judge, progress)
+  return progress
 
 
-def _open(settings: JudgeSettings, source: Path, home: Path, parser: str) -> Judge:
+def judge_of(settings: JudgeSettings, source: Path, home: Path, parser: str, title: str) -> Judge:
   """The judge that the settings name; its log stands in `home`."""
   spec = settings.spec
   recorded = source.is_file() and any("gpt" in r for r in read_records(source))
@@ -221,7 +227,7 @@ def _open(settings: JudgeSettings, source: Path, home: Path, parser: str) -> Jud
     spec = f"replay:{source}"
   if not spec:
     raise InputError(
-      "VideoRefer-Bench-D needs a judge; accepted: --judge URL (an OpenAI-compatible endpoint), "
+      f"{title} needs a judge; accepted: --judge URL (an OpenAI-compatible endpoint), "
       "--judge replay:FILE, --judge rule (not comparable)"
     )
   options: dict[str, Any] = {}

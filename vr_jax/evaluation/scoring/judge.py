@@ -219,9 +219,10 @@ class Rule:
 
   def ask(self, messages: Messages, sampling: Sampling, item_id: Any, repeat: int) -> Reply:
     match = re.search(
-      r"##Correct answer: (.*)\n##Predicted answer: (.*)\n\Z", messages[1]["content"], re.DOTALL
+      r"##Correct answer: (.*)\n##Predicted answer: (.*)\n\Z", messages[-1]["content"], re.DOTALL
     )
-    assert match, messages
+    if match is None:
+      raise InputError("--judge rule scores descriptions; accepted here: --judge URL, replay:FILE")
     truth, answer = (re.findall(r"\w+", text.lower()) for text in match.groups())
     common = len(set(truth) & set(answer))
     recall = common / max(len(set(truth)), 1)
@@ -354,20 +355,35 @@ class Judge:
   ) -> list[Verdict]:
     """Judges (id, reference, prediction) items, several at a time; the order is kept."""
     asks = [(item, repeat) for item in items for repeat in range(self.repeats)]
-    done: list[tuple[Scores, str | None]] = []
+    done = self._each(lambda ask: self._one(*ask), asks, progress)
+    k = self.repeats
+    chunks = [done[i : i + k] for i in range(0, len(done), k)]
+    return [Verdict(tuple(s for s, _ in c), tuple(r for _, r in c)) for c in chunks]
+
+  def replies(
+    self,
+    asks: Sequence[tuple[Any, Messages]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+  ) -> list[Reply]:
+    """The replies to (id, messages) of another protocol than Bench-D's, in order."""
+    return self._each(lambda ask: self._ask(ask[1], ask[0], 0), asks, progress)
+
+  def _each(
+    self, call: Callable[[Any], Any], asks: Sequence[Any], progress: Callable[[int, int], None]
+  ) -> list[Any]:
+    """`call` on each of `asks`, several at a time, with the log open."""
+    done: list[Any] = []
     paid = not isinstance(self.backend, Replay | Rule)
     log = JsonLines(self._path, itemgetter("key")) if paid else contextlib.nullcontext()
     with log as self._log, ThreadPoolExecutor(self.concurrency) as pool:
       try:
-        for result in pool.map(lambda ask: self._one(*ask), asks):
+        for result in pool.map(call, asks):
           done.append(result)
           progress(len(done), len(asks))
       except Stopped:
         pool.shutdown(cancel_futures=True)
         raise
-    k = self.repeats
-    chunks = [done[i : i + k] for i in range(0, len(done), k)]
-    return [Verdict(tuple(s for s, _ in c), tuple(r for _, r in c)) for c in chunks]
+    return done
 
   def _one(self, item: tuple[Any, str, str], repeat: int) -> tuple[Scores, str | None]:
     item_id, truth, answer = item
