@@ -7,7 +7,7 @@ both: PixelRefer was trained on the "ids" rule and evaluated on the "filter" rul
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def scene_frames(
   return Scene(ids, [i / rate for i in ids])
 
 
-def annotated_frames(video: Video, objects: Sequence[Sequence[int]]) -> Scene:
+def annotated_frames(video: Video, objects: Iterable[Iterable[int]]) -> Scene:
   """PixelRefer-Lite: every frame on which an object is annotated, once, in order of time."""
   ids = sorted(set(itertools.chain.from_iterable(objects)))
   return Scene(ids, [i / (video.fps or FOLDER_FPS) for i in ids])

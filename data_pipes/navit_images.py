@@ -44,11 +44,9 @@ def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: in
 
   Raises InputError: no size suits, see `smart_resize`.
   """
-  height, width = smart_resize(
-    *image.shape[:2],
-    factor=PATCH * stride,
-    max_pixels=max_length * (PATCH * stride) ** 2 // pictures,
-  )
+  factor = PATCH * stride
+  height, width = image.shape[:2]
+  height, width = smart_resize(height, width, factor, max_length * factor**2 // pictures)
   # Pillow gives the image itself back where the size is the same.
   resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
   pixels = rearrange(

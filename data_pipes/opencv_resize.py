@@ -47,7 +47,7 @@ def _scale(size: int, new: int) -> float:
 def _linear_taps(size: int, new: int, type_: type) -> tuple[np.ndarray, np.ndarray]:
   """Per new pixel the first of two neighbours, which may lie outside, and the second's weight."""
   scale = _scale(size, new) if type_ is np.float32 else size / new
-  at = ((np.arange(new) + 0.5) * scale - 0.5).astype(type_)
+  at: np.ndarray = ((np.arange(new) + 0.5) * scale - 0.5).astype(type_)
   first = np.floor(at)
   return first.astype(np.int64), (at - first).astype(np.float32)
 

@@ -78,7 +78,8 @@ def choose_buckets(
     return sum(patches_of(pack_pictures(call, buckets)) for call in calls)
 
   # One size more at a time, then each again in turn: the best of all sets would take minutes.
-  chosen = min(((size,) for size in tops), key=executed)
+  singles: list[tuple[int, ...]] = [(size,) for size in tops]
+  chosen = min(singles, key=executed)
   for _ in range(count - 1):
     chosen = min(((*chosen, size) for size in candidates), key=executed, default=chosen)
   for place in range(1, len(chosen)):

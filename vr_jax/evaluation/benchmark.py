@@ -147,6 +147,11 @@ class Benchmark:
   lmms_task: str = ""
 
 
+def fixed(text: str) -> Callable[[str, Sequence[str]], str]:
+  """A prompt that is the same for every item."""
+  return lambda question, options: text
+
+
 def one_file(*patterns: str) -> Callable[[Path], list[Path]]:
   """Finds the annotation file: the data path itself, or the one file of a known name in it."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipes.errors import InputError
 from data_pipes.tokenizer import REGION
-from vr_jax.evaluation.benchmark import SUCCESSORS, Benchmark, Row, Source, in_images
+from vr_jax.evaluation.benchmark import SUCCESSORS, Benchmark, Row, Source, fixed, in_images
 from vr_jax.evaluation.items import Item, Prediction
 from vr_jax.evaluation.scoring.dlc import QUESTIONED, questions_of
 
@@ -102,7 +102,7 @@ DLC_BENCH = Benchmark(
   files=files,
   root=in_images,
   read=read,
-  prompt=lambda question, options: PROMPT,
+  prompt=fixed(PROMPT),
   export=export,
   new_tokens=512,
   regions=True,

@@ -17,6 +17,7 @@ from vr_jax.evaluation.benchmark import (
   Benchmark,
   Row,
   Source,
+  fixed,
   in_data_folder,
   one_file,
   one_truth,
@@ -133,10 +134,8 @@ BENCH_D = Benchmark(
   files=one_file("VideoRefer-Bench-D.json", "bench_d.json"),
   root=in_data_folder,
   read=functools.partial(_read, kind="D"),
-  prompt=lambda question, options: DESCRIBE,
-  prompts={
-    kind: lambda question, options, text=text: text for kind, text in DESCRIBE_BY_KIND.items()
-  },
+  prompt=fixed(DESCRIBE),
+  prompts={kind: fixed(text) for kind, text in DESCRIBE_BY_KIND.items()},
   export=_export,
   new_tokens=512,
   regions=True,
