@@ -138,7 +138,7 @@ def check_masks(record: Record, size: tuple[int, int] | None, grid: int = 0) -> 
     for number, segmentation in by_frame.items():
       spot = f"object {i}, frame {number}"
       try:
-        stated, area = check_segmentation(segmentation)
+        stated, area = check_segmentation(segmentation, record.size or size)
       except InputError as error:
         yield Finding("segmentation", f"{spot}: {error}", (i, number))
         broken += 1

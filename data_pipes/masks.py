@@ -108,8 +108,12 @@ def encode_mask(mask: np.ndarray) -> dict:
   return {"size": [height, width], "counts": counts_to_string(mask_to_counts(mask))}
 
 
-def check_segmentation(segmentation: Any) -> tuple[tuple[int, int] | None, int | None]:
+def check_segmentation(
+  segmentation: Any, frame: tuple[int, int] | None = None
+) -> tuple[tuple[int, int] | None, int | None]:
   """Whether a published "segmentation" can be drawn, without drawing it.
+
+  `frame` is the (height, width) in which a box must lie, where it is known.
 
   Returns ((height, width) that it states, pixels that it covers): both for run lengths, (None,
   None) for polygons and boxes, (None, 0) for none.
@@ -120,7 +124,10 @@ def check_segmentation(segmentation: Any) -> tuple[tuple[int, int] | None, int |
   if segmentation is None:
     return None, 0
   if isinstance(segmentation, dict) and "box" in segmentation:
-    _corners_of_box(segmentation["box"], 1, 1)
+    if frame is None:
+      _corners_of_box(segmentation["box"], 1, 1)
+    else:
+      _sides_of_box(segmentation["box"], *frame)
     return None, None
   if not isinstance(segmentation, dict):
     for polygon in segmentation:
@@ -289,15 +296,20 @@ def mask_from_box(box: Sequence[float | str], height: int, width: int) -> np.nda
 
   Numbers are pixels, or shares of the frame such as "30%".
   """
+  mask = np.zeros((height, width), np.uint8)
+  mask[_sides_of_box(box, height, width)] = 1
+  return mask
+
+
+def _sides_of_box(box: Sequence[float | str], height: int, width: int) -> tuple[slice, slice]:
+  """The rows and columns of the frame that a box touches."""
   x1, y1, x2, y2 = corners = _corners_of_box(box, height, width)
   if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
     raise InputError(
       f"box {_plain(corners)} lies outside the video of {width}x{height} (width x height)"
     )
-  mask = np.zeros((height, width), np.uint8)
   top, left = max(int(np.floor(y1)), 0), max(int(np.floor(x1)), 0)
-  mask[top : int(np.ceil(y2)), left : int(np.ceil(x2))] = 1
-  return mask
+  return slice(top, int(np.ceil(y2))), slice(left, int(np.ceil(x2)))
 
 
 def _corners_of_box(box: Sequence[float | str], height: int, width: int) -> list[float]:

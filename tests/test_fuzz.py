@@ -223,11 +223,13 @@ def mutated(rng: random.Random, value, pool=VALUES):
       case 1 if isinstance(place, dict):
         place[rng.choice([v for v in VALUES if isinstance(v, str)])] = place.pop(key)
       case 2 if isinstance(place, list):
-        place.append(place[key])
+        place.append(copy.deepcopy(place[key]))
       case 3 if isinstance(place, dict):
-        place[rng.choice(("segmentaton", "03", "mask", "name", "box", "masks"))] = place[key]
+        place[rng.choice(("segmentaton", "03", "mask", "name", "box", "masks"))] = copy.deepcopy(
+          place[key]
+        )
       case _:
-        place[key] = rng.choice(pool)
+        place[key] = copy.deepcopy(rng.choice(pool))
   return value
 
 

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from data_pipes import masks as masks_module
 from data_pipes.errors import InputError
 from data_pipes.masks import (
   annotation_to_mask,
@@ -117,6 +119,31 @@ def test_polygons_by_the_definition():
     expected = rasterise([tuple(p) for p in points.tolist()], height, width)
     mask = segmentation_to_mask([points.ravel().tolist()], height, width)
     np.testing.assert_array_equal(mask, expected, err_msg=f"{points.tolist()} {height} {width}")
+
+
+def test_polygons_are_cut_to_the_frame():
+  rng = np.random.default_rng(6)
+  for scale in (100, 300, 1000, 3000):
+    height, width = rng.integers(5, 60, 2).tolist()
+    points = rng.normal(20, scale, (6, 2))
+    points[:3, rng.integers(2)] = rng.uniform(0, 40, 3)  # long edges that stay in a row or column
+    expected = rasterise([tuple(p) for p in points.tolist()], height, width)
+    mask = segmentation_to_mask([points.ravel().tolist()], height, width)
+    np.testing.assert_array_equal(mask, expected, err_msg=f"{points.tolist()} {height} {width}")
+  far = [[1e6, -1e6, -1e6, 1e6, 1e6, 1e6, -1e6, -1e6] * 2]  # drawn to the end, they took gigabytes
+  tracemalloc.start()
+  mask = segmentation_to_mask(far, 1080, 1920)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert mask.shape == (1080, 1920)
+  assert peak < 5 * mask.nbytes  # the frame, its run lengths and its crossings
+
+
+def test_many_edges_are_worked_out_in_blocks(monkeypatch):
+  points = np.random.default_rng(7).uniform(-50, 250, (40, 2)).ravel().tolist()
+  whole = segmentation_to_mask([points], 150, 200)
+  monkeypatch.setattr(masks_module, "_CROSSINGS", 64)
+  np.testing.assert_array_equal(segmentation_to_mask([points], 150, 200), whole)
 
 
 def test_polygon_against_the_coco_api():
@@ -354,6 +381,7 @@ def test_leading_axes():
 @pytest.mark.parametrize(
   ("box", "rows", "columns"),
   [
+    (("25%", 3, "50%", "100%"), (3, 9), (3, 6)),
     ((2, 3, 5, 7), (3, 7), (2, 5)),
     ((2.2, 3.9, 2.4, 4.1), (3, 5), (2, 3)),
     ((-5, -5, 100, 2), (0, 2), (0, 12)),
@@ -363,6 +391,7 @@ def test_box(box, rows, columns):
   expected = np.zeros((9, 12), np.uint8)
   expected[slice(*rows), slice(*columns)] = 1
   np.testing.assert_array_equal(mask_from_box(box, 9, 12), expected)
+  np.testing.assert_array_equal(segmentation_to_mask({"box": list(box)}, 9, 12), expected)
 
 
 @pytest.mark.parametrize("shape", [(480, 854), (1080, 1920), (720, 404), (240, 320)])

@@ -71,6 +71,13 @@ def test_variants_give_the_same_objects(changes):
   assert parse_record(_item(**changes), "f").objects == parse_record(_item(), "f").objects
 
 
+def test_a_box_stands_wherever_a_mask_does():
+  box = {"box": [1, 1, 4, 3]}
+  for entry in (box, {"segmentation": box}, {"segmentation": None, "box": box["box"]}):
+    assert parse_record(_item(annotation=[{"3": entry}]), "f").objects == ({3: box},)
+  assert parse_record(_item(annotation=..., masks=[{"3": box}]), "f").objects == ({3: box},)
+
+
 @pytest.mark.parametrize("question", ["<video>\nIs <region> red?", "Is <region> red?\n<video>"])
 def test_the_tag_may_stand_first_or_last(question):
   assert len(parse_record(_item(conversations=_asked(question)), "f").objects) == 1
@@ -152,6 +159,10 @@ def test_masks_of_a_list_of_pictures_lie_on_the_masked_ones():
     ({"annotation": [{}]}, r"'annotation', object 0: found an object without frames"),
     ({"annotation": [{"f1": {}}]}, r"object 0: frame key: found 'f1'; accepted: a frame number"),
     ({"annotation": [{"-1": {}}]}, r"object 0: frame key: found '-1'"),
+    ({"annotation": [{"3": None, "03": None}]}, r"object 0: two keys name one frame, 3"),
+    ({"annotation": [{"0": {"segmentaton": RLE}}]}, r"object 0, frame 0: key 'segmentaton'"),
+    ({"annotation": [{"0": {"segmentation": {"size": [4, 6]}}}]}, r"frame 0: key 'size'"),
+    ({"annotation": [{"0": {"bbox": [1, 1, 2, 2]}}]}, r"frame 0: key 'bbox'; accepted: segm"),
     ({"annotation": [{"0": {"segmentation": "abc"}}]}, r"object 0, frame 0: segmentation: found t"),
     ({"annotation": [{"0": {"segmentation": [1, 2]}}]}, r"segmentation: found a list"),
     ({"annotation": [{"0": {"counts": "x"}}]}, r"segmentation: .* with keys \['counts'\]"),

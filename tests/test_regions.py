@@ -1,13 +1,16 @@
 """Region SPECs and `Region`s to objects with masks, and every way in which they can be wrong."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipes.check import Finding, check_masks
 from data_pipes.errors import InputError
-from data_pipes.masks import encode_mask
+from data_pipes.masks import encode_mask, grid_mask, mask_to_grid, segmentation_to_mask
+from data_pipes.records import parse_item
 from data_pipes.video import open_video
 from vr_jax.inference.regions import Region, objects_of, parse_regions, warnings_of
 
@@ -249,6 +252,89 @@ def test_a_box_that_leaves_the_picture_says_so(video):
   assert (
     line == "cat: the box -5,2,20,300 leaves the picture of 40x30 (width x height) and is cut to it"
   )
+
+
+def test_a_box_smaller_than_a_cell_says_so():
+  video = open_video(np.zeros((1, 90, 160, 3), np.uint8))
+  cell = 160 / 4, 90 / 4
+  x, y = cell[0] / 2 - 4, cell[1] / 2 - 4  # where the published rule samples: it is not lost
+  small = Region(box=(x, y, x + 8, y + 8), frame=0, name="ant")
+  large = Region(box=(x, y, x + 41, y + 8), frame=0)
+  for rule in ("keep", "published"):
+    (line,) = warnings_of(objects_of([small, large], video), 4, rule=rule)
+    assert line.startswith("ant is too small for the model's 4x4 grid on frame 0: the cell it lies")
+
+
+def test_masks_go_to_the_grid_one_by_one():
+  video = open_video([np.zeros((1080, 1920, 3), np.uint8)] * 2)
+  regions = [
+    Region(box=(9 * i, 300, 9 * i + 400, 900), frame=frame, name=f"{i}")
+    for i in range(20)
+    for frame in (0, 1)
+  ]
+  tracemalloc.start()
+  marked = objects_of(regions, video, lambda mask: grid_mask(mask, 27))
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert len(marked) == 20
+  assert peak < 10 * 1080 * 1920  # bytes; the 40 masks take four times as much
+  for one, whole in zip(marked[::7], objects_of(regions, video)[::7], strict=True):
+    for frame in (0, 1):
+      cells = mask_to_grid(whole.masks[frame], 27).reshape(-1)
+      np.testing.assert_array_equal(one.masks[frame].cells, cells)
+
+
+BLOB = encode_mask(np.eye(HEIGHT, WIDTH, dtype=np.uint8))
+ENTRIES = [
+  *(None, {}, BLOB, {"segmentation": BLOB}, {"segmentation": None}, {"segmentation": {}}),
+  *({"counts": None}, {"segmentation": {"counts": None}}, {"segmentation": {"size": [30, 40]}}),
+  *({"size": [30, 40]}, {"box": [1, 2, 9, 9]}, {"box": ["10%", 2, 9, 9]}, {"box": None}),
+  *({"box": [9, 2, 1, 9]}, {"box": [50, 2, 60, 9]}, {"box": 5}, {"bbox": [1, 2, 9, 9]}),
+  *({"segmentation": {"box": [1, 2, 9, 9]}}, {"segmentation": {"segmentation": BLOB}}),
+  *({"segmentaton": BLOB}, {"segmentation": BLOB, "area": 30}, {"mask": BLOB}, BLOB | {"id": 1}),
+  *([[1, 1, 9, 1, 9, 9]], {"segmentation": [[1, 1, 9, 1, 9, 9]]}, [[1, 1, 9]], [1, 2, 3], []),
+  *("x", 5, True, BLOB | {"size": [9, 9]}, BLOB | {"counts": [1]}, {"segmentation": []}),
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=repr)
+def test_ask_and_check_read_one_object_alike(video, entry):
+  frames = {"2": BLOB, "5": entry}
+  item = {
+    "video": "a.mp4",
+    "conversations": [
+      {"from": "human", "value": "<video>\n<region>"},
+      {"from": "gpt", "value": "It."},
+    ],
+    "annotation": [frames],
+  }
+  try:
+    asked = objects_of([Region(rle=frames)], video)[0].masks
+  except InputError:
+    asked = None
+  try:
+    record = parse_item(item, "f")
+    findings = list(check_masks(record, video.size))
+  except InputError:
+    findings = [Finding("item", "")]
+  trained = None
+  if not any(f.is_defect for f in findings):
+    trained = {n: segmentation_to_mask(s, *video.size) for n, s in record.objects[0].items()}
+  assert (asked is None) == (trained is None)
+  for number in asked or ():
+    np.testing.assert_array_equal(asked[number], trained[number])
+
+
+def test_an_object_may_be_wrapped_as_in_the_published_files(video):
+  frames = {"2": BLOB, "5": {"box": [1, 2, 9, 9]}}
+  plain = objects_of([Region(rle=frames)], video)[0].masks
+  for content in ([frames], [[frames]], {"2": frames}, [{"2": frames}]):
+    masks = objects_of([Region(rle=content)], video)[0].masks
+    assert list(masks) == [2, 5]
+    np.testing.assert_array_equal(masks[5], plain[5])
+  image = open_video([np.zeros((HEIGHT, WIDTH, 3), np.uint8)])
+  image.kind = "image"
+  assert list(objects_of([Region(rle={"36": BLOB})], image)[0].masks) == [0]  # any key is a dummy
 
 
 def test_soft_edges_are_told(folder, video, blob):
