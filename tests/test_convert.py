@@ -19,7 +19,7 @@ from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.checkpoint import export, load_for_inference, load_params, make_meta
 from vr_jax.interop import convert as conversion
-from vr_jax.interop.convert import convert
+from vr_jax.interop.convert import convert, summary
 from vr_jax.interop.sources import open_source
 from vr_jax.models.variants import DECODERS
 from vr_jax.parity.golden import PASS, run_parity
@@ -156,12 +156,53 @@ def test_a_cast_says_how_much_it_changed(small, tmp_path):
   assert worst == parity["largest_difference"]
 
 
+def test_a_lossy_result_is_held_to_the_cast_of_each_tensor_to_the_bit(small, tmp_path, monkeypatch):
+  """One tensor's rounding is no tolerance for another: zeros in the place of small weights fail."""
+  cfg, params = small
+  params = jax.tree.map(np.copy, params)
+  params["region"]["fc1"]["bias"] *= 1e-4  # far below what rounding does to the others
+  source = write(tmp_path / "source", cfg, params)
+  real = conversion.reopen
+
+  def spoilt(*args):
+    result = real(*args)
+
+    class Spoilt:
+      shapes = result.shapes
+
+      def dtype(self, path):
+        return result.dtype(path)
+
+      def read(self, path, index=()):
+        return result.read(path, index) * (path != "region/fc1/bias")
+
+    return Spoilt()
+
+  options = {"dtype": "bfloat16", "logits": "never", **QUIET}
+  assert convert(source, tmp_path / "good", "vr", **options)["passed"] == "not proven"
+  monkeypatch.setattr(conversion, "reopen", spoilt)
+  parity = convert(source, tmp_path / "bad", "vr", **options)
+  assert (parity["passed"], parity["wrong"]) == (False, ["region/fc1/bias"])
+  assert "NOT what was written: region/fc1/bias" in summary(parity, "bad")
+
+
+def test_what_no_other_implementation_saw_is_not_proven(small, tmp_path, capsys):
+  cfg, params = small
+  source = write(tmp_path / "source", cfg, params)
+  command = ["convert", str(source), str(tmp_path / "out"), "--to", "vr", "--logits", "never"]
+  assert cli.main(command) == 0
+  printed = capsys.readouterr().out
+  assert "not proven by another implementation: not asked for" in printed
+  assert "passed" not in printed
+  assert json.loads((tmp_path / "out/parity.json").read_text())["passed"] == "not proven"
+
+
 # --- Kills ---------------------------------------------------------------------------------------
 
 KILLED = """
 import sys
 from vr_jax.interop import targets
-from vr_jax.interop.convert import convert
+from vr_jax.interop.convert import convert, summary
 real, written = targets.ShardWriter.write, 0
 def write(self, name, array):
   global written
@@ -210,6 +251,51 @@ def test_a_source_that_changed_is_converted_from_the_start(small, tmp_path, monk
   np.testing.assert_array_equal(
     load_params(tmp_path / "out")["region"]["fc1"]["bias"], other["region"]["fc1"]["bias"]
   )
+
+
+def test_a_partial_folder_that_is_not_ours_is_left_alone(small, tmp_path):
+  cfg, params = small
+  source = write(tmp_path / "source", cfg, params)
+  theirs = tmp_path / "out.partial"
+  theirs.mkdir()
+  (tmp_path / "elsewhere").mkdir()
+  for name, content in (("thesis.txt", "all of it"), ("plan.json", '{"year": 1}')):
+    (theirs / name).write_text(content)
+    with pytest.raises(InputError, match=r"out\.partial: exists, and no conversion made it"):
+      convert(source, tmp_path / "out", "vr", logits="never", **QUIET)
+    assert (theirs / name).read_text() == content
+  assert sorted(f.name for f in theirs.iterdir()) == ["plan.json", "thesis.txt"]
+  shutil.rmtree(theirs)
+  theirs.symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(InputError, match="no conversion made it"):
+    convert(source, tmp_path / "out", "vr", logits="never", **QUIET)
+  theirs.unlink()
+  theirs.mkdir()  # empty: nobody's
+  convert(source, tmp_path / "out", "vr", logits="never", **QUIET)
+  assert not theirs.exists()
+
+
+def test_two_conversions_to_one_place_leave_each_other_alone(small, tmp_path, monkeypatch):
+  cfg, params = small
+  source = write(tmp_path / "source", cfg, params)
+  dst = tmp_path / "out"
+  real = conversion._stream
+  refused = []
+
+  def meanwhile(*args):
+    with pytest.raises(InputError) as error:
+      convert(source, dst, "vr", logits="never", **QUIET)
+    refused.append(str(error.value))
+    return real(*args)
+
+  monkeypatch.setattr(conversion, "_stream", meanwhile)
+  parity = convert(source, dst, "vr", logits="never", **QUIET)
+  assert parity["bit_identical"]
+  assert len(refused) == 1
+  assert "out.partial: " in refused[0]
+  assert "is at work here" in refused[0]
+  assert not (tmp_path / "out.partial").exists()
+  assert open_source(dst).parts.keys() == {"img", "connector", "region", "llm"}
 
 
 # --- What a user may get wrong --------------------------------------------------------------------

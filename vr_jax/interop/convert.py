@@ -1,8 +1,9 @@
 """`vr convert`: weights of one format into another, tensor by tensor, with proof.
 
 The result grows in `DST.partial`, where a journal names what is written, so a killed conversion
-goes on where it stopped; it takes its name when it is complete and has been read back. What was
-read, written and compared stands in parity.json: in the folder, or beside the file.
+goes on where it stopped; it takes its name when it is complete and has been read back. One
+conversion has that folder at a time, and a folder of that name that no conversion made is left
+alone. What was read, written and compared stands in parity.json: in the folder, or beside the file.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipes.errors import InputError
-from data_pipes.files import JsonLines, write_text
+from data_pipes.files import JsonLines, is_unused, locked, write_text
 from vr_jax.checkpoint import package_versions
 from vr_jax.interop import peft, proof
 from vr_jax.interop.options import ConvertOptions
@@ -30,6 +31,7 @@ from vr_jax.weights import locate
 
 CASTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JOURNAL, PLAN, PARITY = "journal.jsonl", "plan.json", "parity.json"
+NOT_PROVEN = "not proven"
 
 
 def convert(
@@ -40,7 +42,10 @@ def convert(
   report: Callable[[str], None] = print,
   **options: Any,
 ) -> dict[str, Any]:
-  """Converts weights and returns what parity.json holds; `passed` says whether all is equal enough.
+  """Converts weights and returns what parity.json holds.
+
+  Its `passed` is true where another implementation agrees with the result, false where anything
+  differs, and "not proven" where all was written as it should be but no other implementation ran.
 
   Args:
     src: weights of any format that `open_source` knows.
@@ -51,12 +56,11 @@ def convert(
 
   Raises:
     InputError: one line about a source that is damaged or unknown, a format that cannot say it, a
-      `dst` that exists, weights that are not finite or that overflow, too little disk. Nothing is
-      then left at `dst`.
+      `dst` that exists, a `dst`.partial of somebody else or of a conversion at work, weights that
+      are not finite or that overflow, too little disk. Nothing is then left at `dst`.
   """
   chosen = ConvertOptions(**options)
   dtype, adapter, logits = chosen.dtype, chosen.adapter, chosen.logits
-  shard_bytes = int(chosen.shard_gb * 1e9)
   dst = Path(dst)
   _check_arguments(dst, to, dtype)
   src = locate(src).path
@@ -67,24 +71,39 @@ def convert(
     source.tokenizer()  # refuses ids beyond the table
   if to == "peft":
     source = _adapter_of(source)
-  if logits == "always" and (reason := proof.cannot(source, to, logits)):
+  if logits == "always" and (reason := proof.cannot(source, logits, adapter)):
     raise InputError(f"--logits always: {reason}")
   _describe(source, report)
   plan = {
     "source": _fingerprint(src) + (_fingerprint(adapter) if adapter else []),
     "to": to,
     "dtype": dtype,
-    "shard_bytes": shard_bytes,
+    "shard_bytes": int(chosen.shard_gb * 1e9),
   }
   partial = dst.parent / f"{dst.name}.partial"
+  _refuse_others(partial)
+  with locked(partial):
+    _check_arguments(dst, to, dtype)  # another conversion may have come to its end meanwhile
+    _claim(partial, plan)
+    return _write(source, partial, dst, to, chosen, report)
+
+
+def _write(
+  source: Source,
+  partial: Path,
+  dst: Path,
+  to: str,
+  chosen: ConvertOptions,
+  report: Callable[[str], None],
+) -> dict[str, Any]:
+  """Writes what is not written yet, proves it and gives it its name; returns parity.json."""
   stage = partial / "result"
-  _drop_other_plan(partial, plan)
   try:
     with JsonLines(partial / JOURNAL, key=lambda entry: entry["name"]) as journal:
       if journal.records:
         report(f"going on after {len(journal)} tensors in {partial}")
-      write_text(partial / PLAN, json.dumps(plan))
-      target = lay_out(to, source, stage, _cast_to(dtype), shard_bytes)
+      cast = _cast_to(chosen.dtype)
+      target = lay_out(to, source, stage, cast, int(chosen.shard_gb * 1e9))
       _check_disk(target, stage)
       tensors = _stream(target, journal, chosen.allow_nonfinite)
     target.finish(stage)
@@ -93,10 +112,8 @@ def convert(
     raise
   for note in target.notes:
     report(note)
-  parity = {
-    "source": {"name": Path(str(src)).name, "kind": source.kind, "parts": list(source.parts)}
-  }
-  parity |= _prove(source, to, stage, target, tensors, logits)
+  parity = {"source": {"name": source.path.name, "kind": source.kind, "parts": list(source.parts)}}
+  parity |= _prove(source, to, stage, target, tensors, chosen)
   _publish(partial, stage, target, dst, parity)
   return parity
 
@@ -157,14 +174,33 @@ def _fingerprint(path: str | Path) -> list[list[Any]]:
   return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def _drop_other_plan(partial: Path, plan: dict[str, Any]) -> None:
-  """Removes what an earlier, killed conversion left, unless it was one of the same plan."""
+def _refuse_others(partial: Path) -> None:
+  """Refuses a folder at the place of ours that no conversion made: its plan is our marker."""
+  if partial.is_symlink() or (not is_unused(partial) and _plan_in(partial) is None):
+    raise InputError(
+      f"{partial}: exists, and no conversion made it; the result grows there: move it, or give "
+      "another DST"
+    )
+
+
+def _plan_in(partial: Path) -> dict[str, Any] | None:
+  """The plan of a conversion that was killed, None where there is none."""
   try:
-    same = json.loads((partial / PLAN).read_text()) == plan
-  except (OSError, json.JSONDecodeError):
-    same = False
-  if not same:
-    shutil.rmtree(partial, ignore_errors=True)
+    plan = json.loads((partial / PLAN).read_text())
+  except (OSError, ValueError):
+    return None
+  ours = isinstance(plan, dict) and plan.keys() >= {"source", "to", "dtype", "shard_bytes"}
+  return plan if ours else None
+
+
+def _claim(partial: Path, plan: dict[str, Any]) -> None:
+  """Makes the folder one of this plan; what a conversion of another plan left in it is removed."""
+  if (before := _plan_in(partial)) == plan:
+    return
+  if before is not None:
+    shutil.rmtree(partial / "result", ignore_errors=True)
+    (partial / JOURNAL).unlink(missing_ok=True)
+  write_text(partial / PLAN, json.dumps(plan))
 
 
 def _check_disk(target: Target, stage: Path) -> None:
@@ -306,24 +342,34 @@ def reopen(to: str, stage: Path, target: Target, source: Source) -> Parameters:
   return open_source(stage / target.weights if target.weights else stage).params
 
 
-def compare(source: Parameters, result: Parameters) -> dict[str, Any]:
-  """Every parameter of the source against the one read back, layer by layer."""
+def compare(source: Parameters, result: Parameters, cast: Cast = lambda old: old) -> dict[str, Any]:
+  """Every parameter of the source against the one read back, layer by layer.
+
+  `wrong` are those that are not, to the bit, what the cast makes of the source. (A parameter of
+  ours whose tensors have two dtypes may come back in float32, which holds both.)
+  """
   differ: dict[str, float] = {}
+  wrong: list[str] = []
   identical = True
   for path, shape in source.shapes.items():
-    largest = 0.0
+    largest, right = 0.0, True
     for index in pieces(path, shape):
       a, b = source.read(path, index), result.read(path, index)
       if not _same_bits(a, b):
         identical = False
+        expected, _ = _cast(a, cast(a.dtype))
+        right &= _same_bits(expected, b) or _same_bits(expected.astype(np.float32), b)
         largest = max(largest, _largest(zip(_blocks(a), _blocks(b), strict=True)))
     if largest:
       differ[path] = largest
+    if not right:
+      wrong.append(path)
   return {
     "parameters": len(source.shapes),
     "bit_identical": identical,
     "largest_difference": max(differ.values(), default=0.0),
     "differences": differ,
+    "wrong": wrong,
   }
 
 
@@ -333,7 +379,7 @@ def _prove(
   stage: Path,
   target: Target,
   tensors: list[dict[str, Any]],
-  logits: str,
+  chosen: ConvertOptions,
 ) -> dict[str, Any]:
   """What parity.json says of a result that stands in `stage`, but for where it comes from."""
   parity = {
@@ -342,12 +388,11 @@ def _prove(
     "left_out": [] if source.kept else list(source.skipped),
     "versions": package_versions(),
     "tensors": tensors,
-    **compare(source.params, reopen(to, stage, target, source)),
+    **compare(source.params, reopen(to, stage, target, source), _cast_to(chosen.dtype)),
   }
-  allowed = max((tensor["largest_difference"] for tensor in tensors), default=0.0)
-  compared = proof.logits(source, to, stage / target.weights, logits)
-  equal = parity["largest_difference"] <= allowed
-  return parity | {"passed": equal and compared.get("passed", True), "logits": compared}
+  compared = proof.logits(source, to, stage / target.weights, chosen.logits, chosen.adapter)
+  passed = False if parity["wrong"] else compared.get("passed", NOT_PROVEN)
+  return parity | {"passed": passed, "logits": compared}
 
 
 def summary(parity: dict[str, Any], dst: str | Path) -> str:
@@ -359,9 +404,11 @@ def summary(parity: dict[str, Any], dst: str | Path) -> str:
     f"{dst}: {len(parity['tensors'])} tensors written, {parity['parameters']} parameters read back "
     f"{same}"
   ]
+  if wrong := parity["wrong"]:
+    lines.append(f"{len(wrong)} parameters are NOT what was written: {_some(wrong, 5)}")
   logits = parity["logits"]
   if "skipped" in logits:
-    lines.append(f"logits not compared: {logits['skipped']}")
+    lines.append(f"{NOT_PROVEN} by another implementation: {logits['skipped']}")
   for name, part in logits.items():
     if isinstance(part, dict):
       more = ""

@@ -1,7 +1,8 @@
 """Logits of two models on one batch: ours on the source, PyTorch's on the result (or the reverse).
 
-Where the other side is a folder of `transformers`, its library runs it; the published layout and
-our own PyTorch folder are run by the PyTorch model of `torch_model/`, which has the same names.
+Where either side is a folder of `transformers`, its library runs it (and the library `peft` what
+was merged); the published layout and our own PyTorch folder are run by the PyTorch model of
+`torch_model/`, which has the same names.
 """
 
 import contextlib
@@ -36,17 +37,20 @@ TOLERANCE = {"float32": 1e-4, "half": 5e-2}  # of the largest logit
 NEW_TOKENS = 32
 
 
-def logits(source: Source, to: str, result: Path, mode: str = "auto") -> dict[str, Any]:
+def logits(
+  source: Source, to: str, result: Path, mode: str = "auto", adapter: str | None = None
+) -> dict[str, Any]:
   """Compares the two sides of a conversion; {"skipped": reason} where it cannot.
 
   Both run in float32, so that the difference is that of the code, and of the weights where they
-  were cast.
+  were cast. `adapter`: the PEFT folder that was merged into the source.
   """
   if mode == "never":
     return {"skipped": "not asked for"}
-  reason = cannot(source, to, mode)
+  reason = cannot(source, mode, adapter)
   if reason:
     return {"skipped": reason}
+  parts = {}
   if source.whole and to in ("vr", "videorefer", "torch"):
     parts = _whole(source, to, result)
   elif to == "hf" and "llm" in source.parts and "connector" not in source.parts:
@@ -58,19 +62,35 @@ def logits(source: Source, to: str, result: Path, mode: str = "auto") -> dict[st
       "tower": tower_features(source, result / "tower"),
       "decoder": decoder_logits(source, result / "decoder"),
     }
-  else:
-    return {"skipped": f"no second implementation of {', '.join(source.parts)} as {to}"}
+  from_library = _of_library(source, to, result, adapter)
+  if adapter and not from_library:
+    return {"skipped": "a merge is compared over a decoder folder of transformers alone"}
+  parts |= from_library
+  if not parts:
+    return {"skipped": f"no other implementation of {', '.join(source.parts)} as {to} is known"}
   parts["passed"] = all(part["passed"] for part in parts.values())
   return parts
 
 
-def cannot(source: Source, to: str, mode: str) -> str | None:
+def _of_library(source: Source, to: str, result: Path, adapter: str | None) -> dict[str, Any]:
+  """The result, opened, against the library that wrote the source, on the source's own folder."""
+  from vr_jax.interop.sources import open_source
+
+  if to == "peft" or (to == "hf" and not adapter):  # there the library has read the result
+    return {}
+  if source.kind == "SigLIP folder":
+    return {"source": tower_features(open_source(result), source.path)}
+  if source.kind == "decoder folder" and "text_config" not in source.origin["config.json"]:
+    return {"source": decoder_logits(open_source(result), source.path, adapter)}
+  return {}
+
+
+def cannot(source: Source, mode: str, adapter: str | None = None) -> str | None:
   """Why the models are not run, None if they can be."""
   if "img" in source.parts and source.parts["img"].kind == "navit":
     return "no second implementation of towers that read pictures of any size"
-  if to == "big_vision":
-    return "big_vision is not a library; see BIG_VISION_DIR in tests/test_interop_big_vision.py"
-  missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
+  packages = ("torch", "transformers", "peft") if adapter else ("torch", "transformers")
+  missing = [n for n in packages if importlib.util.find_spec(n) is None]
   if missing:
     return f"{', '.join(missing)} not installed (extra [torch])"
   if mode == "auto":
@@ -197,6 +217,12 @@ def _tolerance(source: Source, result: Source) -> float:
   return TOLERANCE["float32" if same else "half"]
 
 
+def _merged_tolerance(source: Source) -> float:
+  """That of a cast where merged matrices were rounded to less than float32."""
+  kinds = {source.params.dtype(path) for path in source.params.shapes}
+  return TOLERANCE["float32" if kinds == {np.dtype(np.float32)} else "half"]
+
+
 def torch_inputs(torch: Any, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """A row as the inputs of the PyTorch model."""
   names = {"tokens": "input_ids", "valid": "attention_mask"}
@@ -240,7 +266,7 @@ def torch_model(source: Source) -> Iterator[tuple[Any, Any]]:
 
 
 def tower_features(source: Source, folder: Path) -> dict[str, Any]:
-  """The tower's output on random pictures against SiglipVisionModel."""
+  """The tower's output (and its pooled one) on random pictures against SiglipVisionModel."""
   import torch
   import transformers
 
@@ -251,7 +277,7 @@ def tower_features(source: Source, folder: Path) -> dict[str, Any]:
   pixels = np.random.default_rng(0).uniform(-1, 1, (2, cfg.image_size, cfg.image_size, 3))
   pixels = pixels.astype(np.float32)
   with jax.default_matmul_precision("highest"):
-    ours, _ = Siglip(cfg).apply({"params": params}, jnp.asarray(pixels))
+    ours, more = Siglip(cfg).apply({"params": params}, jnp.asarray(pixels))
   module = transformers.SiglipVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
   with torch.no_grad():
     out = module(
@@ -260,11 +286,19 @@ def tower_features(source: Source, folder: Path) -> dict[str, Any]:
   theirs = (
     out.last_hidden_state if cfg.select_layer is None else out.hidden_states[cfg.layers]
   ).numpy()
-  return differences(np.asarray(ours), theirs, _tolerance(source, open_source(folder)))
+  tolerance = _tolerance(source, open_source(folder))
+  compared = differences(np.asarray(ours), theirs, tolerance)
+  if cfg.pool and out.pooler_output is not None:
+    pooled = differences(np.asarray(more["pooled"]), out.pooler_output.numpy(), tolerance)
+    return max(compared, pooled, key=lambda part: part["relative"])
+  return compared
 
 
-def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
-  """The decoder's logits on random text against AutoModelForCausalLM, and greedy tokens."""
+def decoder_logits(source: Source, folder: Path, adapter: str | None = None) -> dict[str, Any]:
+  """The decoder's logits on random text against AutoModelForCausalLM, and greedy tokens.
+
+  `adapter`: a PEFT folder that the library peft puts over the model of `folder`.
+  """
   import torch
   import transformers
 
@@ -289,6 +323,12 @@ def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
   module = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation="eager"
   ).eval()
+  tolerance = _tolerance(source, open_source(folder))
+  if adapter is not None:
+    import peft
+
+    module = peft.PeftModel.from_pretrained(module, adapter).eval()
+    tolerance = _merged_tolerance(source)
   ids = torch.from_numpy(tokens).long()
   with torch.no_grad():
     theirs = module(ids).logits.numpy()
@@ -296,6 +336,6 @@ def decoder_logits(source: Source, folder: Path) -> dict[str, Any]:
     for _ in range(NEW_TOKENS):
       new.append(module(ids).logits[:, -1].argmax(-1))
       ids = torch.cat([ids, new[-1][:, None]], 1)
-  differ = logit_differences(ours, theirs, _tolerance(source, open_source(folder)))
+  differ = logit_differences(ours, theirs, tolerance)
   same = (generated == torch.stack(new, 1).numpy()).cumprod(1).sum(1)
   return differ | {"greedy_tokens": NEW_TOKENS, "greedy_equal": int(same.min())}
