@@ -69,7 +69,9 @@ def test_decoders_of_transformers_go_in_and_out_with_equal_logits(family, tmp_pa
   config.rope_theta = 10_000.0
   module = randomised(transformers.AutoModelForCausalLM.from_config(config))
   module.save_pretrained(tmp_path / "theirs")
-  assert convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)["passed"]
+  parity = convert(tmp_path / "theirs", tmp_path / "vr", "vr", **QUIET)
+  assert parity["passed"] is True
+  assert parity["logits"]["source"]["greedy_equal"] == 32
   source = open_source(tmp_path / "vr")
   found = proof.decoder_logits(source, tmp_path / "theirs")
   assert found["relative"] < TOLERANCE
@@ -121,6 +123,16 @@ def merge_with_peft(folder, adapter, merged):
     ("qwen2", {"target_modules": MATRICES}),
     ("qwen2", {}),  # peft's own choice: q_proj and v_proj
     ("gemma3_text", {"target_modules": MATRICES, "layers_to_transform": [0, 2]}),
+    (
+      "qwen2",
+      {
+        "target_modules": MATRICES,
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2, r"1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"down_proj": 5, "layers.2.mlp.up_proj": 7},
+        "modules_to_save": ["lm_head"],
+      },
+    ),
   ],
 )
 def test_an_adapter_of_peft_merges_to_its_logits(family, options, tmp_path):
@@ -135,13 +147,13 @@ def test_an_adapter_of_peft_merges_to_its_logits(family, options, tmp_path):
   adapted = get_peft_model(module, LoraConfig(**options))
   with torch.no_grad():
     for name, parameter in adapted.named_parameters():
-      if "lora_" in name:
+      if "lora_" in name or "modules_to_save" in name:
         parameter.copy_(torch.randn_like(parameter) * 0.1)
   adapted.save_pretrained(tmp_path / "adapter")
   merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "theirs")
-  convert(
-    tmp_path / "base", tmp_path / "vr", "vr", adapter=tmp_path / "adapter", logits="never", **QUIET
-  )
+  parity = convert(tmp_path / "base", tmp_path / "vr", "vr", adapter=tmp_path / "adapter", **QUIET)
+  assert parity["passed"] is True
+  assert parity["logits"]["source"]["relative"] < TOLERANCE
   found = proof.decoder_logits(open_source(tmp_path / "vr"), tmp_path / "theirs")
   assert found["relative"] < TOLERANCE
   assert found["greedy_equal"] == 32
@@ -231,7 +243,8 @@ def test_siglip_goes_in_and_out_with_equal_features(kind, tmp_path):
       "vision_config": {"model_type": "siglip_vision_model"} | vision,
     }
     (tmp_path / "theirs/config.json").write_text(json.dumps(fields))
-  convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)
+  parity = convert(tmp_path / "theirs", tmp_path / "vr", "vr", **QUIET)
+  assert parity["passed"] is True
   source = open_source(tmp_path / "vr")
   assert source.parts["img"].pool
   assert any("text_model" in name for name in open_source(tmp_path / "theirs").skipped) == whole
