@@ -41,12 +41,26 @@ RECORDED = (
     "R&B, black & white, www.foo.org, me@x.com #tag end.Next",
     "r&b black & white www.foo.org me@x.com #tag end.next",
   ),
+  (
+    "U.K.-based, a U.S.-led team, e.g.-based, Ph.D.-level, Jan.-Feb. St.-like, J.K.Rowling",
+    "u.k.-based a u.s.-led team e.g.-based ph.d.-level jan.-feb st.-like j.k.rowling",
+  ),
+  (
+    "C'mon c'mon C'est ne'er Hawai'i ol' man L'Oreal y'all I'VE HE'S ma'am and-L'Oreal",
+    "c'mon c'mon c'est ne'er hawai'i ol' man l'oreal y' all i 've he 's ma'am and-l'oreal",
+  ),
+  ("rock'n'roll, fish'n'chips, rock 'n' roll", "rock 'n' roll fish 'n' chips rock 'n' roll"),
+  (
+    "$12.5-15 or $12.5-$15, 12.5-15, $5-10, 1,000-2,000, 3.5-4.5, 5ft.-tall, fig. 3, ½ cup",
+    "$ 12.5-15 or $ 12.5 $ 15 12.5-15 $ 5-10 1,000-2 ,000 3.5-4 .5 5ft.-tall fig. 3 1/2 cup",
+  ),
   ("naïve café 日本語 £5 €10 20°C star*", "naïve café 日本語 # 5 $ 10 20 ° c star *"),
 )
 WORDS = (
   "the a man woman's dog dogs' James it's isn't can't they're o'clock t-shirt well-known "
   "5-year-old 3 10 2.5 1,000 5:30 10ft 5% $20 1990s 2nd and/or he/she cannot Mr. St. U.S. p.m. "
-  "e.g. café red-and-white blue running quickly <region> mother-in-law's we'll I'd shouldn't"
+  "e.g. café U.K.-based C'mon rock'n'roll $12.5-15 St.-like Hawai'i "
+  "red-and-white blue running quickly <region> mother-in-law's we'll I'd shouldn't"
 ).split()
 MARKS = ("", "", "", "", ",", ".", ";", ":", "!", "?", "...", "!!", " -", " --", " —", "\u2028")
 AROUND = (("", ""),) * 8 + (("(", ")"), ('"', '"'), ("“", "”"), ("[", "]"), ("'", "'"))

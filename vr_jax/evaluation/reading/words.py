@@ -30,7 +30,8 @@ NOUN = any_of(
   "vote verdict conclusion prediction 选项 選項 antwort lösung auswahl wahl réponse reponse "
   "choix respuesta solución opción resposta opção alternativa risposta soluzione opzione scelta "
   "ответ вариант antwoord odpowiedź cevap jawaban 答案 答え 正解 回答 解答 答 "
-  "选择 選擇 정답 답 답변 correct_one right_one best_one correct richtig korrekt correcta correcte corretta"
+  "选择 選擇 정답 답 답변 correct_one right_one best_one correct "
+  "richtig korrekt correcta correcte corretta"
 )
 PICK = any_of(
   "meant choose chose choosing pick picked select selected selecting go_with going_with went_with "
