@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from data_pipes.errors import InputError
 from data_pipes.video import Video, open_video, sample_scene, scene_ids
 from vr_jax.compiling import compilations
 from vr_jax.inference.placement import parse_mesh
+from vr_jax.inference.programs import Programs
 from vr_jax.inference.reading import Reader
 from vr_jax.sharding import make_mesh
 
@@ -225,6 +228,20 @@ def test_nothing_is_compiled_after_the_warm_up(tiny, requests):
   assert compilations() == before
   model.ask_many(requests[:1], **(options | {"scene_frames": 6}))
   assert compilations() > before  # so the counter counts
+
+
+def test_threads_that_meet_a_cold_program_compile_it_once():
+  programs, barrier = Programs(), threading.Barrier(6)
+
+  def ask(_):
+    barrier.wait()
+    return programs("square", lambda x: x @ x, np.ones((37, 37)))
+
+  before = compilations()
+  with ThreadPoolExecutor(6) as threads:
+    compiled = list(threads.map(ask, range(6)))
+  assert compilations() == before + 1
+  assert len(set(map(id, compiled))) == 1
 
 
 def test_text_streams_as_it_comes(model, requests, answers):

@@ -1,6 +1,7 @@
 """Programs compiled ahead of time, counted and measured."""
 
 import math
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -8,10 +9,14 @@ import jax
 
 
 class Programs:
-  """Compiled functions by name. One is compiled when it is first asked for, and never again."""
+  """Compiled functions by name. One is compiled when it is first asked for, and never again.
+
+  Threads may ask at once: the first compiles, the others wait for it.
+  """
 
   def __init__(self):
     self._compiled: dict[Hashable, Any] = {}
+    self._locks: dict[Hashable, threading.Lock] = {}
 
   def __call__(
     self, name: Hashable, function: Callable, *arguments: Any, donate: tuple = (), out: Any = None
@@ -23,10 +28,11 @@ class Programs:
       donate: places of the arguments that the call consumes.
       out: shardings of the result; None leaves them to the compiler.
     """
-    if name not in self._compiled:
-      shardings = {} if out is None else {"out_shardings": out}
-      jitted = jax.jit(function, donate_argnums=donate, **shardings)
-      self._compiled[name] = jitted.lower(*jax.tree.map(shape_of, arguments)).compile()
+    with self._locks.setdefault(name, threading.Lock()):  # one for all, in one step of Python
+      if name not in self._compiled:
+        shardings = {} if out is None else {"out_shardings": out}
+        jitted = jax.jit(function, donate_argnums=donate, **shardings)
+        self._compiled[name] = jitted.lower(*jax.tree.map(shape_of, arguments)).compile()
     return self._compiled[name]
 
   def scratch(self) -> int:
