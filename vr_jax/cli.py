@@ -16,6 +16,7 @@ import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 from data_pipes.errors import InputError, nearest
@@ -100,6 +101,7 @@ COMMANDS: dict[str, Command | Group] = {
     },
   ),
   "config": Command("config:run", "resolve configs without running them"),
+  "doctor": Command("doctor:run", "versions, devices, caches, and what each extra would add"),
   "compile": Command(
     "compile:run",
     "compile the training step for hardware that is not here",
@@ -156,9 +158,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   command: its name, the first word. function: what to call. overrides: every `config.key=value`.
 
   Raises:
-    SystemExit: --help, or words that are not understood: code 2, the reason and the usage on
-      stderr.
+    SystemExit: --help, --version, or words that are not understood: code 2, the reason and the
+      usage on stderr.
   """
+  if list(argv) == ["--version"]:
+    print(f"vr-jax {metadata.version('vr-jax')}")
+    raise SystemExit(0)
   for word, value in itertools.pairwise([*argv, ""]):
     if word.startswith("--config.") and "=" not in word:
       shown = "VALUE" if not value or value.startswith("--") else shlex.quote(value)
