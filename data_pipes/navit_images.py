@@ -6,13 +6,13 @@ stride x stride. Source: damovl_encoder/image_processing.py of the published cod
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
 from PIL import Image
 
 from data_pipes.errors import InputError
+from data_pipes.navit_rows import Picture
 
 PATCH = 14
 MIN_PIXELS = 56 * 56
@@ -21,21 +21,10 @@ MAX_ASPECT = 200
 STRIDES = {"image": 1, "video": 2}
 
 
-class Patches(NamedTuple):
-  """A picture as the tower reads it.
-
-  Attributes:
-    pixels: uint8 [h * w, 588], one row a patch, in it (channel, y, x). Rows in the order (block
-      row, block column, row in block, column in block), blocks of stride x stride patches.
-    grid: (1, h, w), patches; h and w are multiples of the stride.
-  """
-
-  pixels: np.ndarray
-  grid: tuple[int, int, int]
-
-
-def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: int = 1) -> Patches:
+def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: int = 1) -> Picture:
   """A picture, RGB uint8 [H, W, 3], resized to fit its share of `max_length` tokens.
+
+  Each patch is a row of uint8 [h * w, 588], in it (channel, y, x).
 
   Args:
     max_length: `mm_max_length`, tokens of all pictures of a call together.
@@ -49,7 +38,7 @@ def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: in
   height, width = smart_resize(height, width, factor, max_length * factor**2 // pictures)
   # Pillow gives the image itself back where the size is the same.
   resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-  pixels = rearrange(
+  patches = rearrange(
     np.asarray(resized),
     "(block_row row y) (block_column column x) c -> (block_row block_column row column) (c y x)",
     row=stride,
@@ -57,7 +46,7 @@ def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: in
     y=PATCH,
     x=PATCH,
   )
-  return Patches(pixels, (1, height // PATCH, width // PATCH))
+  return Picture(patches, (height // PATCH, width // PATCH), stride)
 
 
 def smart_resize(

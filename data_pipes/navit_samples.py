@@ -1,7 +1,7 @@
 """Training samples and questions as VideoRefer's successors read them: text, patches, crops.
 
 media ─ navit_frames ─► frames, times ─ navit_images ─► patches ┐
-masks ─ object_crops ─► crops, tokens an object ─► patches      ├─► NavitSample
+masks ─ object_crops ─► crops, tokens an object ─► patches      ├─► Sample
 text ── navit_prompts ─► ids with every visual token written out ┘
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from data_pipes.clips import choose_mask_frames, media_path, whole_mask
 from data_pipes.errors import InputError
 from data_pipes.navit_frames import TRAINING_FRAMES, Scene, annotated_frames, scene_frames
-from data_pipes.navit_images import STRIDES, Patches, to_patches
+from data_pipes.navit_images import STRIDES, to_patches
 from data_pipes.navit_prompts import (
   dialogue_text,
   image_text,
@@ -24,7 +24,8 @@ from data_pipes.navit_prompts import (
   timed_object_text,
   video_text,
 )
-from data_pipes.object_crops import CropPatches, CropRule, ObjectCrop, crop_objects, crop_patches
+from data_pipes.navit_rows import Crop, Picture, Sample
+from data_pipes.object_crops import CropRule, crop_objects, crop_patches
 from data_pipes.prompts import Text
 from data_pipes.records import Record
 from data_pipes.tokenizer import Tokenizer
@@ -56,40 +57,21 @@ class NavitRules:
   true_local: bool = False
 
 
-class NavitSample(NamedTuple):
-  """One dialogue or question.
-
-  Attributes:
-    text: ids in which every `<image>` and `<REGION>` token has its place, and labels.
-    media: "video", "image" or None.
-    scene: the pictures whose tokens take the `<image>` places, in order; none for Lite.
-    crops, patches: the objects whose tokens take the `<REGION>` places, in order; of Lite one for
-      each object and frame.
-  """
-
-  text: Text
-  media: str | None
-  scene: list[Patches]
-  crops: list[ObjectCrop]
-  patches: list[CropPatches]
-
-
 class _Seen(NamedTuple):
-  """What the media gives: parts of a NavitSample, and their places in the text."""
+  """What the media gives: parts of a Sample, and what stands for them in the text."""
 
-  scene: list[Patches]
+  scene: list[Picture]
   scene_text: list[str]
-  crops: list[ObjectCrop]
-  patches: list[CropPatches]
+  objects: list[Crop]
   object_text: list[str]
 
 
 def training_sample(
   record: Record, tokenizer: Tokenizer, rules: NavitRules, media_root: str | os.PathLike = ""
-) -> NavitSample:
+) -> Sample:
   """A record as training reads it. Raises InputError, which names the record."""
   try:
-    seen = _Seen([], [], [], [], [])
+    seen = _Seen([], [], [], [])
     if record.media is not None:
       video, given = _opened(record, media_root)
       seen = _see(video, record.media, record.objects, rules, given, record.size, training=True)
@@ -98,7 +80,7 @@ def training_sample(
     ).cut(rules.max_ids)
   except (InputError, OSError) as error:
     raise InputError(f"{record.where}: {error}") from error
-  return NavitSample(text, record.media, seen.scene, seen.crops, seen.patches)
+  return _sample(text, seen, record.media)
 
 
 def question_sample(
@@ -109,7 +91,7 @@ def question_sample(
   objects: Sequence[Mapping[int, Any]] = (),
   start: float | None = None,
   end: float | None = None,
-) -> tuple[str, NavitSample]:
+) -> tuple[str, Sample]:
   """A question about a video or an image: the text after the template, and the sample.
 
   Args:
@@ -124,7 +106,7 @@ def question_sample(
   """
   if source is None:
     prompt, text = question_text(question, tokenizer, None, [], [])
-    return prompt, NavitSample(text, None, [], [], [])
+    return prompt, Sample(text.ids, text.labels)
   video = open_video(source)
   media = "image" if video.kind == "image" else "video"
   scene = None
@@ -132,7 +114,11 @@ def question_sample(
     scene = scene_frames(video, rules.fps, rules.max_frames, start, end, rules.frame_rule)
   seen = _see(video, media, objects, rules, scene)
   prompt, text = question_text(question, tokenizer, media, seen.scene_text, seen.object_text)
-  return prompt, NavitSample(text, media, seen.scene, seen.crops, seen.patches)
+  return prompt, _sample(text, seen, media)
+
+
+def _sample(text: Text, seen: _Seen, media: str | None) -> Sample:
+  return Sample(text.ids, text.labels, seen.scene, seen.objects, video=media == "video")
 
 
 def _opened(record: Record, root: str | os.PathLike) -> tuple[Video, Scene | None]:
@@ -172,7 +158,7 @@ def _see(
     to_patches(picture, rules.max_length, stride, len(scene.ids))
     for picture in pictures[: len(scene.ids)]
   ]  # fmt: skip
-  counts = [len(p.pixels) // stride**2 for p in patches]
+  counts = [picture.tokens for picture in patches]
   scene_text = [image_text(n) for n in counts] if media == "image" else []
   if media == "video" and patches:
     scene_text = [video_text(counts, scene.times)]
@@ -206,7 +192,8 @@ def _see(
       texts.append(object_text(sum(tokens)))
   # In training each crop may fill the whole budget, but for Lite, where the frames share it.
   share = (len(masked) if lite else 1) if training else None
-  return _Seen(patches, scene_text, crops, crop_patches(crops, rules.max_length, share), texts)
+  made = crop_patches(crops, rules.crop, rules.max_length, share)
+  return _Seen(patches, scene_text, made, texts)
 
 
 def _check_numbers(objects: Sequence[Mapping[int, Any]], video: Video) -> None:

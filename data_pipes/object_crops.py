@@ -15,7 +15,8 @@ import numpy as np
 from data_pipes.errors import InputError
 from data_pipes.images import MAX_PIXELS
 from data_pipes.masks import area_cells
-from data_pipes.navit_images import PATCH, Patches, to_patches
+from data_pipes.navit_images import PATCH, to_patches
+from data_pipes.navit_rows import Crop, Picture
 from data_pipes.opencv_resize import resize_area, resize_linear
 
 MARGIN = 2 * PATCH  # pixels around the object
@@ -33,14 +34,16 @@ class CropRule:
       error.
     lite: the crop keeps its far row and column, shrinks by areas, has a mask of fractions, and
       two more pictures beside it. Always K tokens an object.
+    placed: the encoder is told where the crop lies in its picture.
   """
 
   largest: int
   empty: str | None = None
   lite: bool = False
+  placed: bool = True
 
 
-VL3 = CropRule(largest=100, empty="whole")
+VL3 = CropRule(largest=100, empty="whole", placed=False)
 PIXELREFER = CropRule(largest=100)
 LITE = CropRule(largest=50, empty="black", lite=True)
 CROP_RULES = {"cells": VL3, "placed_cells": PIXELREFER, "cells_in_context": LITE}
@@ -68,18 +71,6 @@ class ObjectCrop(NamedTuple):
   tokens: int
   whole: np.ndarray | None = None
   local: np.ndarray | None = None
-
-
-class CropPatches(NamedTuple):
-  """An object as the tower reads it; `whole` and `local` of Lite alone.
-
-  The crop's grid may be another than its mask's: the image processor resizes a crop again that
-  has fewer than 16 patches or more than its share.
-  """
-
-  crop: Patches
-  whole: Patches | None
-  local: Patches | None
 
 
 def crop_objects(
@@ -127,11 +118,12 @@ def crop_objects(
 
 
 def crop_patches(
-  crops: Sequence[ObjectCrop],
-  max_length: int,
-  pictures: int | None = None,
-) -> list[CropPatches]:
-  """Crops as patches of stride 1.
+  crops: Sequence[ObjectCrop], rule: CropRule, max_length: int, pictures: int | None = None
+) -> list[Crop]:
+  """Crops as the tower and the region encoder read them, patches of stride 1.
+
+  A crop's grid may be another than its mask's: the image processor resizes a crop again that has
+  fewer than 16 patches or more than its share.
 
   Args:
     max_length: `mm_max_length`.
@@ -141,22 +133,21 @@ def crop_patches(
   """
   share = len(crops) if pictures is None else pictures
 
-  def beside(picture: np.ndarray | None) -> Patches | None:
+  def beside(picture: np.ndarray | None) -> Picture | None:
     return None if picture is None else to_patches(picture, max_length, pictures=len(crops))
 
-  # Objects on the same picture share these arrays.
+  # Objects on the same picture share these, so that the tower reads them once.
   made = {id(p): beside(p) for c in crops for p in (c.whole, c.local)}
   return [
-    CropPatches(
-      to_patches(crop.image, max_length, pictures=share), made[id(crop.whole)], made[id(crop.local)]
+    Crop(
+      to_patches(crop.image, max_length, pictures=share),
+      crop.mask,
+      (*crop.box, *crop.size) if rule.placed else None,
+      local=made[id(crop.local)],
+      whole=made[id(crop.whole)],
     )
     for crop in crops
   ]
-
-
-def boxes_array(crops: Sequence[ObjectCrop]) -> np.ndarray:
-  """int32 [n, 6]: top, left, bottom, right, height, width of each crop's box and picture."""
-  return np.array([(*crop.box, *crop.size) for crop in crops], np.int32).reshape(-1, 6)
 
 
 def _cut(

@@ -110,15 +110,16 @@ def test_the_first_object_of_a_picture_lends_lite_its_local_picture():
   _, true = crop_objects([IMAGE], masks, [0, 0], LITE, 8, true_local=True)
   assert (true.local != first.local).any()
   np.testing.assert_array_equal(true.whole, first.whole)
-  patches = crop_patches([first, second], max_length=400)
+  patches = crop_patches([first, second], LITE, max_length=400)
   assert patches[0].local is patches[1].local
-  assert patches[0].whole.grid == (1, 14, 14)  # 200 of its 24 x 24 patches: half of the budget
+  assert patches[0].whole.grid == (14, 14)  # 200 of its 24 x 24 patches: half of the budget
 
 
 def test_crops_share_the_patch_budget_only_where_published():
   crops = [cut(disk(30, 40, 20)) for _ in range(4)]
-  shared, alone = crop_patches(crops, 120), crop_patches(crops, 120, pictures=1)
-  assert len(shared[0].crop.pixels) <= 30 < len(alone[0].crop.pixels) <= 120
+  shared = crop_patches(crops, PIXELREFER, 120)
+  alone = crop_patches(crops, PIXELREFER, 120, pictures=1)
+  assert len(shared[0].picture.patches) <= 30 < len(alone[0].picture.patches) <= 120
 
 
 def test_patches_of_stride_2_come_in_blocks():
@@ -126,8 +127,8 @@ def test_patches_of_stride_2_come_in_blocks():
   image[0:14, 14:28] = 1  # second patch of the first block
   image[14:28, 0:14] = 2  # third patch of the first block
   patches = to_patches(image, 100, stride=2)
-  assert patches.grid == (1, 4, 6)
-  assert [int(row.max()) for row in patches.pixels[:4]] == [0, 1, 2, 0]
+  assert (patches.grid, patches.tokens) == ((4, 6), 6)
+  assert [int(row.max()) for row in patches.patches[:4]] == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(

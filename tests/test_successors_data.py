@@ -217,9 +217,9 @@ def test_a_question_about_objects_at_different_times(golden, tokenizer):
     clip(golden), "Is <region> larger than <region>?", tokenizer, RULES, objects
   )
   assert prompt.startswith("<|im_start|>user\nTime 0.5s:<image>")
-  assert [crop.tokens for crop in sample.crops] == [12, 12]  # one frame an object
-  scene = sum(len(patches.pixels) // 4 for patches in sample.scene)
-  ids = sample.text.ids.tolist()
+  assert len(sample.objects) == 2  # one frame an object
+  scene = sum(picture.tokens for picture in sample.scene)
+  ids = sample.ids.tolist()
   assert ids.count(special_id(tokenizer, IMAGE_TOKEN)) == scene
   assert ids.count(special_id(tokenizer, REGION_TOKEN)) == 24
 
@@ -231,7 +231,7 @@ def test_lite_sees_objects_at_all_their_times_and_no_scene(golden, tokenizer):
   )
   eight = REGION_TOKEN * 8
   assert f"user\n[Time 0.7:{eight}] and [Time 3.0:{eight},Time 3.1:{eight}]?<|im_end|>" in prompt
-  assert (sample.scene, len(sample.crops)) == ([], 3)
+  assert (sample.scene, len(sample.objects)) == ([], 3)
   with pytest.raises(InputError, match="sees marked objects alone"):
     question_sample(clip(golden), "What happens?", tokenizer, LITE_RULES)
 
@@ -242,7 +242,7 @@ def test_an_image_is_read_patch_by_patch_whatever_the_caller_says(tmp_path, toke
   prompt, sample = question_sample(
     tmp_path / "i.png", "Describe the region <region>.", tokenizer, RULES, [{0: mask}]
   )
-  assert sample.scene[0].grid == (1, 4, 5)
+  assert sample.scene[0].grid == (4, 5)
   assert prompt.count(IMAGE_TOKEN) == 20
 
 

@@ -50,6 +50,7 @@ FAMILIES = {
     "prompts": "vr_jax.parity.successors_data:prompts",
     "smart_resize": "vr_jax.parity.successors_data:smart_resize",
     "frame_sample": "vr_jax.parity.successors_data:frame_sample",
+    "train_data": "vr_jax.parity.successors_data:training_samples",
   }
 }
 UNTOLD = {"atol": 1e-5}  # of a float array without limits among arrays that have their own

@@ -6,15 +6,15 @@ Stages 04 and 10 and the JSON tables of a set of family "videollama3 successors"
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipes.errors import InputError
 from data_pipes.navit_frames import scene_frames, step_frames
-from data_pipes.navit_images import Patches, to_patches
 from data_pipes.navit_images import smart_resize as resized_size
+from data_pipes.navit_images import to_patches
 from data_pipes.navit_prompts import (
   image_text,
   render,
@@ -22,13 +22,13 @@ from data_pipes.navit_prompts import (
   timed_object_text,
   video_text,
 )
+from data_pipes.navit_rows import Picture
 from data_pipes.navit_samples import NavitRules, training_sample
 from data_pipes.object_crops import (
   LITE,
   PIXELREFER,
   VL3,
   VL3_TOKENS,
-  boxes_array,
   crop_objects,
   crop_patches,
 )
@@ -140,24 +140,24 @@ def _crops(golden: Golden, cases: dict[str, Case], case: Case) -> Produced:
   images = [inputs[f"image_{i}"] for i in range(max(ids) + 1)]
   rule = _RULES[meta["generation"]]
   crops = crop_objects(images, inputs["masks"], ids, rule, meta["K"], published=True)
-  patches = crop_patches(crops, max_length(golden, meta["generation"]))
+  made = crop_patches(crops, rule, max_length(golden, meta["generation"]))
   arrays: dict[str, Any] = {
     "nums": [c.tokens for c in crops],
     "boxes": [c.box for c in crops],
     "crop_hw": [c.image.shape[:2] for c in crops],
     "crop_sum": [_byte_sum(c.image) for c in crops],
-    "grid": [p.crop.grid for p in patches],
+    "grid": _grids([m.picture for m in made]),
   }
-  for i, (crop, made) in enumerate(zip(crops, patches, strict=True)):
+  for i, (crop, cell) in enumerate(zip(crops, made, strict=True)):
     arrays[f"mask_{i}"] = crop.mask
     arrays[f"crop_{i}"] = crop.image
     step = 61 if crop.image.size >= 270_000 else 7
     arrays[f"crop_{i}_sample"] = crop.image[::step, ::step]
-    arrays[f"patches_{i}_u8"] = made.crop.pixels
-    arrays[f"patch_sum_{i}"] = _patch_sum(made.crop)
+    arrays[f"patches_{i}_u8"] = cell.picture.patches
+    arrays[f"patch_sum_{i}"] = _patch_sum(cell.picture)
   if rule.lite:
-    arrays |= _beside("raw", [c.whole for c in crops], [p.whole for p in patches])
-    arrays |= _beside("local", [c.local for c in crops], [p.local for p in patches])
+    arrays |= _beside("raw", [c.whole for c in crops], [m.whole for m in made])
+    arrays |= _beside("local", [c.local for c in crops], [m.local for m in made])
   loose = {f"mask_{i}": _FLOAT for i in range(len(crops))} if rule.lite else {}
   return Produced({name: np.asarray(a) for name, a in arrays.items()}, loose)
 
@@ -165,7 +165,7 @@ def _crops(golden: Golden, cases: dict[str, Case], case: Case) -> Produced:
 def _beside(name: str, pictures: list, patches: list) -> dict[str, Any]:
   """Lite's pictures beside the crops; each is recorded whole or as a sample."""
   arrays: dict[str, Any] = {
-    f"{name}_grid": [p.grid for p in patches],
+    f"{name}_grid": _grids(patches),
     f"{name}_sum": [_byte_sum(picture) for picture in pictures],
   }
   for i, picture in enumerate(pictures):
@@ -177,9 +177,14 @@ def _byte_sum(image: np.ndarray) -> int:
   return int(image.sum(dtype=np.int64)) % 2**31
 
 
-def _patch_sum(patches: Patches) -> np.ndarray:
+def _grids(pictures: Sequence[Picture]) -> np.ndarray:
+  """int32 [n, 3], (1, h, w) of each picture."""
+  return np.array([(1, *p.grid) for p in pictures], np.int32).reshape(-1, 3)
+
+
+def _patch_sum(picture: Picture) -> np.ndarray:
   """Sums of the bytes of each patch by channel, int32 [patches, 3]."""
-  return patches.pixels.reshape(-1, 3, 196).sum(-1, dtype=np.int32)
+  return picture.patches.reshape(-1, 3, 196).sum(-1, dtype=np.int32)
 
 
 def _raising(case: Case, run: Callable[[Case], Any]) -> Iterator[CaseResult]:
@@ -220,8 +225,8 @@ def _preprocess(golden: Golden, cases: dict[str, Case], case: Case) -> Produced:
   sums = np.stack([_patch_sum(p) for p in patches])
   return Produced(
     {
-      "grid": np.array([p.grid for p in patches]),
-      "patches_u8": np.stack([p.pixels for p in patches]),
+      "grid": _grids(patches),
+      "patches_u8": np.stack([p.patches for p in patches]),
       # Noise pictures are recorded without the axis of pictures.
       "patch_sum": sums if "file" in meta else sums[0],
     }
@@ -286,27 +291,26 @@ def _training(golden: Golden, case: Case) -> Produced:
   samples = [
     training_sample(records[name], tokenizer, rules, golden.folder) for name in meta["samples"]
   ]
-  crops = [crop for sample in samples for crop in sample.crops]
-  made = [patches for sample in samples for patches in sample.patches]
+  objects = [crop for sample in samples for crop in sample.objects]
   arrays: dict[str, Any] = {
-    "input_ids": np.concatenate([s.text.ids for s in samples]),
-    "labels": np.concatenate([s.text.labels for s in samples]),
-    "position_ids": np.concatenate([np.arange(len(s.text.ids)) for s in samples]),
-    "boxes": boxes_array(crops),
-    "crop_grid": np.array([p.crop.grid for p in made]),
+    "input_ids": np.concatenate([s.ids for s in samples]),
+    "labels": np.concatenate([s.labels for s in samples]),
+    "position_ids": np.concatenate([np.arange(len(s.ids)) for s in samples]),
+    "boxes": np.array([crop.box for crop in objects if crop.box]),
+    "crop_grid": _grids([crop.picture for crop in objects]),
   }
   for i, sample in enumerate(samples):
     if sample.scene:
-      arrays[f"image_{i}_u8"] = np.stack([p.pixels for p in sample.scene])
-      arrays[f"image_{i}_grid"] = np.array([p.grid for p in sample.scene])
-  for i, (crop, patches) in enumerate(zip(crops, made, strict=True)):
-    arrays |= {f"mask_{i}": crop.mask, f"crop_{i}_u8": patches.crop.pixels}
-    if patches.whole and patches.local:
-      arrays |= {f"raw_{i}_u8": patches.whole.pixels, f"local_{i}_u8": patches.local.pixels}
+      arrays[f"image_{i}_u8"] = np.stack([p.patches for p in sample.scene])
+      arrays[f"image_{i}_grid"] = _grids(sample.scene)
+  for i, crop in enumerate(objects):
+    arrays |= {f"mask_{i}": crop.mask, f"crop_{i}_u8": crop.picture.patches}
+    if crop.whole and crop.local:
+      arrays |= {f"raw_{i}_u8": crop.whole.patches, f"local_{i}_u8": crop.local.patches}
   if rule.lite:
-    arrays["raw_grid"] = np.array([p.whole.grid for p in made if p.whole])
-    arrays["local_grid"] = np.array([p.local.grid for p in made if p.local])
+    arrays["raw_grid"] = _grids([crop.whole for crop in objects if crop.whole])
+    arrays["local_grid"] = _grids([crop.local for crop in objects if crop.local])
   for name in case.expected():
     if name not in arrays:
       case[name]  # what the model makes of it, compared as stage 07
-  return Produced(arrays, {f"mask_{i}": _FLOAT for i in range(len(crops))})
+  return Produced(arrays, {f"mask_{i}": _FLOAT for i in range(len(objects))})
