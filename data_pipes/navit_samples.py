@@ -28,6 +28,7 @@ from data_pipes.navit_rows import Crop, Picture, Sample
 from data_pipes.object_crops import CropRule, crop_objects, crop_patches
 from data_pipes.prompts import Text
 from data_pipes.records import Record
+from data_pipes.shards import StoredClip
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video
 
@@ -123,6 +124,11 @@ def _sample(text: Text, seen: _Seen, media: str | None) -> Sample:
 
 def _opened(record: Record, root: str | os.PathLike) -> tuple[Video, Scene | None]:
   """The media of a record, and its scene where the record itself names the frames."""
+  if isinstance(record.stored, StoredClip) and record.stored.rule["size"]:
+    raise InputError(
+      f"found stored squares of {record.stored.rule['size']} pixels; accepted: shards prepared "
+      "with --size 0 --scene-fps FPS"
+    )
   if record.frames is None:
     return open_video(record.stored or media_path(root, record.path)), None
   files = [media_path(root, file) for file in (*record.frames.files, *record.frames.masked)]

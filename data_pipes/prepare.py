@@ -34,6 +34,7 @@ from data_pipes.errors import Defect, InputError
 from data_pipes.files import is_unused, refused_if_full, replaced, write_text
 from data_pipes.images import ASPECT_RATIOS, read_image, to_model
 from data_pipes.jobs import Journal
+from data_pipes.navit_frames import TRAINING_FRAMES, scene_frames
 from data_pipes.records import Record, parse_item
 from data_pipes.shards import FRAME_OPTIONS, MANIFEST, SAMPLE_OPTIONS, shard_name
 from data_pipes.video import open_video, scene_ids
@@ -52,6 +53,8 @@ class Settings:
     media: the folder that their media are relative to.
     shards: how many.
     scene: numbers of scene frames that the shards must serve, by the uniform rule.
+    scene_fps: frames a second of scenes that they must serve too, at most TRAINING_FRAMES, by the
+      rule of VideoRefer's successors (`navit_frames`), which need size 0; 0 for none.
     size: side of the stored frames, pixels, resized as for the vision tower; 0: as in the source.
     aspect_ratio: "square" or "pad", before resizing.
     format: "jpeg" (`quality`, no chroma subsampling) or "png", which loses nothing.
@@ -68,6 +71,9 @@ class Settings:
   shards: int = field(default=16, metadata={"help": "default: %(default)s", "metavar": "N"})
   scene: tuple[int, ...] = field(
     default=(16,), metadata={"flag": "--scene-frames", "help": "default: 16", "metavar": "N"}
+  )
+  scene_fps: float = field(
+    default=0.0, metadata={"help": "also frames of VideoRefer's successors", "metavar": "FPS"}
   )
   size: int = field(
     default=384, metadata={"help": "of stored frames, 0: the source's (default: %(default)s)"}
@@ -88,6 +94,11 @@ class Settings:
         f"shards={self.shards}, size={self.size}, quality={self.quality}, scene={self.scene}; "
         "accepted: shards and scene of at least 1, size of at least 0, quality from 1 to 100"
       )
+    if not 0 <= self.scene_fps < float("inf") or (self.scene_fps and self.size):
+      raise InputError(
+        f"scene_fps={self.scene_fps}, size={self.size}; accepted: scene_fps of 0, or more with "
+        "size 0"
+      )
     for file in self.files:
       if not Path(file).is_file():
         raise InputError(f"{file}: found no such file; accepted: a JSON array of items")
@@ -98,7 +109,8 @@ class Settings:
   @property
   def rule(self) -> dict[str, Any]:
     """How frames were chosen and stored, written beside them."""
-    return {
+    more = {"scene_fps": self.scene_fps} if self.scene_fps else {}
+    return more | {
       "scene": list(self.scene),
       "scene_rule": "uniform",
       "size": self.size,
@@ -374,6 +386,8 @@ class Prepare:
       else:
         video = open_video(file)
         needed = {n for count in self.settings.scene for n in scene_ids(video, count) if n >= 0}
+        if fps := self.settings.scene_fps:
+          needed |= set(scene_frames(video, fps, TRAINING_FRAMES, rule="ids").ids)
         needed |= {n for r in good for by_frame in r.objects for n in by_frame}
         numbers = sorted(int(n) for n in needed)
         frames = video.frames(numbers, self._encode)  # type: ignore[arg-type, assignment]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_pipes.errors import InputError
+from data_pipes.jobs import run_local
 from data_pipes.navit_frames import annotated_frames, scene_frames, step_frames
 from data_pipes.navit_prompts import (
   IMAGE_TOKEN,
@@ -21,8 +22,10 @@ from data_pipes.navit_prompts import (
 )
 from data_pipes.navit_samples import NavitRules, question_sample, training_sample
 from data_pipes.object_crops import LITE, PIXELREFER
+from data_pipes.prepare import Prepare, Settings
 from data_pipes.prompts import IGNORE, Turn
-from data_pipes.records import parse_record
+from data_pipes.records import RecordFile, parse_record
+from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video
 from vr_jax.parity import successors_data
@@ -258,6 +261,31 @@ def test_an_image_is_read_patch_by_patch_whatever_the_caller_says(tmp_path, toke
 def test_objects_that_do_not_fit_are_refused(golden, tokenizer, objects, says):
   with pytest.raises(InputError, match=says):
     question_sample(clip(golden), "<region>?", tokenizer, RULES, objects)
+
+
+def test_shards_hold_what_training_reads(golden, tokenizer, tmp_path):
+  folder, file = golden.folder, golden.folder / "json/train.json"
+  settings = {"shards": 1, "size": 0, "format": "png", "scene": (1,)}
+  out = Prepare.start(
+    tmp_path / "s", Settings((str(file),), str(folder), scene_fps=1.0, **settings)
+  )
+  run_local(out, 1)
+  stored = list(ShardSet(tmp_path / "s"))
+  assert len(stored) == 7  # all but the list of pictures
+  records = {record.turns: record for record in RecordFile(file)}
+  for record in stored:
+    ours = training_sample(record, tokenizer, RULES)
+    theirs = training_sample(records[record.turns], tokenizer, RULES, folder)
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    for a, b in zip(ours.pictures(), theirs.pictures(), strict=True):
+      np.testing.assert_array_equal(a.patches, b.patches)
+  squares = Settings((str(file),), str(folder), **settings | {"size": 28})
+  run_local(Prepare.start(tmp_path / "t", squares), 1)
+  clip = next(record for record in ShardSet(tmp_path / "t") if record.media)
+  with pytest.raises(InputError, match=r"squares of 28 pixels; accepted: shards .* --size 0"):
+    training_sample(clip, tokenizer, RULES)
+  with pytest.raises(InputError, match="scene_fps of 0, or more with size 0"):
+    Settings((str(file),), str(folder), scene_fps=1.0)
 
 
 def test_a_bad_training_sample_is_named(golden, tokenizer):
