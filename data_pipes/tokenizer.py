@@ -14,6 +14,17 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from data_pipes.errors import InputError
 
 REGION = "<region>"
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
 
 # Qwen2's split of text into words, needed when a folder holds vocab.json + merges.txt only.
 _QWEN2_WORDS = (

@@ -477,3 +477,102 @@ def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
   assert len(set(answer["token_ids"])) > 3
   assert json.loads(ids) == list(answer["token_ids"])
   assert text == answer["text"]
+
+
+FINE_TUNE = """
+import pathlib, sys
+import numpy as np, torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+folder, video, out = sys.argv[1:]
+load = lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+model, processor = load(), AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+one = processor(video, "What is <region> doing?", ["box:10,10,60,50@3"])
+
+# The loss is that of the logits: slots that do not exist are dropped, visual ones never count.
+labels = torch.where(torch.arange(one["input_ids"].shape[1]) % 3 == 0, one["input_ids"], -100)
+with torch.no_grad():
+  plain, learned = model(**one), model(**one, labels=labels)
+assert plain.loss is None and torch.equal(plain.logits, learned.logits)
+seen = model.model.splice(**one)[1][0] >= 0
+kept = torch.where((one["visual"] < 0) & one["attention_mask"], labels, -100)[0]
+rows = model.model.splice(**one)[2][0]
+under = kept[rows][seen][1:]
+expected = torch.nn.functional.cross_entropy(learned.logits[0][seen][:-1], under)
+assert abs(float(learned.loss - expected)) < 1e-5, (learned.loss, expected)
+both = {name: torch.cat([x, x]) for name, x in one.items()}
+with torch.no_grad():
+  double = model(**both, labels=torch.cat([labels, labels]))
+assert abs(float(double.loss - expected)) < 1e-5
+
+for unknown in ({"max_new_token": 2}, {"num_beams": 4}, {"num_return_sequences": 3}):
+  try:
+    model.generate(**one, **unknown)
+  except TypeError as error:
+    assert next(iter(unknown)) in str(error), error
+  else:
+    raise AssertionError(unknown)
+for wrong in ({"max_new_tokens": 0}, {"temperature": 0.0}):
+  try:
+    model.generate(**one, **wrong)
+  except ValueError:
+    continue
+  raise AssertionError(wrong)
+
+# A short fine-tune with PEFT and the Trainer.
+class Items(torch.utils.data.Dataset):
+  def __len__(self):
+    return 4
+
+  def __getitem__(self, index):
+    # (The Trainer counts every label that is not -100, also the first and those of visual slots.)
+    asked = kept.index_fill(0, torch.tensor([0]), -100)
+    return {name: x[0] for name, x in one.items()} | {"labels": asked}
+
+lora = LoraConfig(r=4, target_modules=r"model\\.layers.*(q|v)_proj", task_type="CAUSAL_LM")
+tuned = get_peft_model(load().train(), lora)
+settings = TrainingArguments(
+  out, num_train_epochs=8, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
+  save_strategy="no", logging_steps=1, use_cpu=True, label_names=["labels"],
+)
+trainer = Trainer(tuned, settings, train_dataset=Items(), processing_class=processor)
+trainer.train()
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+assert abs(losses[0] - float(expected)) < 1e-3, (losses, expected)
+assert losses[-1] < 0.97 * losses[0], losses
+trainer.save_model(out)
+again = PeftModel.from_pretrained(load(), out).eval()
+with torch.no_grad():
+  assert torch.allclose(again(**one).logits, tuned.eval()(**one).logits, atol=1e-5)
+
+# What was saved opens alone.
+whole = again.merge_and_unload()
+whole.save_pretrained(f"{out}/whole")
+processor.save_pretrained(f"{out}/whole")
+AutoProcessor.from_pretrained(out, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(f"{out}/whole", trust_remote_code=True)
+twice = processor(video, "What is <region> doing?", ["box:10,10,60,50@3"])
+assert all(torch.equal(twice[name], one[name]) for name in one)
+whole = AutoModelForCausalLM.from_pretrained(f"{out}/whole", trust_remote_code=True).eval()
+with torch.no_grad():
+  assert torch.allclose(whole(**one).logits, again(**one).logits, atol=1e-5)
+print("done")
+"""
+
+
+def test_the_exported_model_is_fine_tuned_with_peft_and_the_trainer(golden, tmp_path):
+  """Labels give the loss of the logits, unknown options are named, and what is saved opens."""
+  llm = dataclasses.replace(decoder_like("qwen2-7b", depth=2), vocab_size=1004)
+  cfg = dataclasses.replace(model("mlp2x_gelu", heads=4, kv_heads=4, aspect="square"), llm=llm)
+  checkpoint(tmp_path / "vr", cfg, golden)
+  convert(tmp_path / "vr", tmp_path / "out", "torch", logits="never", **QUIET)
+  (tmp_path / "tune.py").write_text(FINE_TUNE)
+  done = subprocess.run(
+    [sys.executable, "tune.py", "out", str(golden / "media/clip_mp4.mp4"), "tuned"],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+    cwd=tmp_path,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.rstrip().endswith("done")

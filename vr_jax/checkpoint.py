@@ -30,25 +30,13 @@ import tensorstore as ts
 
 from data_pipes.errors import InputError, one_line
 from data_pipes.lfs import refuse_pointer
-from data_pipes.tokenizer import Tokenizer
+from data_pipes.tokenizer import TOKENIZER_FILES, Tokenizer
 from vr_jax.params import Params
 from vr_jax.weights import locate
 
 # Orbax warns of a file that items inside a step's folder never have.
 logging.getLogger("absl").addFilter(
   lambda record: "Metadata file does not exist" not in record.getMessage()
-)
-
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
 )
 
 

@@ -10,7 +10,8 @@ F frame of an object, U token of an object, V scene token, L slot, E decoder wid
 
 Inputs are what `VideoReferProcessor` makes: frames u8 [B,P,S,S,3], scene i64 [B,T], region_masks u8
 [B,R,P,N], region_frames i64 [B,R,F] (-1: none), input_ids i64 [B,L], visual i64 [B,L] (-1, or the
-row of scene and object tokens that the slot takes), attention_mask bool [B,L].
+row of scene and object tokens that the slot takes), attention_mask bool [B,L]. labels i64 [B,L] lie
+under input_ids: the id that the slot holds, -100 where it is not to be learned.
 
 Source: VideoRefer Suite (arXiv 2501.00599). Parameter names are those of its published code, and of
 transformers' Qwen2 and Gemma.
@@ -24,8 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_videorefer import VideoReferConfig
 
-INPUTS = ("frames", "scene", "region_masks", "region_frames", "input_ids", "visual",
-          "attention_mask")  # fmt: skip
+IGNORE = -100
 
 
 # --- Vision tower -----------------------------------------------------------------------------
@@ -357,7 +357,9 @@ class VideoReferModel(nn.Module):
     return self.c["scale_embedding"]
 
   def splice(self, frames, scene, region_masks, region_frames, input_ids, visual, attention_mask):
-    """(embeddings [B,L,E], positions [B,L]): valid slots first, then padding at position -1."""
+    """(embeddings [B,L,E], positions [B,L], order [B,L]): valid slots first, then padding at
+    position -1; `order` is where each slot was.
+    """
     B = frames.shape[0]
     tower = self.vision_tower.vision_tower.vision_model
     features = tower(frames.flatten(0, 1)).unflatten(0, (B, -1))
@@ -377,7 +379,7 @@ class VideoReferModel(nn.Module):
     valid = valid.gather(1, order)
     embeds = embeds.gather(1, order[:, :, None].expand_as(embeds)) * valid[:, :, None]
     index = torch.arange(valid.shape[1], device=valid.device)
-    return embeds, torch.where(valid, index, -1)
+    return embeds, torch.where(valid, index, -1), order
 
   def decode(self, x, positions, past=None):
     """(hidden states after the final norm, cache); the cache is (positions, keys and values)."""
@@ -411,6 +413,7 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
 
   config_class = VideoReferConfig
   base_model_prefix = "model"
+  accepts_loss_kwargs = True  # num_items_in_batch, of the Trainer
   _no_split_modules = ["DecoderLayer", "TowerLayer"]  # noqa: RUF012
 
   def __init__(self, config):
@@ -429,15 +432,56 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
     logits = F.linear(hidden, head.weight).float()
     return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
-  def forward(self, **inputs):
-    """Logits of every slot, float32 [B,L,W]: valid slots first; `past_key_values` goes on."""
-    embeds, positions = self.model.splice(**{name: inputs[name] for name in INPUTS})
+  def forward(
+    self,
+    frames,
+    scene,
+    region_masks,
+    region_frames,
+    input_ids,
+    visual,
+    attention_mask,
+    labels=None,
+    num_items_in_batch=None,
+    inputs_embeds=None,
+    output_attentions=None,
+    output_hidden_states=None,
+    return_dict=True,
+  ):
+    """Logits of every slot, float32 [B,L,W]: valid slots first; `past_key_values` goes on.
+
+    With `labels` also the loss: the mean over the slots that have one, or their sum over
+    `num_items_in_batch` (which the Trainer of transformers gives). The names from inputs_embeds on
+    are those that libraries pass along; they may only say nothing.
+    """
+    if inputs_embeds is not None or output_attentions or output_hidden_states:
+      raise TypeError("inputs_embeds, output_attentions and output_hidden_states are not supported")
+    embeds, positions, order = self.model.splice(
+      frames, scene, region_masks, region_frames, input_ids, visual, attention_mask
+    )
     hidden, cache = self.model.decode(embeds, positions)
-    return CausalLMOutputWithPast(logits=self.logits(hidden), past_key_values=cache)
+    logits = self.logits(hidden)
+    if labels is None:
+      return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+    labels = labels.masked_fill(visual >= 0, IGNORE).gather(1, order)
+    labels = labels.masked_fill(positions < 0, IGNORE)[:, 1:]
+    total = F.cross_entropy(
+      logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    count = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+    return CausalLMOutputWithPast(loss=total / count, logits=logits)
 
   @torch.no_grad()
   def generate(
     self,
+    frames,
+    scene,
+    region_masks,
+    region_frames,
+    input_ids,
+    visual,
+    attention_mask,
+    *,
     max_new_tokens=256,
     do_sample=False,
     temperature=1.0,
@@ -446,20 +490,26 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
     repetition_penalty=None,
     eos_token_id=None,
     pad_token_id=None,
-    **inputs,
   ):
     """New token ids [B,M]; a row that has met its end is filled with `pad_token_id`.
 
     Greedy by default. What is not given is that of generation_config.json; the penalty falls on
-    generated tokens only.
+    generated tokens only. An option that is not named here is a TypeError.
     """
+    if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+      raise ValueError(
+        f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p};"
+        " accepted: at least 1, above 0, at least 0, above 0 to 1"
+      )
     settings = self.generation_config
     penalty = settings.repetition_penalty if repetition_penalty is None else repetition_penalty
     eos = settings.eos_token_id if eos_token_id is None else eos_token_id
     pad = settings.pad_token_id if pad_token_id is None else pad_token_id
     eos = torch.tensor([eos] if isinstance(eos, int) else eos or [], device=self.device)
     pad = 0 if pad is None else pad
-    embeds, positions = self.model.splice(**{name: inputs[name] for name in INPUTS})
+    embeds, positions, _ = self.model.splice(
+      frames, scene, region_masks, region_frames, input_ids, visual, attention_mask
+    )
     hidden, cache = self.model.decode(embeds, positions)
     length = (positions >= 0).sum(1)
     last = (length - 1).clamp(min=0)

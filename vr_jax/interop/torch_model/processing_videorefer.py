@@ -11,10 +11,11 @@ from data_pipes.batch import RowShape, build_row, collate, fit_shape, needs
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
 from data_pipes.prompts import question_prompt
-from data_pipes.tokenizer import REGION, Tokenizer
+from data_pipes.tokenizer import REGION, TOKENIZER_FILES, Tokenizer
 from data_pipes.video import open_video
 from vr_jax.inference.regions import Region, objects_of, parse_regions
 
+CONFIG = "processor_config.json"
 RENAMED = {"tokens": "input_ids", "valid": "attention_mask"}
 
 
@@ -26,19 +27,41 @@ class VideoReferProcessor:
   print(processor.decode(model.generate(**inputs)[0]))
   """
 
-  def __init__(self, tokenizer, model):
-    """`model`: the `videorefer` fields of config.json."""
-    self.tokenizer, self.model = tokenizer, model
+  model_input_names = ("frames", "scene", "region_masks", "region_frames", "input_ids", "visual",
+                       "attention_mask")  # fmt: skip
+
+  def __init__(self, tokenizer, model, files):
+    """`model`: the `videorefer` fields of config.json; `files`: the tokenizer's, by name."""
+    self.tokenizer, self.model, self.files = tokenizer, model, files
 
   @classmethod
   def from_pretrained(cls, folder, **kwargs):
-    """From a folder with the tokenizer files and config.json, or a repository's name."""
+    """From a folder with the tokenizer files and config.json, or a repository's name.
+
+    A folder that `save_pretrained` wrote needs no config.json.
+    """
     if not Path(folder).is_dir():
       from huggingface_hub import snapshot_download
 
       folder = snapshot_download(folder, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"])
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return cls(Tokenizer.from_folder(folder), config["videorefer"])
+    folder = Path(folder)
+    model = json.loads((folder / CONFIG).read_text()).get("videorefer")
+    model = model or json.loads((folder / "config.json").read_text())["videorefer"]
+    files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    return cls(Tokenizer.from_folder(folder), model, files)
+
+  def save_pretrained(self, folder):
+    """Writes what `from_pretrained` and AutoProcessor need: settings, tokenizer, code."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    auto_map = {"AutoProcessor": "processing_videorefer.VideoReferProcessor"}
+    fields = {"auto_map": auto_map, "videorefer": self.model}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    for name, content in self.files.items():
+      (folder / name).write_bytes(content)
+    for file in Path(__file__).parent.glob("*.py"):
+      if file.name != "__init__.py":
+        (folder / file.name).write_bytes(file.read_bytes())
 
   @classmethod
   def register_for_auto_class(cls, auto_class="AutoProcessor"):
