@@ -32,9 +32,15 @@ class Bar:
   note: str = ""
 
 
-def count_bars(counts: Mapping[Any, int], shares: bool = False) -> list[Bar]:
-  """A bar for each count, the largest one full; with `shares` its text says the part of all."""
-  most, total = max(counts.values(), default=1), max(sum(counts.values()), 1)
+def count_bars(
+  counts: Mapping[Any, int], shares: bool = False, total: int | None = None
+) -> list[Bar]:
+  """A bar for each count, the largest one full.
+
+  With `shares` its text says the part of `total`, by default of all counts.
+  """
+  most = max(counts.values(), default=1)
+  total = max(sum(counts.values()) if total is None else total, 1)
   return [
     Bar(str(name), n / max(most, 1), f"{n} ({n / total:.1%})" if shares else str(n), n)
     for name, n in counts.items()

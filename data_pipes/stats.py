@@ -167,8 +167,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
   """The figures as lines for a terminal."""
   yield f"{result['items']} items, {result['readable']} of them readable"
   for name in ("kinds", "sources", "types", "defects"):
-    for key, count in result[name].items():
-      yield f"  {name[:-1]:<7} {key:<28} {count:>8}  {count / max(result['items'], 1):6.1%}"
+    for bar in page.count_bars(result[name], shares=True, total=result["items"]):
+      yield f"  {name[:-1]:<7} {bar.name:<28} {bar.text:>18}"
   for name, counts in result["distributions"].items():
     if not sum(counts.values()):
       continue
@@ -182,19 +182,26 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def write_page(path: Path | str, result: Mapping[str, Any]) -> Path:
   """One self-contained page: the composition (as Fig. 8) and the distributions (as Fig. 9)."""
-  figures = [("Composition", result["kinds"])]
-  for name, title in (("sources", "Sources"), ("types", "Question types"), ("defects", "Defects")):
-    if result[name]:
-      figures.append((title, result[name]))
+  figures = []
+  for name, title in (
+    ("kinds", "Composition"),
+    ("sources", "Sources"),
+    ("types", "Question types"),
+    ("defects", "Defects"),
+  ):
+    if result[name] or name == "kinds":
+      bars = page.count_bars(result[name], shares=True, total=result["items"])
+      figures.append((title, bars))
   for name, counts in result["distributions"].items():
     if sum(counts.values()):
-      figures.append((f"{TITLES[name]}, mean {result['means'][name]:.4g}", counts))
+      title = f"{TITLES[name]}, mean {result['means'][name]:.4g}"
+      figures.append((title, page.count_bars(counts, shares=True)))
   text = page.render(
     "stats.html.j2",
     items=result["items"],
     readable=result["readable"],
     files=result["files"],
-    figures=[(title, page.count_bars(counts, shares=True)) for title, counts in figures],
+    figures=figures,
   )
   write_text(path, text)
   return Path(path)

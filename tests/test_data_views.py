@@ -54,6 +54,10 @@ def test_stats_are_what_can_be_counted_by_hand(tmp_path, capsys):
   assert "6 items, 5 of them readable" in out
   page = (tmp_path / "p.html").read_text()
   assert "Area of a mask (share of the frame), mean 0.1302" in page
+  # One share on both: of all items, the unreadable one among them.
+  for share in ("2 (33.3%)", "1 (16.7%)", "3 (50.0%)"):
+    assert share in out
+    assert share in page
   assert main(["data", "stats", str(file), "--json"]) == 0
   assert json.loads(capsys.readouterr().out) == result
 

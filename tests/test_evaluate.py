@@ -15,7 +15,7 @@ from vr_jax import cli
 from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.results import read_predictions
-from vr_jax.evaluation.run import Settings, evaluate, shard_of, share
+from vr_jax.evaluation.run import Settings, _read_parts, evaluate, limited, shard_of, share
 
 TOKENS = 16  # as recorded
 
@@ -123,6 +123,25 @@ def test_a_torn_line_is_taken_out_before_the_next_is_written(model, golden, data
   assert len(lines(part)) == 4
   assert part.read_text() == whole
   assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_limit_is_drawn_evenly_over_the_types():
+  items = [Item(i, "", "v", type=t) for i, t in enumerate("aaaaaabbbbcdd")]
+  assert [item.id for item in limited(items, 8)] == [0, 1, 2, 6, 7, 10, 11, 12]
+  assert [item.id for item in limited(items, 3)] == [0, 6, 10]
+  assert limited(items, 99) == limited(items, None) == items
+  with pytest.raises(InputError, match="--limit 0"):
+    limited(items, 0)
+
+
+def test_the_part_of_another_shard_is_read_and_left_alone(tmp_path):
+  """Another process may be writing behind the line that is not whole yet."""
+  part = tmp_path / "parts" / "1-of-2.jsonl"
+  part.parent.mkdir()
+  part.write_bytes(b'{"id": 1, "video": "v", "pred": "A"}\n{"id": 2, "vid')
+  content = part.read_bytes()
+  assert list(_read_parts(tmp_path)) == [1]
+  assert part.read_bytes() == content
 
 
 def test_a_shard_is_whole_videos():

@@ -1,5 +1,7 @@
 """`vr report`: the page and the table of scored runs."""
 
+import csv
+import dataclasses
 import json
 import re
 
@@ -12,10 +14,13 @@ from test_score import RUN, prediction, result_of
 from data_pipes.errors import InputError
 from data_pipes.masks import encode_mask
 from vr_jax import cli
-from vr_jax.evaluation.pages.results import filled, write_reports
+from vr_jax.evaluation.benchmarks.registry import benchmark
+from vr_jax.evaluation.benchmarks.videorefer import TYPE_SIZES
+from vr_jax.evaluation.pages.results import bar_rows, filled, headline_table, write_reports
 from vr_jax.evaluation.results import save
 from vr_jax.evaluation.score import JudgeSettings, score
 from vr_jax.evaluation.scoring.judge_scores import DIMENSIONS
+from vr_jax.evaluation.settings import ReportOptions
 
 TYPES = ("Basic Questions", "Sequential Questions")
 
@@ -71,12 +76,12 @@ def test_the_page_holds_the_numbers_and_the_papers(tmp_path, bench):
   outside = re.sub(r"data:image/[a-z]+;base64,[\w+/=]+", "", text)
   assert not re.search(r"//\s*\w|url\(|@import|<link", outside)
   assert "62.5 30.6 – 86.3" in page.text  # 5 of 8, Wilson
-  assert len(page.all("tr", "paper")) == 2
-  assert page.text.count(" paper") >= 2
-  assert "71.9" in page.text
+  assert not page.all("tr", "paper")  # eight items are not the published file's
+  assert "the items (8) are not those of the published file" in page.text
+  assert "71.9" not in page.text
   widths = [float(a["width"].rstrip("%")) for a in page.all("rect", "value")]
   assert widths == [75.0, 25.0, 50.0, 50.0, 62.5, 37.5]
-  assert len(page.all("line", "chance")) == 3  # VideoRefer-7B, single-frame: the second run's
+  assert not page.all("line", "chance")
   assert "Run against run" in page.text
   assert "+25.0" in page.text
   assert len(page.all("article", "wrong")) == 3
@@ -84,10 +89,9 @@ def test_the_page_holds_the_numbers_and_the_papers(tmp_path, bench):
   assert "<object2>" in page.text
   assert "sha256 0000000000000000" in page.text
   table = (tmp_path / "report.md").read_text()
-  assert "| **multi-frame, 4 scene frames" not in table
-  assert "| **multi-frame, 16 scene frames, strict parser** | 62.5 (30.6 – 86.3)" in table
-  assert "(from the VideoRefer paper) | 71.9 |" in table
-  assert "not measured here" in table
+  assert "| **m: multi-frame, 16 scene frames, strict parser** | **62.5** (30.6 – " in table
+  assert "| **m: single-frame, 16 scene frames, strict parser** | 37.5 (" in table
+  assert "from the VideoRefer paper" not in table
   assert "| Value | 95 %, Wilson | 95 %, by video | n |" in table
   assert "| First | Second | Difference | 95 %, by video | McNemar p | Holm | n | So |" in table
 
@@ -124,10 +128,81 @@ def test_judged_descriptions(tmp_path):
   assert "words in common" in page.text  # the judge's own words
   assert len(page.all("article", "text")) == 3
   assert len(page.all("svg")) == 5 + 4  # bars, and a histogram for each dimension
-  assert "4.440" in page.text
+  assert "4.440" not in page.text  # of 400 items, not of these three
   # A column that no row fills is left out: means of scores have no Wilson interval.
   assert "| Value | 95 %, by video | n |" in (tmp_path / "report.md").read_text()
   assert "Wilson" not in text
+
+
+def published_items(**changes):
+  """Predictions with the ids, types and videos of the published Bench-Q."""
+  sizes = zip(TYPE_SIZES, TYPE_SIZES.values(), strict=True)
+  types = [name for name, count in sizes for _ in range(count)]
+  return [
+    prediction(i, kind=kind, **{"video": f"DAVIS/JPEGImages/480p/v{i % 50}", **changes})
+    for i, kind in enumerate(types)
+  ]
+
+
+def test_the_papers_rows_stand_beside_the_published_files_items_alone():
+  bench = benchmark("bench-q")
+  whole = result_of(published_items())
+  columns, lines = headline_table(bench, [whole], [whole.label])
+  assert [line.paper for line in lines] == ["", "VideoRefer paper", "VideoRefer paper"]
+  assert [c.text for c in lines[1].cells][columns.index("All")] == "71.9"
+  assert [c.best for c in lines[0].cells] == [True] * 6  # all right
+  assert bar_rows(bench, [whole], ["a"])[0][1][0].reference is None  # there is no multi-frame row
+  for items in (
+    published_items()[:-1],
+    published_items(video="videos/7.mp4"),  # the embedded set with as many questions
+    [dataclasses.replace(p, id=p.id + 5) for p in published_items()],
+    [dataclasses.replace(p, type="Basic Questions") for p in published_items()],
+  ):
+    result = result_of(items)
+    assert not [line for line in headline_table(bench, [result], ["a"])[1] if line.paper]
+
+
+def test_a_limited_run_says_so_and_names_its_model(tmp_path, bench, capsys):
+  save_result(tmp_path / "a", "AABB", bench)
+  content = json.loads((tmp_path / "a" / "result.json").read_text())
+  content["task"]["items_in_file"] = 8
+  content["model"]["name"] = "runs/checkpoints/mine"
+  (tmp_path / "a" / "result.json").write_text(json.dumps(content))
+  write_reports([tmp_path / "a"], tmp_path)
+  table = (tmp_path / "report.md").read_text()
+  assert "| **mine: multi-frame, 16 scene frames, 4 of 8 (--limit), strict parser** |" in table
+  assert "Benchmark: bench-q, 4 of 8 (--limit) items" in table
+  assert "4 of 8 (--limit) items" in page_of(tmp_path)[1].text
+
+
+def test_every_table_as_latex_and_csv_with_the_best_value_marked(tmp_path, bench):
+  save_result(tmp_path / "a" / "strict", "AAAAABBB", bench)
+  save_result(tmp_path / "b" / "strict", "BAAABBBB", bench, "single")
+  command = ["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "r")]
+  assert cli.main([*command, "--format", "latex"]) == 0
+  text = (tmp_path / "r" / "report.tex").read_text()
+  assert text.count(r"\begin{tabular}") == text.count(r"\end{table}") == 4  # with the difference
+  assert (
+    r"m: multi-frame, 16 scene frames, strict parser & \textbf{62.5} & \textbf{75.0} & "
+    r"\textbf{50.0} \\" in text  # as good as the other
+  )
+  assert r"62.5 \%" in text
+  assert cli.main([*command, "--format", "csv"]) == 0
+  files = sorted((tmp_path / "r" / "tables").iterdir())
+  assert [file.name[0] for file in files] == ["1", "2", "3", "4"]
+  rows = list(csv.DictReader(files[0].open(encoding="utf-8")))
+  assert [row["All"] for row in rows] == ["62.5", "37.5"]
+  assert [row["best"] for row in rows] == [
+    "All; Basic Questions; Sequential Questions",
+    "Sequential Questions",
+  ]
+  assert files[3].read_text().split("\n")[0].split(",")[1:4] == [
+    "First",
+    "Second",
+    "Difference",
+  ]
+  with pytest.raises(InputError, match="accepted: html, latex, csv"):
+    write_reports([tmp_path / "a"], tmp_path, ReportOptions(format="pdf"))
 
 
 def test_tables_hold_the_columns_that_are_filled():

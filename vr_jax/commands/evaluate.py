@@ -23,7 +23,7 @@ class Evaluation:
     default=None, metadata={"help": "the K-th of N parts of whole videos", "metavar": "K/N"}
   )
   limit: int | None = field(
-    default=None, metadata={"help": "only the first N items", "metavar": "N"}
+    default=None, metadata={"help": "only N items, evenly over the types", "metavar": "N"}
   )
   json: bool = field(default=False, metadata={"help": "print run.json"})
 

@@ -120,6 +120,8 @@ class Benchmark:
     parse: (answer, options) -> letter, as the published script reads an answer.
     printed: what the published scorer prints of the summary of a result.
     paper: rows of published tables.
+    is_published: whether item records (id, video, type) are all those of the published file; only
+      then do the paper's rows stand beside ours.
     prompt_template: the edition of the published code that the prompt is from, for run.json.
     lmms_task: its name as a task of lmms-eval; "" where lmms-eval has its own.
   """
@@ -140,6 +142,7 @@ class Benchmark:
   parse: Callable[[str, Sequence[str]], str] = lambda text, options: published_letter(text)
   printed: Callable[[Any], str] = lambda summary: ""
   paper: Sequence[Row] = ()
+  is_published: Callable[[Sequence[Mapping[str, Any]]], bool] = lambda items: True
   prompt_template: str = "published"
   prompts: Mapping[str, Callable[[str, Sequence[str]], str]] = dataclasses.field(
     default_factory=dict
@@ -171,6 +174,12 @@ def one_file(*patterns: str) -> Callable[[Path], list[Path]]:
     )
 
   return find
+
+
+def numbered(items: Sequence[Mapping[str, Any]], count: int) -> bool:
+  """Whether ids are the whole numbers of `count` items, from 0 or from 1."""
+  ids = {item["id"] for item in items}
+  return len(items) == count and ids in (set(range(count)), set(range(1, count + 1)))
 
 
 def in_data_folder(folder: Path) -> Path:

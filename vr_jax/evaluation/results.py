@@ -48,11 +48,26 @@ class Result:
     return next(m for m in self.metrics if m.name == name and m.slice == part)
 
   @property
+  def model(self) -> str:
+    """The model's name: of its checkpoint, else of the file that was scored; else ""."""
+    name = (self.run.get("model") or {}).get("name") or self.run.get("published_file")
+    return Path(str(name or "")).name
+
+  @property
+  def items_text(self) -> str:
+    """ "400", or "24 of 400 (--limit)"."""
+    task = self.run.get("task") or {}
+    n, whole = self.counts["total"], task.get("items_in_file")
+    return f"{n} of {whole} (--limit)" if whole and whole > n else str(n)
+
+  @property
   def label(self) -> str:
     """What tells this result from others, in few words."""
     inference = self.run.get("inference") or {}
     mode, frames = inference.get("mode"), inference.get("frames")
     parts = [f"{mode}-frame" if mode else "", f"{frames} scene frames" if frames else ""]
+    if self.items_text.endswith(")"):
+      parts.append(self.items_text)
     if inference.get("mask_rule", "keep") not in ("keep", None):
       parts.append(f"{inference['mask_rule']} mask rule")
     if inference.get("weights") == "int8":

@@ -53,7 +53,7 @@ def evaluate(
     checkpoint: where the model came from, for its hash.
     media, split: see `benchmarks.read`.
     shard: (k, n): part k of n, see `share`; by default `shard_of` this process.
-    limit: only the first items.
+    limit: only so many items, as many of each type as possible alike.
     progress: called with a line of text now and then.
 
   Raises:
@@ -64,7 +64,7 @@ def evaluate(
   settings = (settings or Settings()).resolve(benchmark, model)
   kind = model.cfg.region.kind
   dataset = registry.read(benchmark, data, media, split, settings.subtitles, kind)
-  items = list(dataset.items)[: limit or None]
+  items = limited(dataset.items, limit)
   k, n = shard or shard_of(os.environ)
   if not 0 <= k < n:
     raise InputError(f"--shard {k}/{n}; accepted: K from 0 to N-1, as in 0/4")
@@ -107,6 +107,23 @@ def _go_on(
     return run
   _finish(out, benchmark, run, predictions)
   return run
+
+
+def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+  """The first items of each type, in the order of the file, `limit` in all.
+
+  Types take turns, so that each has as many as the others unless it has no more.
+  """
+  if limit is None:
+    return list(items)
+  if limit < 1:
+    raise InputError(f"--limit {limit}; accepted: 1 or more")
+  turns: collections.Counter[str] = collections.Counter()
+  place = []
+  for i, item in enumerate(items):
+    place.append((turns[item.type], i))
+    turns[item.type] += 1
+  return [items[i] for i in sorted(i for _, i in sorted(place)[:limit])]
 
 
 def shard_of(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -246,6 +263,7 @@ def _describe(
       "version": 1,
       "split": dataset.split,
       "n": len(items),
+      "items_in_file": len(dataset.items),
       "data": [str(f) for f in dataset.files],
       "media": str(dataset.media),
       "data_sha256": sha256_of(dataset.files),
@@ -279,11 +297,14 @@ def _of_this_version(config: Any) -> Any:
     return config
 
 
+_PLACES = ("data", "media", "items_in_file")  # of a run's task, that may differ when it goes on
+
+
 def _claim(out: Path, run: Mapping[str, Any]) -> None:
   """Makes the folder this run's, or checks that it is; InputError if it holds another."""
   path = out / "parts" / "settings.json"
   mine = {key: run[key] for key in ("task", "model", "inference")}
-  mine["task"] = {k: v for k, v in mine["task"].items() if k not in ("data", "media")}
+  mine["task"] = {k: v for k, v in mine["task"].items() if k not in _PLACES}
   mine["model"] = {k: v for k, v in mine["model"].items() if k != "name"}
   mine = json.loads(json.dumps(mine))
   if path.is_file():

@@ -70,6 +70,7 @@ class ReportOptions:
       gallery has no pictures.
     examples: items in the gallery.
     common: compare items that both results have, where they differ.
+    format: "html" (the page and its tables in Markdown), or every table as "latex" or "csv".
   """
 
   data: str | None = field(
@@ -78,6 +79,10 @@ class ReportOptions:
   media: str | None = field(default=None, metadata={"help": "folder that video paths start from"})
   examples: int = field(default=24, metadata={"help": "in the gallery", "metavar": "N"})
   common: bool = field(default=False, metadata={"help": "compare the items that both have"})
+  format: str = field(
+    default="html",
+    metadata={"help": "a page (default), or its tables", "choices": ("html", "latex", "csv")},
+  )
 
 
 @dataclasses.dataclass(frozen=True)

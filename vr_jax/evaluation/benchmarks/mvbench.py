@@ -8,6 +8,7 @@ Format and prompt: videorefer/eval/inference_video_mcqa_mvbench.py.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,4 +159,5 @@ MVBENCH = Benchmark(
   published=Published(("vid", "task_type", "pred", "gt"), _published_prediction),
   parse=lambda text, options: letter_at(mvbench_index(text, options)),
   paper=(Row("VideoRefer-7B", {"All": 0.596}),),
+  is_published=lambda items: list(Counter(i["type"] for i in items).values()) == [200] * 20,
 )

@@ -226,6 +226,7 @@ def _published_predictions(record: Mapping[str, Any], index: int) -> Iterator[Pr
     )
 
 
+_IDS = {f"{video:03}-{question}" for video in range(1, 901) for question in (1, 2, 3)}
 VIDEOMME = Benchmark(
   name="videomme",
   title="VideoMME",
@@ -243,4 +244,5 @@ VIDEOMME = Benchmark(
     Row("VideoRefer-7B, no subtitles", {"All": 0.559}),
     Row("VideoRefer-7B, with subtitles", {"All": 0.576}),
   ),
+  is_published=lambda items: {item["id"] for item in items} == _IDS,
 )

@@ -3,7 +3,9 @@
 Formats and prompts: videorefer/eval/inference_videorefer_{d,q}_bench.py of the published code.
 """
 
+import collections
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from vr_jax.evaluation.benchmark import (
   Source,
   fixed,
   in_data_folder,
+  numbered,
   one_file,
   one_truth,
 )
@@ -94,7 +97,7 @@ def printed_means(means: BenchD) -> str:
 
 # Tables 1 and 2 of the VideoRefer Suite (arXiv 2501.00599). Accuracies per type follow from counts
 # of right answers that reproduce the printed cells and averages.
-_TYPES = {
+TYPE_SIZES = {
   "Basic Questions": 236,
   "Sequential Questions": 255,
   "Relationship Questions": 253,
@@ -103,9 +106,20 @@ _TYPES = {
 }
 
 
+def _is_bench_q(items: Sequence[Mapping[str, Any]]) -> bool:
+  types = collections.Counter(item["type"] for item in items)
+  filmed = all(re.match(r"(?i)davis|mevis", item["video"]) for item in items)
+  return numbered(items, sum(TYPE_SIZES.values())) and types == TYPE_SIZES and filmed
+
+
+def _is_bench_d(items: Sequence[Mapping[str, Any]]) -> bool:
+  embedded = any(item["video"].startswith("videos/") for item in items)  # our own set's names
+  return numbered(items, 400) and not embedded
+
+
 def _accuracies(system: str, *right: int) -> Row:
-  values = {name: r / n for (name, n), r in zip(_TYPES.items(), right, strict=True)}
-  return Row(system, {**values, "All": sum(right) / sum(_TYPES.values())})
+  values = {name: r / n for (name, n), r in zip(TYPE_SIZES.items(), right, strict=True)}
+  return Row(system, {**values, "All": sum(right) / sum(TYPE_SIZES.values())})
 
 
 def _points(system: str, *values: float) -> Row:
@@ -148,6 +162,7 @@ BENCH_D = Benchmark(
     Row("GPT-4o, single-frame", {"Average": 2.95}),
     Row("GPT-4o, multi-frame", {"Average": 3.25}),
   ),
+  is_published=_is_bench_d,
   lmms_task="videorefer_bench_d",
 )
 BENCH_Q = Benchmark(
@@ -168,5 +183,6 @@ BENCH_Q = Benchmark(
     _accuracies("VideoRefer-7B, single-frame", 178, 175, 150, 127, 89),
     _accuracies("GPT-4o, single-frame", 147, 190, 167, 125, 84),
   ),
+  is_published=_is_bench_q,
   lmms_task="videorefer_bench_q",
 )

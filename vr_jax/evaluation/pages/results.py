@@ -2,6 +2,7 @@
 
 O/report.html   headline beside the paper's rows, bars with intervals, gallery, differences
 O/report.md     the tables of the page
+O/report.tex    or they in LaTeX; or O/tables/*.csv, one each (`--format`)
 """
 
 import dataclasses
@@ -16,6 +17,14 @@ from data_pipes.page import Bar
 from vr_jax.evaluation.benchmark import Benchmark, Dataset, Kind
 from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.metrics import BY_VIDEO, Metric
+from vr_jax.evaluation.pages.formats import (
+  FORMATS,
+  Table,
+  csv_text,
+  file_name,
+  latex,
+  tables,
+)
 from vr_jax.evaluation.pages.gallery import choice_examples, text_examples
 from vr_jax.evaluation.pages.page import (
   Example,
@@ -56,6 +65,7 @@ DIFFERENCES = (
 class Cell:
   text: str
   note: str = ""
+  best: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Line:
   """A row of the headline table; `paper` is its source, "" for our own."""
 
   name: str
-  cells: Sequence[Cell]
+  cells: list[Cell]
   paper: str = ""
 
 
@@ -72,13 +82,15 @@ def write_reports(
   out: Path | str,
   options: ReportOptions | None = None,
 ) -> list[Path]:
-  """Writes both files; returns their paths.
+  """Writes the page and its tables, or the tables in another format; returns the paths.
 
   Args:
     folders: result folders, or run folders with results in them, all of one benchmark; the gallery
       is of the first.
   """
   options = options or ReportOptions()
+  if options.format not in FORMATS:
+    raise InputError(f"--format {options.format!r}; accepted: {', '.join(FORMATS)}")
   results = [load(f) for f in _result_folders(folders)]
   names = {r.benchmark for r in results}
   if len(names) > 1:
@@ -95,6 +107,7 @@ def write_reports(
     "kind": benchmark.kind,
     "columns": columns,
     "lines": lines,
+    "paper_note": paper_note(benchmark, results, lines),
     "bars": bar_rows(benchmark, results, labels),
     "groups": [_details(label, r) for label, r in zip(labels, results, strict=True)],
     "examples": [example_cells(e) for e in questions],
@@ -107,9 +120,21 @@ def write_reports(
     "warnings": list(dict.fromkeys(w for r in results for w in r.warnings)),
   }
   out = Path(out)
+  if options.format != "html":
+    return _write_tables(out, list(tables(content)), options.format, content["paper_note"])
   render(out / "report.html", "results.html.j2", **content)
   write(out / "report.md", "\n".join(markdown(content)) + "\n")
   return [out / "report.html", out / "report.md"]
+
+
+def _write_tables(out: Path, parts: Sequence[Table], form: str, note: str) -> list[Path]:
+  if form == "latex":
+    write(out / "report.tex", latex(parts, note))
+    return [out / "report.tex"]
+  paths = [out / "tables" / file_name(i, part) for i, part in enumerate(parts, 1)]
+  for path, part in zip(paths, parts, strict=True):
+    write(path, csv_text(part))
+  return paths
 
 
 def _result_folders(folders: Sequence[Path | str]) -> list[Path]:
@@ -143,12 +168,8 @@ def _comparable(a: Result, b: Result) -> bool:
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
-  """What tells the results apart, in few words; the model's name only where there are several."""
-  names = [Path(str((r.run.get("model") or {}).get("name") or "")).name for r in results]
-  labels = []
-  for name, result in zip(names, results, strict=True):
-    label = result.label
-    labels.append(f"{name}: {label}" if len(set(names)) > 1 and name else label)
+  """The model and what tells its results apart, in few words."""
+  labels = [f"{r.model}: {r.label}" if r.model else r.label for r in results]
   seen = Counter(labels)
   return [f"{label} ({i})" if seen[label] > 1 else label for i, label in enumerate(labels, 1)]
 
@@ -159,7 +180,11 @@ def _labels(results: Sequence[Result]) -> list[str]:
 def headline_table(
   benchmark: Benchmark, results: Sequence[Result], labels: Sequence[str]
 ) -> tuple[list[str], list[Line]]:
-  """Columns, and our rows above the paper's. Caption values are times 100, as printed."""
+  """Columns, and our rows above the paper's. Caption values are times 100, as printed.
+
+  The paper's rows are there where a result is of the published file's items. The best value of a
+  column is marked where there are several.
+  """
   ours = [_main(benchmark.kind, r) for r in results]
   columns = list(dict.fromkeys(name for values in ours for name in values))
   columns.sort(key=lambda name: name not in ("All", "Average"))  # the one number first
@@ -177,11 +202,37 @@ def headline_table(
         cells.append(Cell(_number(metric.value, metric.unit), interval))
     lines.append(Line(label, cells))
   unit = headline(results[0]).unit
-  for row in benchmark.paper:
+  values = [[m and m.value for m in map(row.get, columns)] for row in ours]
+  published = any(benchmark.is_published(result.items) for result in results)
+  for row in benchmark.paper if published else ():
+    values.append([row.values.get(n) for n in columns])
     cells = [Cell(_number(row.values[n], unit) if n in row.values else "") for n in columns]
     if any(cell.text for cell in cells):
       lines.append(Line(row.system, cells, row.source))
+    else:
+      values.pop()
+  best = [
+    max((v for v in column if v is not None), default=None) for column in zip(*values, strict=True)
+  ]
+  for line, row in zip(lines, values, strict=True):
+    line.cells[:] = [
+      dataclasses.replace(cell, best=len(lines) > 1 and value is not None and value == top)
+      for cell, value, top in zip(line.cells, row, best, strict=True)
+    ]
   return columns, lines
+
+
+def paper_note(benchmark: Benchmark, results: Sequence[Result], lines: Sequence[Line]) -> str:
+  """What the paper's rows are, or why there are none."""
+  if any(line.paper for line in lines):
+    return (
+      "The paper's rows are copied from it, not measured here; they are comparable only if the "
+      "judge and the settings are the same."
+    )
+  if not benchmark.paper:
+    return ""
+  counts = ", ".join(dict.fromkeys(result.items_text for result in results))
+  return f"The paper's rows are left out: the items ({counts}) are not those of the published file."
 
 
 def _number(value: float, unit: str) -> str:
@@ -214,7 +265,7 @@ def bar_rows(
   whole = benchmark.kind.whole
   rows: dict[str, list[Bar]] = {}
   for label, result in zip(labels, results, strict=True):
-    reference = _reference(benchmark, result)
+    reference = _reference(benchmark, result) if benchmark.is_published(result.items) else {}
     for name, m in _main(benchmark.kind, result).items():
       if m.value is None:
         continue
@@ -317,7 +368,7 @@ def provenance(result: Result) -> dict[str, str]:
   code, inference = run.get("code") or {}, run.get("inference") or {}
   env, judge = run.get("env") or {}, result.judge
   facts = {
-    "Benchmark": f"{task.get('title', result.benchmark)}, {task.get('n', '')} items"
+    "Benchmark": f"{task.get('title', result.benchmark)}, {result.items_text} items"
     + (f", split {task['split']}" if task.get("split") else ""),
     "Data": _sha(task.get("data_sha256")),
     "Checkpoint": f"{model.get('name', '')} {_sha(model.get('checkpoint_sha256'))}".strip(),
@@ -416,16 +467,13 @@ def markdown(content: Mapping[str, Any]) -> Iterator[str]:
     [
       [
         f"{line.name} (from the {line.paper})" if line.paper else f"**{line.name}**",
-        *(f"{c.text} ({c.note})" if c.note else c.text for c in line.cells),
+        *(_marked(c) + (f" ({c.note})" if c.note else "") for c in line.cells),
       ]
       for line in content["lines"]
     ],
   )
   yield ""
-  yield (
-    f"{content['kind'].unit}; in brackets 95 % intervals. The paper's rows are copied "
-    "from it, not measured here."
-  )
+  yield f"{content['kind'].unit}; in brackets 95 % intervals. {content['paper_note']}"
   for group in content["groups"]:
     yield ""
     yield f"## {group['label']}"
@@ -446,6 +494,10 @@ def markdown(content: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for name, fact in facts.items():
       yield f"- {name}: {fact}"
+
+
+def _marked(cell: Cell) -> str:
+  return f"**{cell.text}**" if cell.best else cell.text
 
 
 def _table(part: Mapping[str, Any]) -> Iterator[str]:
