@@ -111,4 +111,5 @@ DLC_BENCH = Benchmark(
     Row("PixelRefer-7B", {"Positive": 0.496, "Negative": 0.870, "Average": 0.683}, SUCCESSORS),
     Row("PixelRefer-Lite-7B", {"Positive": 0.482, "Negative": 0.724, "Average": 0.603}, SUCCESSORS),
   ),
+  is_published=lambda items: len(items) == 100,
 )
