@@ -12,9 +12,8 @@ the requests, and each row is computed by itself, so an answer does not depend o
 """
 
 import dataclasses
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -54,11 +53,13 @@ class Prompt:
   """One question, ready for the decoder.
 
   Attributes:
-    index: the caller's number; sampled tokens are a function of it and the seed.
+    index: the caller's number.
     prefix: of its video.
     tokens: i32 [n], what follows the scene; 0 where an object token stands.
     visual: [n,E], the object tokens; anything elsewhere.
     is_visual: bool [n].
+    limit: the most new tokens.
+    sampling, seed, place: sampled tokens are a function of them.
   """
 
   index: int
@@ -66,6 +67,10 @@ class Prompt:
   tokens: np.ndarray
   visual: np.ndarray
   is_visual: np.ndarray
+  limit: int
+  sampling: Sampling = generate.GREEDY
+  seed: int = 0
+  place: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,35 +143,42 @@ class Engine:
 
   def run(
     self,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Prompt | None],
     *,
-    limit: int,
-    seed: int = 0,
-    sampling: Sampling = generate.GREEDY,
     every: int | None = None,
-  ) -> Iterator[Progress]:
+    is_dropped: Callable[[int], bool] = lambda index: False,
+  ) -> Iterator[Progress | None]:
     """Answers the prompts, taking the next one whenever a row is free.
 
+    Yields None when there is nothing to do and more may come.
+
     Args:
-      prompts: drawn one by one, so they may be made as they are needed.
-      limit: the most new tokens of each.
-      seed, sampling: how tokens are drawn.
+      prompts: drawn one by one, so they may be made as they are needed; None where there is none
+        yet.
       every: report after so many steps; by default when answers are complete.
+      is_dropped: whether nobody waits for the answer to a prompt any more; its row is then free.
     """
-    waiting = _Waiting(prompts)
+    waiting = _Waiting(prompts, is_dropped)
     state = self._empty()
     # By index, so that no row keeps its prompt's prefix on the device.
     rows: list[int | None] = [None] * self.sizes.rows
     reported = [0] * len(rows)  # tokens
     while True:
+      dropped = np.array([index is not None and is_dropped(index) for index in rows])
+      if dropped.any():
+        state = self._release(state, dropped)
+        rows = [None if gone else index for index, gone in zip(rows, dropped, strict=True)]
       while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
         free = [i for i, index in enumerate(rows) if index is None][: len(batch)]
-        state = self._fill(state, batch, free, limit, seed, sampling)
+        state = self._fill(state, batch, free)
         for i, prompt in zip(free, batch, strict=True):
           rows[i], reported[i] = prompt.index, 0
       if all(index is None for index in rows):
-        return
-      steps = np.int32(limit if every is None else every)
+        if waiting.empty:
+          return
+        yield None
+        continue
+      steps = np.int32(self.sizes.new_tokens if every is None else every)
       state = self._decode(self._params, state, steps, np.bool_(not waiting.empty))
       tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
       for i, index in enumerate(rows):
@@ -177,15 +189,7 @@ class Engine:
         rows[i] = None if done[i] else index
         yield Progress(index, new, bool(done[i]))
 
-  def _fill(
-    self,
-    state: Decoding,
-    batch: list[Prompt],
-    free: list[int],
-    limit: int,
-    seed: int,
-    sampling: Sampling,
-  ) -> Decoding:
+  def _fill(self, state: Decoding, batch: list[Prompt], free: list[int]) -> Decoding:
     """Prefills the questions of the batch and puts them into free rows."""
     Q, K, E = self._together, self._chunk, self._llm.width
     filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
@@ -205,10 +209,11 @@ class Engine:
       rows, logits = self._extend(self._params, rows, logits, *part)
     where = np.array(free + [self.sizes.rows] * (Q - len(batch)), np.int32)
     ends = self.sizes.prefix + counts
-    indices = np.array([p.index for p in filled], np.int32)
-    limits = np.full(Q, limit, np.int32)
-    draws = sampling.rows(Q)
-    return self._admit(state, rows, logits, ends, where, limits, np.uint32(seed), indices, draws)
+    limits = np.array([p.limit for p in filled], np.int32)
+    seeds = np.array([p.seed for p in filled], np.uint32)
+    places = np.array([p.place for p in filled], np.int32)
+    sampling = jax.tree.map(lambda *xs: np.concatenate(xs), *(p.sampling.rows(1) for p in filled))
+    return self._admit(state, rows, logits, ends, where, limits, seeds, places, sampling)
 
   # --- Programs -------------------------------------------------------------------------------
 
@@ -292,12 +297,17 @@ class Engine:
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")
       return rows, jnp.where((slots[-1] >= 0).any(1)[:, None], new, logits)
 
-    def admit(state, rows, logits, ends, where, limits, seed, indices, sampling):
-      keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+    def admit(state, rows, logits, ends, where, limits, seeds, places, sampling):
+      keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(
+        seeds, places
+      )
       rows = dataclasses.replace(rows, end=ends)
       M = self.sizes.new_tokens
       new = generate.first(logits, rows, limits, keys, sampling, M, eos_ids, pad_id)
       return jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), state, new)
+
+    def release(state, gone):
+      return state.replace(done=state.done | gone)
 
     def decode(params, state, steps, stop_at_end):
       return generate.decode(module, params, state, steps, stop_at_end, eos_ids, pad_id)
@@ -316,29 +326,50 @@ class Engine:
     self._extend = programs(
       ("extend", self.sizes), extend, self._params, rows, logits, *slots, donate=(1,), out=out
     )
-    seed = array((), "uint32")
-    sampling = RowSampling(per_row("float32"), integers, per_row("float32"), per_row("float32"))
-    arguments = (state, rows, logits, integers, integers, integers, seed, integers, sampling)
+    floats, seeds = per_row("float32"), per_row("uint32")
+    sampling = RowSampling(floats, integers, floats, floats)
+    arguments = (state, rows, logits, integers, integers, integers, seeds, integers, sampling)
     self._admit = programs(("admit", name), admit, *arguments, donate=(0,), out=state_placed)
     arguments = (self._params, state, one, array((), bool))
     self._decode = programs(("decode", name), decode, *arguments, donate=(1,), out=state_placed)
+    gone = array((self.sizes.rows,), bool, placement.rows(self.sizes.rows))
+    self._release = programs(
+      ("release", self.sizes), release, state, gone, donate=(0,), out=state_placed
+    )
 
 
 class _Waiting:
-  """Prompts not yet begun; `empty` looks one ahead."""
+  """Prompts not yet begun; `empty` looks one ahead, and is False where more may come."""
 
-  def __init__(self, prompts: Iterable[Prompt]):
+  def __init__(self, prompts: Iterable[Prompt | None], is_dropped: Callable[[int], bool]):
     self._prompts = iter(prompts)
-    self._next: list[Prompt] = []
+    self._is_dropped = is_dropped
+    self._next: Prompt | None = None
+    self.empty = False
 
   def take(self, count: int) -> list[Prompt]:
-    taken = self._next + list(itertools.islice(self._prompts, count - len(self._next)))
-    self._next = list(itertools.islice(self._prompts, 1))
+    """Up to `count` prompts; fewer where there are no more, or none yet."""
+    taken: list[Prompt] = []
+    while len(taken) < count and self._look():
+      assert self._next is not None
+      taken.append(self._next)
+      self._next = None
+    self._look()
     return taken
 
-  @property
-  def empty(self) -> bool:
-    return not self._next
+  def _look(self) -> bool:
+    """Whether there is a next prompt now."""
+    while self._next is None and not self.empty:
+      try:
+        prompt = next(self._prompts)
+      except StopIteration:
+        self.empty = True
+        return False
+      if prompt is None:
+        return False
+      if not self._is_dropped(prompt.index):
+        self._next = prompt
+    return self._next is not None
 
 
 def device_memory() -> int:

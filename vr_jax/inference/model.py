@@ -46,20 +46,27 @@ class _Call:
   """One call's requests, from reading to answers.
 
   Attributes:
-    groups: videos with their questions, as they are read.
+    groups: videos with their questions, as they are read; None where none is read yet.
+    options: of all requests, but for those that have `settings` by their place.
+    is_dropped: whether nobody waits for a request's answer any more.
     lanes: prompts that wait for a row, by the question slots of the row.
     engines: what answers each lane; InputError where such rows do not fit the memory.
     under_way: by the request's place in the list.
     refused: requests that cannot be answered, until the caller has them.
   """
 
-  groups: Iterator[Group | Refused]
+  groups: Iterator[Group | Refused | None]
   options: Options
-  sampling: Sampling
+  settings: Mapping[int, Options] = dataclasses.field(default_factory=dict)
+  is_dropped: Callable[[int], bool] = lambda place: False
   lanes: dict[int, collections.deque[Prompt]] = dataclasses.field(default_factory=dict)
   engines: dict[int, Engine | InputError] = dataclasses.field(default_factory=dict)
   under_way: dict[int, _UnderWay] = dataclasses.field(default_factory=dict)
   refused: list[Refused] = dataclasses.field(default_factory=list)
+
+  def forget_dropped(self) -> None:
+    for place in [place for place in self.under_way if self.is_dropped(place)]:
+      del self.under_way[place]
 
   def others_are_full(self, slots: int) -> bool:
     """The prompts of other lanes than this hold as many prefixes as may wait."""
@@ -164,7 +171,7 @@ class Model:
       if isinstance(result, InputError):
         raise result
       ids += tokens
-      text = result.text if result else self._text(ids)
+      text = result.text if result else self.text(ids)
       if (result or not text.endswith("\ufffd")) and text != sent:  # half a character waits
         yield text[len(sent) :]
         sent = text
@@ -219,7 +226,7 @@ class Model:
     Returns for each object the cosine similarity of its F frames, float32 [F, F], and the token
     that each frame was merged into, int32 [F].
     """
-    (group,) = self._reader(Options(share=False)).read([(0, request)])
+    (group,) = self.reader(Options(share=False)).read([(0, request)])
     if not isinstance(group, Group):
       raise group[1]
     _, objects = self._see(group, group.questions)
@@ -245,25 +252,57 @@ class Model:
     has no more prompts. Each waiting prompt holds its video's prefix on the device, therefore no
     video is taken up while the other lanes hold WAITING of them: this lane then runs dry.
     """
-    sampling = options.sampling(self.sampling)
-    reader = self._reader(options)
     places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    call = _Call(reader.ahead(places.items()), options, sampling)
-    limit, seed = options.max_new_tokens, options.seed
-    more = True
-    while more or any(call.lanes.values()):
+    call = _Call(self.reader(options).ahead(places.items()), options)
+    for progress in self._answer(call, every):
+      assert progress is not None  # all requests are there from the beginning
+      yield progress
+
+  def answer_live(
+    self,
+    groups: Iterator[Group | Refused | None],
+    options: Options,
+    settings: Mapping[int, Options],
+    is_dropped: Callable[[int], bool],
+    every: int,
+  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None] | None]:
+    """As `_run`, of requests that come while others are answered.
+
+    Args:
+      groups: what `reader(options)` reads; None where there is nothing yet. A request's `place` is
+        its number among all.
+      options: of the rows: their number and sizes.
+      settings: each request's options, by its place; what shapes the rows is not looked at.
+      is_dropped: whether nobody waits for an answer any more.
+
+    Yields None where there is nothing to do until `groups` has more.
+    """
+    return self._answer(_Call(groups, options, settings, is_dropped), every)
+
+  def _answer(
+    self, call: _Call, every: int | None
+  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None] | None]:
+    more: bool | None = True
+    while more is not False or any(call.lanes.values()):
       if not any(call.lanes.values()):
         more = self._take_up(call)
         yield from _refusals(call)
+        if more is None:
+          yield None
         continue
       slots = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
       engine = call.engines[slots]
       assert isinstance(engine, Engine)  # a lane without one holds no prompts
-      for progress in engine.run(
-        self._prompts(call, slots), limit=limit, seed=seed, sampling=sampling, every=every
-      ):
+      prompts = self._prompts(call, slots)
+      for progress in engine.run(prompts, every=every, is_dropped=call.is_dropped):
         yield from _refusals(call)
-        entry = call.under_way[progress.index]
+        call.forget_dropped()
+        if progress is None:
+          yield None
+          continue
+        entry = call.under_way.get(progress.index)
+        if entry is None:
+          continue  # dropped meanwhile
         entry.ids += progress.tokens
         answer = None
         if progress.done:
@@ -272,20 +311,33 @@ class Model:
         yield progress.index, progress.tokens, answer
       yield from _refusals(call)
 
-  def _prompts(self, call: _Call, slots: int) -> Iterator[Prompt]:
+  def _prompts(self, call: _Call, slots: int) -> Iterator[Prompt | None]:
     """The prompts of a lane, taking up further videos as long as the other lanes have room."""
     lane = call.lanes[slots]
     while True:
       while lane:
         yield lane.popleft()
-      if call.others_are_full(slots) or not self._take_up(call):
+      if call.others_are_full(slots):
         return
+      more = self._take_up(call)
+      if more is False:
+        return
+      if more is None:
+        if any(call.lanes[other] for other in call.lanes if other != slots):
+          return  # they have waited long enough
+        yield None
 
-  def _take_up(self, call: _Call) -> bool:
-    """Encodes the next group and puts its prompts into their lanes; False if there is none."""
-    group = next(call.groups, None)
-    if group is None:
+  def _take_up(self, call: _Call) -> bool | None:
+    """Encodes the next group and puts its prompts into their lanes.
+
+    False if there is none; None if there is none yet.
+    """
+    try:
+      group = next(call.groups)
+    except StopIteration:
       return False
+    if group is None:
+      return None
     if not isinstance(group, Group):
       call.refused.append(group)
       return True
@@ -304,7 +356,7 @@ class Model:
     for slots, question in questions:
       tokens = list(itertools.islice(remaining, len(question.objects)))
       call.under_way[question.index] = _UnderWay(question, group.clip.scene, tokens)
-      call.lanes[slots].append(self._prompt(question, prefix, tokens))
+      call.lanes[slots].append(self._prompt(question, prefix, tokens, call))
     return True
 
   def _engine_of_lane(self, call: _Call, slots: int) -> Engine | InputError:
@@ -330,7 +382,13 @@ class Model:
     fresh = iter(seen)
     return prefix, [next(fresh) if tokens is None else tokens for tokens in known]
 
-  def _prompt(self, question: Question, prefix: Prefix, objects: Sequence[ObjectTokens]) -> Prompt:
+  def _prompt(
+    self,
+    question: Question,
+    prefix: Prefix,
+    objects: Sequence[ObjectTokens],
+    call: _Call,
+  ) -> Prompt:
     """What follows the scene: text, and each object's tokens in the place of its `<region>`."""
     _, tail = around_media(question.text)
     is_region = tail == self.tokenizer.region_id
@@ -342,7 +400,20 @@ class Model:
     if objects:
       visual[is_visual] = np.concatenate([o.tokens for o in objects])
     tokens = np.where(is_visual, 0, tail[source]).astype(np.int32)
-    return Prompt(question.index, prefix, tokens, visual, is_visual)
+    # In a list the place tells equal requests apart; one with settings has its own seed.
+    single = call.settings.get(question.index)
+    options = call.options if single is None else single
+    return Prompt(
+      question.index,
+      prefix,
+      tokens,
+      visual,
+      is_visual,
+      limit=options.max_new_tokens,
+      sampling=options.sampling(self.sampling),
+      seed=options.seed,
+      place=question.index if single is None else 0,
+    )
 
   def _finish(self, entry: _UnderWay) -> Answer:
     question = entry.question
@@ -353,7 +424,7 @@ class Model:
         tokens.setdefault(int(segment), []).append(int(number))
       objects.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
     return Answer(
-      text=self._text(entry.ids),
+      text=self.text(entry.ids),
       token_ids=tuple(entry.ids),
       scene_frames=tuple(int(n) for n in entry.scene),
       objects=tuple(objects),
@@ -393,7 +464,8 @@ class Model:
   def _scene_tokens(self, scene: int) -> int:
     return scene_token_count(self.cfg.connector, scene, self.cfg.img.grid)
 
-  def _reader(self, options: Options) -> Reader:
+  def reader(self, options: Options) -> Reader:
+    """Reads requests for rows of these options."""
     scene = self._scene(options)
     shape = fit_shape(
       [],
@@ -418,7 +490,8 @@ class Model:
     _, tail = around_media(question.text)
     return _classes(len(tail) + len(question.objects) * (self.cfg.region.tokens - 1))[-1]
 
-  def _text(self, ids: Sequence[int]) -> str:
+  def text(self, ids: Sequence[int]) -> str:
+    """The text of generated tokens."""
     return self.tokenizer.decode(ids, skip_special=True).strip()
 
 
