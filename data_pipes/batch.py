@@ -51,6 +51,10 @@ class RowShape:
   feature_width: int = 0  # D, of cached object features; 0: objects come as masks
   frame_features: bool = False  # frames come as cached features too, not as pixels
 
+  def empty(self, count: int) -> Row:
+    """`empty_rows` of this shape."""
+    return empty_rows(self, count)
+
 
 @dataclass(frozen=True)
 class Clip:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import grain
 import numpy as np
 
-from data_pipes.batch import Row, RowShape, empty_row, empty_rows, rows_of
+from data_pipes.batch import Row, rows_of
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures, TooManyFailures
-from data_pipes.samples import RowSource
+from data_pipes.samples import RowSource, StaticShape
 
 if TYPE_CHECKING:
   from data_pipes.packing import BucketSamples
@@ -79,7 +79,7 @@ def make_dataset(
     return [name for source, index in places for name in samples[source].names(index)]
 
   def load(numbers: Sequence[int]) -> Row:
-    batch = empty_rows(shape, len(numbers))
+    batch = shape.empty(len(numbers))
     for number, row in zip(numbers, rows_of(batch), strict=True):
       if number >= 0:
         source, index = located(number)
@@ -98,7 +98,7 @@ def make_dataset(
   return numbers.map(name if names else load)
 
 
-def _shape_of(samples: Sequence[RowSource]) -> RowShape:
+def _shape_of(samples: Sequence[RowSource]) -> StaticShape:
   """The one shape of all sets. Raises InputError: several, or an empty set."""
   shapes = {s.shape for s in samples}
   if len(shapes) != 1 or not all(len(s) for s in samples):
@@ -140,8 +140,9 @@ def _fill(
   except TooManyFailures:
     raise
   except InputError as error:
-    for key, empty in empty_row(source.shape).items():
-      row[key][...] = empty
+    (empty,) = rows_of(source.shape.empty(1))
+    for key, array in empty.items():
+      row[key][...] = array
     failures.add(number, str(error), total)
 
 
@@ -185,7 +186,7 @@ def make_bucketed_dataset(
     local, bucket = numbers[process_index::process_count], buckets[b]
     if names:
       return [name for index in local for name in bucket.names(index)]
-    batch = empty_rows(bucket.shape, batch_size // process_count)
+    batch = bucket.shape.empty(batch_size // process_count)
     for index, row in zip(local, rows_of(batch), strict=False):  # the last ones may stay empty
       _fill(bucket, row, index, failures, int(bucket.numbers[index]), total)
     return batch

@@ -21,10 +21,21 @@ MAX_ASPECT = 200
 STRIDES = {"image": 1, "video": 2}
 
 
+def blank(*shape: int) -> np.ndarray:
+  """A picture or patches without pixels: uint8 zeros of this shape that take no memory."""
+  return np.broadcast_to(np.uint8(0), shape)
+
+
+def is_blank(image: np.ndarray) -> bool:
+  """Whether `blank` made it."""
+  return not any(image.strides)
+
+
 def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: int = 1) -> Picture:
   """A picture, RGB uint8 [H, W, 3], resized to fit its share of `max_length` tokens.
 
-  Each patch is a row of uint8 [h * w, 588], in it (channel, y, x).
+  Each patch is a row of uint8 [h * w, 588], in it (channel, y, x). Of a blank picture, whose sizes
+  alone count, blank patches.
 
   Args:
     max_length: `mm_max_length`, tokens of all pictures of a call together.
@@ -36,6 +47,9 @@ def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: in
   factor = PATCH * stride
   height, width = image.shape[:2]
   height, width = smart_resize(height, width, factor, max_length * factor**2 // pictures)
+  grid = height // PATCH, width // PATCH
+  if is_blank(image):
+    return Picture(blank(grid[0] * grid[1], 3 * PATCH**2), grid, stride)
   # Pillow gives the image itself back where the size is the same.
   resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
   patches = rearrange(
@@ -46,7 +60,7 @@ def to_patches(image: np.ndarray, max_length: int, stride: int = 1, pictures: in
     y=PATCH,
     x=PATCH,
   )
-  return Picture(patches, (height // PATCH, width // PATCH), stride)
+  return Picture(patches, grid, stride)
 
 
 def smart_resize(

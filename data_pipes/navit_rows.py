@@ -128,6 +128,11 @@ class Shape:
   tokens_per_object: int  # K
   patch_bytes: int = 588
 
+  def empty(self, count: int) -> Row:
+    """A batch of `count` rows with nothing in them."""
+    row = build_row([], self, Ids(0, 0, self.tokens_per_object))
+    return {key: np.repeat(array[None], count, axis=0) for key, array in row.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:

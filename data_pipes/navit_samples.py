@@ -6,7 +6,7 @@ text ── navit_prompts ─► ids with every visual token written out ┘
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from data_pipes.clips import choose_mask_frames, media_path, whole_mask
 from data_pipes.errors import InputError
 from data_pipes.navit_frames import TRAINING_FRAMES, Scene, annotated_frames, scene_frames
-from data_pipes.navit_images import STRIDES, to_patches
+from data_pipes.navit_images import STRIDES, blank, to_patches
 from data_pipes.navit_prompts import (
   dialogue_text,
   image_text,
@@ -68,14 +68,25 @@ class _Seen(NamedTuple):
 
 
 def training_sample(
-  record: Record, tokenizer: Tokenizer, rules: NavitRules, media_root: str | os.PathLike = ""
+  record: Record,
+  tokenizer: Tokenizer,
+  rules: NavitRules,
+  media_root: str | os.PathLike = "",
+  pixels: bool = True,
 ) -> Sample:
-  """A record as training reads it. Raises InputError, which names the record."""
+  """A record as training reads it.
+
+  Without `pixels` its pictures are blank: their sizes, the ids and the masks are right, and no
+  frame is decoded (all of a folder must have the size of its first).
+
+  Raises InputError, which names the record.
+  """
   try:
     seen = _Seen([], [], [], [])
     if record.media is not None:
       video, given = _opened(record, media_root)
-      seen = _see(video, record.media, record.objects, rules, given, record.size, training=True)
+      frames = video.frames if pixels else lambda ids: [blank(*video.size, 3) for _ in ids]
+      seen = _see(video, record.media, record.objects, rules, given, record.size, frames)
     text = dialogue_text(
       record.turns, tokenizer, record.media, seen.scene_text, seen.object_text
     ).cut(rules.max_ids)
@@ -142,8 +153,9 @@ def _see(
   rules: NavitRules,
   scene: Scene | None,
   size: tuple[int, int] | None = None,
-  training: bool = False,
+  training_frames: Callable[[list[int]], list[np.ndarray]] | None = None,
 ) -> _Seen:
+  """What a sample takes of its media; `training_frames` reads the frames in training."""
   lite = rules.crop.lite
   if lite and not objects:
     raise InputError("PixelRefer-Lite sees marked objects alone; accepted: at least one <region>")
@@ -156,7 +168,7 @@ def _see(
     else:
       scene = scene_frames(video, rules.fps, rules.max_frames, rule=rules.frame_rule)
   marked = annotated_frames(video, objects)
-  pictures = video.frames([*scene.ids, *marked.ids])
+  pictures = (training_frames or video.frames)([*scene.ids, *marked.ids])
   masked = pictures[len(scene.ids) :]
 
   stride = STRIDES[media]
@@ -197,7 +209,7 @@ def _see(
     else:
       texts.append(object_text(sum(tokens)))
   # In training each crop may fill the whole budget, but for Lite, where the frames share it.
-  share = (len(masked) if lite else 1) if training else None
+  share = (len(masked) if lite else 1) if training_frames else None
   made = crop_patches(crops, rules.crop, rules.max_length, share)
   return _Seen(patches, scene_text, made, texts)
 

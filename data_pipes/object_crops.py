@@ -15,7 +15,7 @@ import numpy as np
 from data_pipes.errors import InputError
 from data_pipes.images import MAX_PIXELS
 from data_pipes.masks import area_cells
-from data_pipes.navit_images import PATCH, to_patches
+from data_pipes.navit_images import PATCH, blank, is_blank, to_patches
 from data_pipes.navit_rows import Crop, Picture
 from data_pipes.opencv_resize import resize_area, resize_linear
 
@@ -85,7 +85,7 @@ def crop_objects(
   """Each mask cut out of its picture.
 
   Args:
-    images: RGB uint8 [H, W, 3], of any sizes.
+    images: RGB uint8 [H, W, 3], of any sizes; blank ones give blank crops.
     masks: [H, W] of the size of its picture, any number type; all but 0 is the object.
     image_ids: the picture of each mask.
     tokens: K, the most that an object gets (`mask_num`; 10 for VideoRefer-VideoLLaMA3).
@@ -107,7 +107,7 @@ def crop_objects(
         f"mask {i} is {_by(mask.shape)}, its picture {_by(image.shape)} (height x width); they "
         "must be equal"
       )
-    crop, local = _cut(image, (mask != 0).astype(np.uint8), f"mask {i}", rule, tokens, published)
+    crop, local = _cut(image, place_object(mask, rule, tokens, published, f"mask {i}"), rule)
     if rule.lite:
       if at not in cached or true_local:
         whole = cached[at][0] if at in cached else _shrunk(image, WHOLE_SIDE)
@@ -150,18 +150,35 @@ def crop_patches(
   ]
 
 
-def _cut(
-  image: np.ndarray, mask: np.ndarray, name: str, rule: CropRule, tokens: int, published: bool
-) -> tuple[ObjectCrop, np.ndarray]:
-  """The scaled crop, and the crop before scaling."""
-  height, width = size = mask.shape
+class Placed(NamedTuple):
+  """Where the crop of an object lies, and what becomes of it: all that needs no pixel.
+
+  part: rows and columns of the picture. scaled: height and width after scaling. black: the crop is
+  a black patch, whatever lies there. The others as in ObjectCrop.
+  """
+
+  part: tuple[slice, slice]
+  scaled: tuple[int, int]
+  mask: np.ndarray
+  box: tuple[int, int, int, int]
+  tokens: int
+  black: bool = False
+
+
+def place_object(
+  mask: np.ndarray, rule: CropRule, tokens: int, published: bool = False, name: str = "the mask"
+) -> Placed:
+  """The crop of a mask; arguments and errors as of `crop_objects`."""
+  mask = (mask != 0).astype(np.uint8)
+  height, width = mask.shape
   area = int(mask.sum(dtype=np.int64))
   if not area:
     if not published or rule.empty is None:
       raise InputError(f"{name} is empty; accepted: masks with at least one pixel")
     if rule.empty == "black":
-      black = np.zeros((PATCH, PATCH, 3), np.uint8)
-      return ObjectCrop(black, np.zeros((1, 1), np.float32), (0, 0, 0, 0), size, tokens), image
+      whole = slice(0, height), slice(0, width)
+      black = np.zeros((1, 1), np.float32)
+      return Placed(whole, (PATCH, PATCH), black, (0, 0, 0, 0), tokens, black=True)
     mask, area = np.ones_like(mask), mask.size
 
   rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
@@ -169,26 +186,41 @@ def _cut(
   bottom = min(height - 1, int(rows[-1]) + MARGIN)
   right = min(width - 1, int(columns[-1]) + MARGIN)
   # As published, the crop ends before its last row and column; Lite's alone holds them.
-  end = (bottom + rule.lite, right + rule.lite)
-  crop, part = image[top : end[0], left : end[1]], mask[top : end[0], left : end[1]]
-  if not part.size:
-    raise InputError(f"{name}: a picture of {_by(size)} leaves no crop; accepted: 2x2 and more")
-
-  new = crop_size(part.shape, area, rule, tokens)
-  if new[0] * new[1] > MAX_PIXELS:
+  part = slice(top, bottom + rule.lite), slice(left, right + rule.lite)
+  cut = mask[part]
+  if not cut.size:
     raise InputError(
-      f"{name}: its {area} pixels lie in {_by(part.shape)} pixels, which would be enlarged to "
-      f"{_by(new)}; accepted: up to {MAX_PIXELS} pixels, so a mask without stray pixels"
+      f"{name}: a picture of {_by(mask.shape)} leaves no crop; accepted: 2x2 and more"
     )
-  shrinks = new[0] < part.shape[0] and new[1] < part.shape[1]
-  scaled = (resize_area if rule.lite and shrinks else resize_linear)(crop, *new)
-  grid = new[0] // PATCH, new[1] // PATCH
-  cells = resize_linear(part.astype(np.float32), *grid) if rule.lite else resize_cells(part, *grid)
+
+  scaled = crop_size(cut.shape, area, rule, tokens)
+  if scaled[0] * scaled[1] > MAX_PIXELS:
+    raise InputError(
+      f"{name}: its {area} pixels lie in {_by(cut.shape)} pixels, which would be enlarged to "
+      f"{_by(scaled)}; accepted: up to {MAX_PIXELS} pixels, so a mask without stray pixels"
+    )
+  grid = scaled[0] // PATCH, scaled[1] // PATCH
+  cells = resize_linear(cut.astype(np.float32), *grid) if rule.lite else resize_cells(cut, *grid)
   if not published and not (cells > 0).any():
     # The far row and column count here, as they may be all of the object.
     cells = area_cells(mask[top : bottom + 1, left : right + 1], *grid).astype(cells.dtype)
   count = tokens if rule.lite else min(tokens, int(cells.sum()))
-  return ObjectCrop(scaled, cells, (top, left, bottom, right), size, count), crop
+  return Placed(part, scaled, cells, (top, left, bottom, right), count)
+
+
+def _cut(image: np.ndarray, placed: Placed, rule: CropRule) -> tuple[ObjectCrop, np.ndarray]:
+  """The scaled crop, and the crop before scaling."""
+  part = image[placed.part]
+  if is_blank(image):
+    scaled, part = blank(*placed.scaled, 3), blank(*part.shape)
+    return ObjectCrop(scaled, placed.mask, placed.box, image.shape[:2], placed.tokens), part
+  shrinks = placed.scaled[0] < part.shape[0] and placed.scaled[1] < part.shape[1]
+  if placed.black:
+    scaled = np.zeros((*placed.scaled, 3), np.uint8)
+  else:
+    scaled = (resize_area if rule.lite and shrinks else resize_linear)(part, *placed.scaled)
+  crop = ObjectCrop(scaled, placed.mask, placed.box, image.shape[:2], placed.tokens)
+  return crop, part
 
 
 def crop_size(part: Sequence[int], area: int, rule: CropRule, tokens: int) -> tuple[int, int]:
@@ -233,7 +265,7 @@ def _halves(mask: np.ndarray, new: int) -> np.ndarray:
 
 
 def _shrunk(image: np.ndarray, side: int) -> np.ndarray:
-  return resize_area(image, side, side)
+  return blank(side, side, 3) if is_blank(image) else resize_area(image, side, side)
 
 
 def _by(size: Sequence[int]) -> str:

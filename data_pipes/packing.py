@@ -83,7 +83,7 @@ def plan_rows(
       f"{n} {t} (accepted: {r})" for n, t, r in zip(names, take[i], room, strict=True) if t > r
     )
     raise InputError(f"{over.sum()} samples do not fit a packed row, such as {i}: found {listed}")
-  rows = _assign(take, np.array(room), order)
+  rows = assign(take, np.array(room), order)
   used = take.sum(0) / (np.array(room) * max(len(rows), 1))
   shape = RowShape(
     frames=room[1],
@@ -111,7 +111,7 @@ def _takes(needs: Sequence[Needs], sizes: dict[str, int]) -> np.ndarray:
   return np.array(rows, np.int64).reshape(-1, 4)
 
 
-def _assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
+def assign(take: np.ndarray, room: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
   """Best fit in a random order, those of text alone last; rows in the order of their opening.
 
   Not the longest first: a clip takes so many slots that a row holds few, and the short ones, left
@@ -158,13 +158,13 @@ class PackedSamples(RowSource):
     return len(self._plan.rows)
 
   def names(self, index: int) -> list[str]:
-    places = (_locate(self._ends, number) for number in self._plan.rows[index])
+    places = (locate(self._ends, number) for number in self._plan.rows[index])
     return [name for k, sample in places for name in self._sets[k].names(sample)]
 
   def fill(self, row: Row, index: int) -> None:
     used = Used()
     for number in self._plan.rows[index]:
-      k, sample = _locate(self._ends, number)
+      k, sample = locate(self._ends, number)
       samples, room = self._sets[k], row["frames"][used.frames :]
       try:
         text, clip, where = samples.part(sample, room)
@@ -193,16 +193,16 @@ class BucketSamples(RowSource):
     return len(self.numbers)
 
   def names(self, index: int) -> list[str]:
-    k, sample = _locate(self._ends, self.numbers[index])
+    k, sample = locate(self._ends, self.numbers[index])
     return self._sets[k].names(sample)
 
   def fill(self, row: Row, index: int) -> None:
-    k, sample = _locate(self._ends, self.numbers[index])
+    k, sample = locate(self._ends, self.numbers[index])
     text, clip, where = self._sets[k].part(sample, row["frames"])
     place(row, text, clip, self.shape, self._sets[k].tokenizer.region_id, where)
 
 
-def _locate(ends: np.ndarray, number: int) -> tuple[int, int]:
+def locate(ends: np.ndarray, number: int) -> tuple[int, int]:
   """(set, number within it) of a sample numbered through all sets."""
   k = int(np.searchsorted(ends, number, side="right"))
   return k, int(number - (ends[k - 1] if k else 0))

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from data_pipes import isolation
-from data_pipes.batch import Clip, Needs, Row, RowShape, empty_row, place
+from data_pipes.batch import Clip, Needs, Row, RowShape, place, rows_of
 from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, read_clip
 from data_pipes.errors import InputError
 from data_pipes.feature_shards import FeatureShards, sample_key
@@ -121,10 +122,18 @@ def record_needs(
   )
 
 
+class StaticShape(Protocol):
+  """The static sizes of a row, hashable."""
+
+  def empty(self, count: int) -> Row:
+    """A batch of rows without a valid slot, to be filled in place."""
+    ...
+
+
 class RowSource(ABC):
   """Random access to rows of one shape: `rows[i]` decodes and builds row i."""
 
-  shape: RowShape
+  shape: StaticShape
 
   @abstractmethod
   def __len__(self) -> int: ...
@@ -142,7 +151,7 @@ class RowSource(ABC):
     """How messages name the samples of row `index`."""
 
   def __getitem__(self, index: int) -> Row:
-    row = empty_row(self.shape)
+    (row,) = rows_of(self.shape.empty(1))
     self.fill(row, index)
     return row
 
@@ -172,7 +181,8 @@ class Samples(RowSource):
     `shape.frame_features`. `item_seconds`: that the decoders may take for a sample.
     """
     self.features = features
-    self.records, self.tokenizer, self.shape = records, tokenizer, shape
+    self.records, self.tokenizer = records, tokenizer
+    self.shape: RowShape = shape
     self.media_root = Path(media_root)
     self.rules = rules or RowRules()
     self.item_seconds = item_seconds

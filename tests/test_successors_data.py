@@ -293,3 +293,31 @@ def test_a_bad_training_sample_is_named(golden, tokenizer):
   record = parse_record(item | {"video": ["media/none.mp4"]}, "train.json: item 0")
   with pytest.raises(InputError, match=r"train.json: item 0: .*none.mp4: no such video"):
     training_sample(record, tokenizer, RULES, golden.folder)
+
+
+# Rows
+
+
+def test_samples_share_rows_that_hold_them_whole(golden, tokenizer):
+  from data_pipes.failures import Failures
+  from data_pipes.loader import make_dataset
+  from data_pipes.navit_packing import NavitRows, NavitSamples, plan_navit_rows
+  from data_pipes.navit_rows import Ids
+
+  records = RecordFile(golden.folder / "json/train.json")
+  ids = Ids(special_id(tokenizer, IMAGE_TOKEN), special_id(tokenizer, REGION_TOKEN), 12)
+  failures = Failures(0.5)
+  sets = [NavitSamples(records, tokenizer, RULES, golden.folder)]
+  plan = plan_navit_rows(sets, 256, merge=2, tokens_per_object=12, failures=failures)
+  assert sorted(i for row in plan.rows for i in row) == list(range(8))
+  assert len(plan.rows) <= 4
+  rows = NavitRows(sets, plan, ids, failures)
+  batches = make_dataset([rows], batch_size=2, seed=0, drop_remainder=False, failures=failures)
+  batch = batches[0]
+  samples = [sets[0].sample(i) for i in range(8)]
+  supervised = sum((s.labels != IGNORE).sum() for s in samples)
+  total = [batches[i] for i in range(len(batches))]
+  assert sum(b["supervised"].sum() for b in total) == supervised
+  assert sum(b["valid"].sum() for b in total) == sum(len(s.ids) for s in samples)
+  assert batch["patches"].shape == (2, plan.shape.tower_rows, plan.shape.patches, 588)
+  assert not len(failures)
