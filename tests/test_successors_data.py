@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from data_pipes.errors import InputError
+from data_pipes.failures import Failures
 from data_pipes.jobs import run_local
+from data_pipes.loader import make_dataset
 from data_pipes.navit_frames import annotated_frames, scene_frames, step_frames
+from data_pipes.navit_packing import NavitRows, NavitSamples, plan_navit_rows
 from data_pipes.navit_prompts import (
   IMAGE_TOKEN,
   REGION_TOKEN,
@@ -20,6 +23,7 @@ from data_pipes.navit_prompts import (
   special_id,
   video_text,
 )
+from data_pipes.navit_rows import Ids
 from data_pipes.navit_samples import NavitRules, question_sample, training_sample
 from data_pipes.object_crops import LITE, PIXELREFER
 from data_pipes.prepare import Prepare, Settings
@@ -28,8 +32,10 @@ from data_pipes.records import RecordFile, parse_record
 from data_pipes.shards import ShardSet
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import open_video
+from vr_jax.configs import load_config
 from vr_jax.parity import successors_data
 from vr_jax.parity.golden import PASS, Golden
+from vr_jax.training.videorefer_task import videorefer_task
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = (
@@ -299,11 +305,6 @@ def test_a_bad_training_sample_is_named(golden, tokenizer):
 
 
 def test_samples_share_rows_that_hold_them_whole(golden, tokenizer):
-  from data_pipes.failures import Failures
-  from data_pipes.loader import make_dataset
-  from data_pipes.navit_packing import NavitRows, NavitSamples, plan_navit_rows
-  from data_pipes.navit_rows import Ids
-
   records = RecordFile(golden.folder / "json/train.json")
   ids = Ids(special_id(tokenizer, IMAGE_TOKEN), special_id(tokenizer, REGION_TOKEN), 12)
   failures = Failures(0.5)
@@ -321,3 +322,64 @@ def test_samples_share_rows_that_hold_them_whole(golden, tokenizer):
   assert sum(b["valid"].sum() for b in total) == sum(len(s.ids) for s in samples)
   assert batch["patches"].shape == (2, plan.shape.tower_rows, plan.shape.patches, 588)
   assert not len(failures)
+
+
+SMALL = (
+  *(("img.heads", 2), ("img.width", 32), ("img.depth", 1), ("img.mlp_dim", 32)),
+  *(("img.max_tokens", 120), ("connector.width", 16), ("region.width", 16), ("region.tokens", 12)),
+  *(("llm.kv_heads", 1), ("llm.heads", 2), ("llm.width", 16), ("llm.depth", 1)),
+  *(("llm.head_dim", 8), ("llm.mlp_dim", 16), ("llm.vocab_size", 1007)),
+)
+
+
+def small_config(golden, name="pixelrefer_stage1", **changes):
+  """A stage's config on the golden samples, with a model too small to take time."""
+  config = load_config(f"configs/{name}.py")
+  config.model += SMALL
+  config.tokenizer = str(golden.folder / "pixelrefer")
+  config.input.files = (str(golden.folder / "json/train.json"),)
+  config.input.media = str(golden.folder)
+  config.input.pack, config.input.batch_size, config.input.accum_steps = 256, 2, 1
+  config.input.max_unreadable = 0.5
+  for key, value in changes.items():
+    config.input[key] = value
+  return config
+
+
+def test_a_stage_of_pixelrefer_gives_batches_of_packed_rows(golden):
+  task = videorefer_task(small_config(golden))
+  assert task.data_size == 3
+  (batch,) = task.batches(0, 1)
+  assert batch["tokens"].shape == (2, 256)
+  slots, flops = task.work(batch)
+  assert slots == batch["valid"].sum() > 256
+  assert flops > 0
+  assert len(task.names(0, 1)) == sum(int(s.max()) + 1 for s in batch["segments"])
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"pack": 0}, "packed rows of one mix; accepted: pack=SLOTS"),
+    ({"pack": 64}, "slots; accepted: rows of 64"),
+    ({"weights": (1.0,)}, "no buckets, row_length, features or weights"),
+  ],
+)
+def test_rows_that_pictures_of_any_size_cannot_have_are_refused(golden, changes, says):
+  with pytest.raises(InputError, match=says):
+    videorefer_task(small_config(golden, **changes))
+
+
+def test_an_unreadable_sample_is_counted_and_the_others_of_its_row_stay(
+  golden, tokenizer, tmp_path
+):
+  items = json.loads((golden.folder / "json/train.json").read_text())
+  items[0]["video"] = ["media/none.mp4"]
+  (tmp_path / "train.json").write_text(json.dumps(items))
+  ids = Ids(special_id(tokenizer, IMAGE_TOKEN), special_id(tokenizer, REGION_TOKEN), 12)
+  failures = Failures(0.5)
+  sets = [NavitSamples(RecordFile(tmp_path / "train.json"), tokenizer, RULES, golden.folder)]
+  plan = plan_navit_rows(sets, 256, merge=2, tokens_per_object=12, failures=failures)
+  assert len(failures) == 1
+  assert sorted(i for row in plan.rows for i in row) == list(range(1, 8))
+  assert len(NavitRows(sets, plan, ids, failures)[0]["tokens"]) == 256

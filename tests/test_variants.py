@@ -19,6 +19,7 @@ from vr_jax.models.variants import DECODERS, VARIANTS, get_variant
 from vr_jax.models.videorefer import VideoReferConfig
 
 RELEASED = {
+  "qwen2.5-1.5b": 1_543_714_304,
   "qwen2-7b": 7_615_616_512,
   "gemma-2b": 2_506_172_416,
   "gemma-7b": 8_537_680_896,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vr_jax.models.connector import KINDS, ConnectorConfig, scene_token_count
 from vr_jax.models.decoder import Decoder, DecoderConfig
+from vr_jax.models.navit import NavitConfig
 from vr_jax.models.siglip import SiglipConfig
 from vr_jax.models.videorefer import VideoReferConfig, init_params
 
@@ -46,6 +47,13 @@ def _size(tree) -> int:
 def tower_flops(cfg: SiglipConfig) -> int:
   """One frame through the layers that run."""
   N, D, F = cfg.grid**2, cfg.width, cfg.mlp_dim
+  layer = N * (2 * (4 * D * D + 2 * D * F) + 4 * N * D)
+  return cfg.layers * layer + 2 * 3 * cfg.patch_size**2 * D * N
+
+
+def picture_flops(cfg: NavitConfig, patches: int) -> int:
+  """One picture of this many patches through a tower that reads pictures of any size."""
+  N, D, F = patches, cfg.width, cfg.mlp_dim
   layer = N * (2 * (4 * D * D + 2 * D * F) + 4 * N * D)
   return cfg.layers * layer + 2 * 3 * cfg.patch_size**2 * D * N
 

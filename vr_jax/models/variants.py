@@ -5,6 +5,7 @@ import dataclasses
 from data_pipes.errors import InputError
 from vr_jax.models.connector import ConnectorConfig
 from vr_jax.models.decoder import DecoderConfig
+from vr_jax.models.navit import NavitConfig
 from vr_jax.models.region import RegionConfig
 from vr_jax.models.siglip import SiglipConfig
 from vr_jax.models.videorefer import VideoReferConfig
@@ -24,6 +25,20 @@ DECODERS = {
     norm_plus_one=False,
     scale_embedding=False,
     tied_head=False,
+    qkv_bias=True,
+    rope_base=1e6,
+  ),
+  "qwen2.5-1.5b": DecoderConfig(
+    width=1536,
+    depth=28,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    mlp_dim=8960,
+    vocab_size=151_936,
+    activation="silu",
+    norm_plus_one=False,
+    scale_embedding=False,
     qkv_bias=True,
     rope_base=1e6,
   ),
@@ -131,8 +146,36 @@ VARIANTS = {
 }
 
 
+def _any_size(name: str, decoder: str, kind: str, tokens: int) -> VideoReferConfig:
+  """A successor of VideoRefer: SigLIP-NaViT, crops of objects, Qwen2.5 with seven more tokens."""
+  llm = dataclasses.replace(DECODERS[decoder], vocab_size=151_669)
+  return VideoReferConfig(
+    name=name,
+    img=NavitConfig(),
+    connector=ConnectorConfig(kind="mlp2x_gelu", width=llm.width),
+    region=RegionConfig(width=llm.width, tokens=tokens, kind=kind),
+    llm=llm,
+    num_frames=180,
+    image_aspect_ratio="any",
+    max_text_ids=16_384,
+  )
+
+
+# Models whose tower reads pictures of any size; by name as VARIANTS.
+SUCCESSORS = {
+  cfg.name: cfg
+  for size, decoder in (("2b", "qwen2.5-1.5b"), ("7b", "qwen2-7b"))
+  for cfg in (
+    _any_size(f"videorefer-videollama3-{size}", decoder, "cells", 10),
+    _any_size(f"pixelrefer-{size}", decoder, "placed_cells", 32),
+    _any_size(f"pixelrefer-lite-{size}", decoder, "cells_in_context", 32),
+  )
+}
+
+
 def get_variant(name: str) -> VideoReferConfig:
-  """The named model. Raises InputError on a name that is not in VARIANTS."""
-  if name not in VARIANTS:
-    raise InputError(f"model {name!r} is not one of {', '.join(VARIANTS)}")
-  return VARIANTS[name]
+  """The named model. Raises InputError on a name that is in neither table."""
+  known = {**VARIANTS, **SUCCESSORS}
+  if name not in known:
+    raise InputError(f"model {name!r} is not one of {', '.join(known)}")
+  return known[name]

@@ -47,6 +47,7 @@ from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_p
 from vr_jax.params import Params, path_names
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
+from vr_jax.training.navit_data import navit_dataset, navit_work_of
 from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.step import Cuts
@@ -64,7 +65,8 @@ def videorefer_task(config: ConfigDict) -> Task:
   cfg = model_config(config)
   files = tokenizer_files(config)
   tokenizer = make_tokenizer(files)
-  if max(len(tokenizer) - 1, tokenizer.region_id) >= cfg.llm.vocab_size:
+  any_size = cfg.img.kind == "navit"
+  if not any_size and max(len(tokenizer) - 1, tokenizer.region_id) >= cfg.llm.vocab_size:
     raise InputError(
       f"the tokenizer has {len(tokenizer)} ids, the model's vocabulary {cfg.llm.vocab_size}"
     )
@@ -74,8 +76,10 @@ def videorefer_task(config: ConfigDict) -> Task:
   rules = row_rules(config, cfg)
   failures = Failures(config.input.max_unreadable)
   caches = feature_caches(config, records)
-  sets = _Sets(config, cfg, records, tokenizer, rules, files, caches)
-  size, make = _dataset(sets, failures)
+  if any_size:
+    size, make = navit_dataset(config, cfg, records, tokenizer, failures)
+  else:
+    size, make = _dataset(_Sets(config, cfg, records, tokenizer, rules, files, caches), failures)
 
   def dataset(total_steps: int, **options: Any) -> grain.MapDataset:
     # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
@@ -93,7 +97,7 @@ def videorefer_task(config: ConfigDict) -> Task:
 
   def batches(position: int, total_steps: int) -> Iterator[Rows]:
     rows = dataset(total_steps)
-    if config.input.accum_steps != 1 and config.accum_mean == "tokens":
+    if not any_size and config.input.accum_steps != 1 and config.accum_mean == "tokens":
       rows = rows.map(in_order_of_frames)  # the sum over a batch knows no order
     return prefetched(rows, position, threads=config.input.threads)
 
@@ -116,8 +120,10 @@ def videorefer_task(config: ConfigDict) -> Task:
     tokenizer_files=files,
     generation=generation(config, tokenizer),
     counts=lambda: {"unreadable": len(failures)},
-    work=functools.partial(work_of, cfg=cfg, trained=trained_parts(config, cfg)),
-    cuts=FRAME_CUTS if config.input.accum_steps != 1 else None,
+    work=functools.partial(
+      navit_work_of if any_size else work_of, cfg=cfg, trained=trained_parts(config, cfg)
+    ),
+    cuts=FRAME_CUTS if config.input.accum_steps != 1 and not any_size else None,
   )
 
 
@@ -354,6 +360,8 @@ def all_needs(
 def read_set(path: str, cfg: VideoReferConfig) -> Container:
   """One of `input.files`, whatever container it is, checked to suit the model."""
   records = open_records(path)
+  if cfg.img.kind == "navit":
+    return records  # crops and scenes of any size; what shards lack is named sample by sample
   records.check_model(cfg.img.image_size, cfg.image_aspect_ratio, cfg.num_frames)
   return records
 
