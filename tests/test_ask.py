@@ -10,6 +10,9 @@ from PIL import Image
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax import cli
+from vr_jax.commands import ask as ask_command
+from vr_jax.inference.regions import objects_of
+from vr_jax.inference.requests import Answer
 from vr_jax.interop.convert import convert
 
 QUESTION = "What is <region> doing?"
@@ -141,6 +144,28 @@ def test_an_unreadable_video_is_named(model, tmp_path, content):
   path.write_bytes(content)
   with pytest.raises(InputError, match=r"broken\.mp4"):
     model.ask(path, "What happens?")
+
+
+def test_times_in_a_folder_of_frames_go_by_fps(tmp_path, monkeypatch, capsys):
+  for number in range(12):
+    Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+  frames = []
+
+  class Stub:
+    def ask(self, video, question, regions, **options):
+      frames.extend(objects_of(regions, video)[0].masks)
+      assert video.fps == 3  # the published rule of the scene
+      return Answer("It.", (), (), (), ())
+
+  monkeypatch.setattr(ask_command, "load_model", lambda loading: Stub())
+  command = ["ask", "--video", str(tmp_path), "--question", "<region>"]
+  for region, fps, number in (("0.5s", ["--fps", "10"], 5), ("0:01", [], 3)):
+    assert cli.main([*command, "--region", f"box:1,1,9,9@{region}", *fps]) == 0
+    assert frames.pop() == number
+  assert cli.main([*command, "--fps", "0"]) == 2
+  assert "fps=0.0; accepted: a number above 0" in capsys.readouterr().err
+  assert cli.main(["ask", "--jsonl", "r.jsonl", "--out", "a.jsonl", "--fps", "3"]) == 2
+  assert "without --video, --region, --fps" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_none(tmp_path, capsys):

@@ -38,7 +38,7 @@ from data_pipes.video import open_video, scene_ids
 from vr_jax.inference import bulk, options, reading, regions
 from vr_jax.inference.options import Options
 from vr_jax.inference.reading import Reader
-from vr_jax.inference.regions import Region, objects_of, parse_regions, warnings_of
+from vr_jax.inference.regions import Region, objects_of, parse_regions, read_regions, warnings_of
 from vr_jax.inference.requests import Request
 from vr_jax.inference.sampling import Sampling
 
@@ -331,6 +331,8 @@ class Calls:
         self.clip.frames,
         self.gif.time_to_frame,
         lambda v: scene_ids(self.gif, 2, 0.0, Request("a.gif", "?", seconds=(0, v)).seconds[1]),
+        lambda v: read_regions(self.clip, v),
+        lambda v: read_regions(self.clip, [v, SPECS[0]]),
         lambda v: images.read_image(v if isinstance(v, str) else "a.png"),
       )
     )

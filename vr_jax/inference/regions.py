@@ -124,7 +124,11 @@ def read_regions(
   Raises:
     InputError: as `objects_of`; or two objects would have one name.
   """
-  several = [regions] if isinstance(regions, Region | str) else list(regions)
+  with reading(f"regions {shown(regions)}", "SPECs or Regions"):
+    several = [regions] if isinstance(regions, Region | str) else list(regions)
+  for region in several:
+    if not isinstance(region, Region | str):
+      raise InputError(f"region {shown(region)}; accepted: a SPEC or a Region")
   parsed = [_parse(region) if isinstance(region, str) else region for region in several]
   marked = objects_of(parsed, open_video(video, upright=True))
   masks = {m.name: {number: mask.astype(bool) for number, mask in m.masks.items()} for m in marked}
