@@ -152,6 +152,20 @@ ITEM = {
   "height": 24,
   "width": 32,
 }
+LISTED = ITEM | {
+  "video": ["0.png", "1.png"],
+  "timestamps": [0.5, 1],
+  "masked_video": ["2.png", "3.png", "4.png", "5.png"],
+}
+LISTED["masks"] = LISTED.pop("annotation")
+PICTURE = {
+  "image": "a.png",
+  "conversations": [
+    {"from": "human", "value": "What is <region>?"},
+    {"from": "gpt", "value": "It."},
+  ],
+  "masks": [{"size": [24, 32], "counts": [700, 68]}],
+}
 BENCH = {
   "id": 3,
   "video": "a.mp4",
@@ -273,7 +287,7 @@ class Calls:
       mask_images.read_mask_picture(path, rng.choice((None, 1, 2)))
 
   def annotation(self, rng: random.Random) -> None:
-    item = mutated(rng, rng.choice((ITEM, ITEM, BENCH)))
+    item = mutated(rng, rng.choice((ITEM, ITEM, BENCH, LISTED, PICTURE)))
     if not rng.randrange(8):
       content = json.dumps([ITEM, item, BENCH]).encode()
       (self.folder / "f.json").write_bytes(mutated_bytes(rng, content, [content]))
