@@ -129,7 +129,7 @@ class Placement:
   def put(self, params: Any) -> Any:
     """Parameters, the decoder's in the fused layout, on their devices."""
     if self.mesh is None:
-      return jax.tree.map(jnp.asarray, params)
+      return jax.device_put(params)  # jnp.asarray would compile a program for each shape
     return jax.tree.map(
       lambda path, x: jax.device_put(x, self._weight(path, x.shape)), path_names(params), params
     )
