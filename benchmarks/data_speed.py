@@ -1,6 +1,6 @@
 """Row 8: samples a second a core from JPEG shards and from H.264; ratio to a PyTorch loader.
 
-    VR_MEDIA_DIR=DIR python benchmarks/data_speed.py [--pairs 9]
+    VR_MEDIA_DIR=DIR python benchmarks/data_speed.py [--pairs 9 | --long]
 
 Clips: dog.mp4, 2.mp4 and 4.mp4 in VR_MEDIA_DIR, or generated H.264 ones of 640x360. A sample is 16
 scene frames at 384 pixels, with the mask of one object on 8 of them. Both sides read the same
@@ -10,17 +10,23 @@ the same samples through it and through a plain loop, in turn, show it within th
 side is decord, transformers' SiglipImageProcessor (Pillow form) and torch's DataLoader; without
 decord, torch and transformers its row says so. Rows of H.264 are the same work on both sides; from
 shards ours decodes JPEG, decoded once before.
+
+`--long` writes files of one and two hours (a 10 s clip of 1080p, by stream copy): milliseconds to
+open one whose index is kept, and the most memory that `vr ask` takes with vr-mini.
 """
 
 import argparse
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 
 from data_pipes.batch import RowShape, empty_rows, rows_of
@@ -77,19 +83,75 @@ def write_items(folder: Path, media: Path, copies: int) -> Path:
 
 def make_clips(folder: Path, count: int = 3, frames: int = 150) -> Path:
   """Generated clips of moving noise, 640x360 H.264."""
-  import av
-
   rng = np.random.default_rng(0)
   for k in range(count):
-    picture = np.kron(rng.integers(0, 255, (18, 32, 3)), np.ones((20, 20, 1))).astype(np.uint8)
-    with av.open(str(folder / f"clip{k}.mp4"), "w") as container:
-      stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
-      stream.height, stream.width, stream.pix_fmt = 360, 640, "yuv420p"
-      for i in range(frames):
-        frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, 1), format="rgb24")
-        container.mux(stream.encode(frame))
-      container.mux(stream.encode())
+    write_clip(folder / f"clip{k}.mp4", rng, 360, frames)
   return folder
+
+
+def write_clip(path: Path, rng: np.random.Generator, height: int, frames: int) -> None:
+  """Moving noise in 16:9 and H.264, 25 frames a second."""
+  side = height // 18
+  picture = np.kron(rng.integers(0, 255, (18, 32, 3)), np.ones((side, side, 1))).astype(np.uint8)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
+    stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+    for i in range(frames):
+      frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * i, 1), format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def write_looped(source: Path, path: Path, times: int) -> Path:
+  """A clip so many times over, by stream copy."""
+  with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
+    template = reading.streams.video[0]
+    stream = writing.add_stream_from_template(template)
+    packets = [(bytes(p), p) for p in reading.demux(template) if p.dts is not None]
+    length = sum(p.duration for _, p in packets)
+    for k in range(times):
+      for data, packet in packets:
+        copy = av.Packet(data)
+        copy.pts, copy.dts = packet.pts + k * length, packet.dts + k * length
+        copy.duration, copy.time_base = packet.duration, packet.time_base
+        copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+        writing.mux(copy)
+  return path
+
+
+def long_files(folder: Path) -> None:
+  """Rows of an hour's index and of `vr ask` on two hours of 1080p, with caches of their own."""
+  os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+  rng = np.random.default_rng(0)
+  write_clip(folder / "short.mp4", rng, 1080, 250)
+  for name in ("hour.mp4", "hour.ts"):
+    path = write_looped(folder / "short.mp4", folder / name, 360)
+    first, *rest = (seconds(lambda path=path: open_video(path)) for _ in range(6))
+    print(
+      f"io.index_cached_ms.{path.suffix[1:]} {1000 * float(np.median(rest)):.1f} (goal < 50); "
+      f"{len(open_video(path))} frames, made in {first:.2f} s"
+    )
+  path = write_looped(folder / "short.mp4", folder / "hours.mp4", 720)
+  for note in ("programs compiled", "programs from the cache"):
+    print(f"io.ask_peak_mb {ask_peak(path):.0f} (goal < 400); {note}")
+  print(f"io.ask_peak_mb.short {ask_peak(folder / 'short.mp4'):.0f}; the same of a 10 s clip")
+
+
+def seconds(call: Callable[[], object]) -> float:
+  start = time.perf_counter()
+  call()
+  return time.perf_counter() - start
+
+
+def ask_peak(video: Path) -> float:
+  """The largest resident memory of `vr ask` with vr-mini, MB."""
+  words = ["ask", "--video", str(video), "--region", "box:400,300,800,700@120"]
+  words += ["--question", "What does <region> do in the video?"]
+  process = subprocess.Popen([sys.executable, "-m", "vr_jax", *words], stdout=subprocess.DEVNULL)
+  _, status, usage = os.wait4(process.pid, 0)
+  if status:
+    raise RuntimeError(f"vr ask ended with {os.waitstatus_to_exitcode(status)}")
+  return usage.ru_maxrss / 1024
 
 
 def timed(batches: Callable[[], int]) -> np.ndarray:
@@ -173,9 +235,13 @@ def main() -> None:
   parser.add_argument("--pairs", type=int, default=9)
   parser.add_argument("--grain-pairs", type=int, default=31)
   parser.add_argument("--copies", type=int, default=8, help="samples of each clip")
+  parser.add_argument("--long", action="store_true", help="the rows of long files alone")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
+    if args.long:
+      long_files(folder)
+      return
     given = os.environ.get("VR_MEDIA_DIR")
     media = Path(given) if given else make_clips(folder)
     items = write_items(folder, media, args.copies)

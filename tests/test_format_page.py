@@ -60,12 +60,18 @@ def test_a_video(example):
   assert np.array_equal(segmentation_to_mask(first[0]), LEFT)
   assert np.array_equal(segmentation_to_mask(first[8]), RIGHT)
   assert segmentation_to_mask(second[0], 24, 32).sum() == 100
+  assert np.array_equal(
+    segmentation_to_mask(second[4], 24, 32), segmentation_to_mask(second[0], 24, 32)
+  )
   assert second[8] is None
 
 
 def test_the_other_key_of_objects_means_the_same(example):
   (item,) = (checked.span.item for checked in check_file(example("video.json"), Checks()))
-  masks = [{n: entry["segmentation"] for n, entry in o.items()} for o in item.pop("annotation")]
+  masks = [
+    {n: entry.get("segmentation", entry) for n, entry in by_frame.items()}
+    for by_frame in item.pop("annotation")
+  ]
   other = parse_record(item | {"masks": masks, "video": [item["video"]]}, "")
   assert other.objects == record(example("video.json")).objects
 
