@@ -346,6 +346,21 @@ def test_cvat_for_images_in_its_archive(tmp_path, imported):
   assert left == {"tags": 1}
 
 
+def test_cvat_jobs_without_a_size(tmp_path, imported):
+  """Boxes need none; the rest takes that of the video, where it is there."""
+  text = CVAT_VIDEO.replace("task>", "job>").replace("<name>street</name>", "")
+  head, _, rest = text.partition("<original_size>")
+  text = head + rest.partition("</original_size>")[2].replace("street.mp4", "cat.ts")
+  source = write(tmp_path / "annotations.xml", text)
+  items, left = imported(source, "cvat")
+  assert items[0]["annotation"][0]["3"] == {"box": [2.5, 3, 10, 8.2]}
+  assert left["polygons on media of unknown size"] == 1
+  assert left["masks on media of unknown size (give --media DIR)"] == 1
+  (tmp_path / "cat.ts").write_bytes(CLIP.read_bytes())
+  items, left = imported(source, "cvat", media=tmp_path)
+  assert [list(by_frame) for by_frame in masks(items[0])] == [[3, 4], [0, 2]]
+
+
 def test_cvat_frames_of_a_video_exported_as_images(tmp_path, imported):
   text = CVAT_IMAGES.replace("</task>", "<source>v.mp4</source></task>").replace(
     'name="a.png"', 'name="frame_000012"'
@@ -450,15 +465,16 @@ def test_label_studio_videos(tmp_path, imported):
   assert list(masks(imported(source, "label-studio", media=tmp_path)[0][0])[0]) == [5]
 
 
-def test_label_studio_videos_that_are_not_there_are_named(tmp_path, capsys):
-  value = {"sequence": [{"frame": 1, "x": 0, "y": 0, "width": 9, "height": 9}], "labels": ["a"]}
+def test_label_studio_videos_that_are_not_there_have_shares(tmp_path, imported):
+  at = {"x": -5, "y": 25, "width": 30, "height": 50}
+  still = {"frame": 7, "enabled": False, **at, "rotation": 90}
+  sequence = [{"frame": 2, "enabled": True, **at}, {"frame": 4, "enabled": False, **at}, still]
+  value = {"framesCount": 80, "duration": 9.0, "sequence": sequence, "labels": ["a"]}
   tasks = label_studio(shape("videorectangle", "v", **value), video="/data/upload/1/none.mp4")
-  source = write(tmp_path / "p.json", tasks)
-  out = tmp_path / "o.json"
-  words = ["data", "import", str(source), "--from", "label-studio", "--out", str(out)]
-  assert cli.main(words) == 2
-  assert "give --media DIR" in capsys.readouterr().err
-  assert not out.exists()
+  items, left = imported(write(tmp_path / "p.json", tasks), "label-studio")
+  (by_frame,) = items[0]["annotation"]
+  assert by_frame == {n: {"box": ["0%", "25%", "25%", "75%"]} for n in "123"}
+  assert left["turned and empty boxes on media of unknown size (give --media DIR)"] == 1
 
 
 def sav(step: int = 4) -> dict:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.importers.marked import Left, Media, Text
 from data_pipes.importers.parts import checked, load_json, part
 
@@ -95,10 +95,8 @@ def expressions(content: Any, path: str, objects: Sequence[str]) -> Iterator[tup
 
 def read_davis_texts(path: Path) -> Iterator[tuple[str, Text]]:
   """Lines `sequence object "text"`, as in Davis17_annot1.txt."""
-  try:
+  with reading(f"{path}: cannot be read"):
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
   for i, line in enumerate(lines, 1):
     if line.strip():
       parsed = re.fullmatch(r'\s*(\S+)\s+(\d+)\s+"?(.*?)"?\s*', line)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from data_pipes.errors import InputError, one_line
+from data_pipes.errors import InputError, reading
 from data_pipes.images import IMAGE_SUFFIXES
 from data_pipes.importers.marked import (
   Left,
@@ -24,6 +24,7 @@ from data_pipes.importers.marked import (
 )
 from data_pipes.importers.parts import Source, number, size_of
 from data_pipes.masks import counts_to_mask, encode_mask
+from data_pipes.video import open_video
 
 SHAPES = ("box", "polygon", "ellipse", "mask")
 
@@ -41,8 +42,11 @@ def read(source: Source, left: Left) -> Iterator[Media]:
   for i, track in enumerate(root.iter("track")):
     tracks[_task_of(track, tasks, f"{where}: track {track.get('id', i)}")].append((i, track))
   for task, entries in tracks.items():
-    size = task.size(where)
-    media = Media("video", source.located(task.source or task.name), size, [], keys=(task.name,))
+    path = source.located(task.source or task.name or source.path.stem)
+    size = task.size
+    if size is None and (source.media / path).exists():
+      size = open_video(source.media / path).size
+    media = Media("video", path, size, [], keys=(task.name,))
     for i, track in entries:
       media.objects.append(_track(track, size, f"{where}: track {track.get('id', i)}", left))
     yield media
@@ -52,14 +56,12 @@ def read(source: Source, left: Left) -> Iterator[Media]:
 
 
 def _parse(source: Source) -> ElementTree.Element:
-  try:
+  with reading(f"{source.path}: cannot be read as CVAT's XML"):
     if source.path.suffix.lower() == ".zip":
       with zipfile.ZipFile(source.path) as archive, archive.open("annotations.xml") as file:
         root = ElementTree.parse(file).getroot()
     else:
       root = ElementTree.parse(source.path).getroot()
-  except (OSError, zipfile.BadZipFile, KeyError, ElementTree.ParseError, ValueError) as error:
-    raise InputError(f"{source.path}: cannot be read as CVAT's XML ({one_line(error)})") from None
   if root.tag != "annotations":
     raise InputError(f"{source.path}: found <{root.tag}>; accepted: <annotations>, CVAT 1.1")
   return root
@@ -76,21 +78,25 @@ class _Task:
   id: str
   name: str
   source: str
-  original: tuple[tuple[str, str], ...]
-
-  def size(self, where: str) -> tuple[int, int]:
-    return size_of(dict(self.original), f"{where}: original_size of task {self.name!r}")
+  size: tuple[int, int] | None
 
 
 def _tasks(root: ElementTree.Element, where: str) -> dict[str, _Task]:
   tasks = {}
-  for head in (*root.iterfind("meta/task"), *root.iterfind("meta/project/tasks/task")):
-    place = head.find("original_size")
-    size = () if place is None else tuple((e.tag, e.text or "") for e in place)
-    source = head.findtext("source") or root.findtext("meta/source") or ""
-    key = head.findtext("id") or ""
-    tasks[key] = _Task(key, head.findtext("name") or "", source.strip(), size)
-  return tasks or {"": _Task("", "", root.findtext("meta/source") or "", ())}
+  heads = ("meta/task", "meta/job", "meta/project/tasks/task")
+  for head in (one for path in heads for one in root.iterfind(path)):
+    key, name = head.findtext("id") or "", head.findtext("name") or ""
+    size = head.find("original_size")
+    shape = None
+    if size is not None:
+      shape = size_of({e.tag: e.text for e in size}, f"{where}: original_size of task {name!r}")
+    tasks[key] = _Task(key, name, (head.findtext("source") or _common(root)).strip(), shape)
+  return tasks or {"": _Task("", "", _common(root), None)}
+
+
+def _common(root: ElementTree.Element) -> str:
+  """The video's name where the head has it for all."""
+  return root.findtext("meta/source") or ""
 
 
 def _task_of(element: ElementTree.Element, tasks: dict[str, _Task], where: str) -> _Task:
@@ -102,7 +108,9 @@ def _task_of(element: ElementTree.Element, tasks: dict[str, _Task], where: str) 
   return tasks[key]
 
 
-def _track(track: ElementTree.Element, size: tuple[int, int], where: str, left: Left) -> Marked:
+def _track(
+  track: ElementTree.Element, size: tuple[int, int] | None, where: str, left: Left
+) -> Marked:
   marked = Marked(track.get("label", ""), (track.get("id", ""),))
   for shape in track:
     if shape.tag not in SHAPES:
@@ -149,7 +157,7 @@ def _count_attributes(shape: ElementTree.Element, where: str, left: Left) -> Non
     left.add("attributes", f"{where}: {attribute.get('name')}={attribute.text}")
 
 
-def _mask(shape: ElementTree.Element, size: tuple[int, int], where: str, left: Left) -> Any:
+def _mask(shape: ElementTree.Element, size: tuple[int, int] | None, where: str, left: Left) -> Any:
   values = shape.attrib
   turn = number(values, "rotation", where, 0.0)
   if shape.tag == "box":
@@ -168,11 +176,14 @@ def _mask(shape: ElementTree.Element, size: tuple[int, int], where: str, left: L
   return _bitmap(values, size, where, left)
 
 
-def _bitmap(values: dict[str, str], size: tuple[int, int], where: str, left: Left) -> Any:
+def _bitmap(values: dict[str, str], size: tuple[int, int] | None, where: str, left: Left) -> Any:
   """CVAT's own run lengths: along the rows of a box, beginning with the run of zeros."""
   keys = ("left", "top", "width", "height")
   x, y, width, height = (int(number(values, key, where)) for key in keys)
   counts = [int(n) for n in _numbers(values.get("rle", ""), where)]
+  if size is None:
+    left.add("masks on media of unknown size (give --media DIR)", where)
+    return None
   if not (x >= 0 and y >= 0 and 0 < width <= size[1] - x and 0 < height <= size[0] - y):
     left.add("masks that leave their picture", where)
     return None

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.images import open_image
 from data_pipes.importers.captions import expressions, read_davis_texts
 from data_pipes.importers.marked import Left, Marked, Media, Text
@@ -66,11 +65,10 @@ def read(source: Source, left: Left) -> Iterator[Media]:
 def read_ids(path: Path, left: Left) -> np.ndarray | None:
   """A picture's palette indices or grey values [H, W]; None where it numbers nothing."""
   try:
-    with open_image(path) as image:
-      image.load()
+    with reading(f"{path}: cannot be read as an image"), open_image(path) as image:
       mode, values = image.mode, np.asarray(image)
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-    left.add("pictures that cannot be read", f"{path}: {error}")
+  except InputError as error:
+    left.add("pictures that cannot be read", str(error))
     return None
   if mode not in ("P", "L", "1") and not mode.startswith("I"):
     left.add("pictures in colours, whose values number nothing", f"{path}: mode {mode}")

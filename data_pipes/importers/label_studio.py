@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.importers.marked import (
   Left,
   Marked,
@@ -22,6 +22,7 @@ from data_pipes.importers.parts import Source, checked, number, part, size_of
 from data_pipes.masks import encode_mask
 from data_pipes.video import Video, open_video
 
+MOST_FRAMES = 1_000_000  # of a video rectangle
 _ORIGINAL = ("original_height", "original_width")
 
 
@@ -113,11 +114,18 @@ def _label(value: Mapping[str, Any], kind: str, where: str) -> str:
   return " ".join(label for label in labels if isinstance(label, str))
 
 
-def _box(value: Any, size: tuple[int, int], where: str, left: Left) -> Any:
-  height, width = size
-  x, y, w, h = (number(value, key, where) / 100 for key in ("x", "y", "width", "height"))
-  x1, y1, x2, y2 = x * width, y * height, (x + w) * width, (y + h) * height
-  if turn := number(value, "rotation", where, 0.0) % 360:  # about the upper left corner
+def _box(value: Any, size: tuple[int, int] | None, where: str, left: Left) -> Any:
+  x, y, w, h = (number(value, key, where) for key in ("x", "y", "width", "height"))
+  turn = number(value, "rotation", where, 0.0) % 360  # about the upper left corner
+  if size is None:  # our boxes may be shares too
+    corners = [min(100.0, max(0.0, v)) for v in (x, y, x + w, y + h)]
+    if turn or corners[0] >= corners[2] or corners[1] >= corners[3]:
+      left.add("turned and empty boxes on media of unknown size (give --media DIR)", where)
+      return None
+    return {"box": [f"{v:.6g}%" for v in corners]}
+  x1, x2, y1, y2 = (v / 100 * side for side, v in
+                    ((size[1], x), (size[1], x + w), (size[0], y), (size[0], y + h)))  # fmt: skip
+  if turn:
     return [turned([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], (x1, y1), turn)]
   return box_segmentation([round(v, 3) for v in (x1, y1, x2, y2)], size, where, left)
 
@@ -139,9 +147,10 @@ def _ellipse(value: Any, size: tuple[int, int], where: str, left: Left) -> Any:
 def _brush(value: Any, size: tuple[int, int], where: str, left: Left) -> Any:
   codes = part(value, "rle", list, where)
   try:
-    data = bytes(codes)
+    with reading(f"{where}: run lengths"):
+      data = bytes(codes)
     pixels = decode_brush(data, 4 * size[0] * size[1])
-  except (TypeError, ValueError) as error:
+  except InputError as error:
     left.add("brushes that cannot be drawn", f"{where}: {error}")
     return None
   return encode_mask(pixels.reshape(*size, 4)[..., 3] > 0)
@@ -157,7 +166,7 @@ def decode_brush(data: bytes, count: int) -> np.ndarray:
   lengths less 1; then runs: a bit that says whether all words are equal, 2 bits for which size, the
   length less 1, and the one word, or each. Source: rle-pack of thi.ng/umbrella.
 
-  Raises ValueError where the stream breaks off or is of another length.
+  Raises InputError where the stream breaks off or is of another length.
   """
   bits = np.unpackbits(np.frombuffer(data, np.uint8))
   text = (bits + ord("0")).tobytes().decode("ascii")
@@ -167,20 +176,20 @@ def decode_brush(data: bytes, count: int) -> np.ndarray:
     nonlocal at
     at += length
     if at > len(text):
-      raise ValueError("run lengths that break off")
+      raise InputError("run lengths that break off")
     return int(text[at - length : at], 2)
 
   stated, word = take(32), take(5) + 1
   sizes = [take(4) + 1 for _ in range(4)]
   if stated != count:
-    raise ValueError(f"run lengths of {stated} values; its picture has {count}")
+    raise InputError(f"run lengths of {stated} values; its picture has {count}")
   out = np.zeros(count, np.uint8)
   i = 0
   while i < count:
     equal = take(1)
     end = i + take(sizes[take(2)]) + 1
     if end > count:
-      raise ValueError("a run past the end")
+      raise InputError("a run past the end")
     if equal:
       out[i:end] = min(255, take(word))
     else:
@@ -190,39 +199,46 @@ def decode_brush(data: bytes, count: int) -> np.ndarray:
 
 
 def _track(value: Any, video: Video | None, where: str, left: Left) -> dict[int, Any]:
-  """The boxes of a video rectangle by frame; Label Studio counts frames from 1."""
-  if video is None:
-    left.add("video rectangles, whose video is not there: give --media DIR", where)
-    return {}
-  keyframes: dict[int, tuple[dict[str, float], bool]] = {}
-  for k, entry in enumerate(part(value, "sequence", list, where)):
-    place = f"{where}, keyframe {k}"
-    box = {key: number(entry, key, place) for key in ("x", "y", "width", "height")}
-    box["rotation"] = number(entry, "rotation", place, 0.0)
-    frame = int(number(entry, "frame", place)) - 1
-    if frame < 0:
-      raise InputError(f"{place}: frame {frame + 1}; accepted: 1 and on")
-    keyframes[frame] = box, part(entry, "enabled", bool, place, True)
-  # Label Studio does not know the file's rate; what it counted by shows in its length.
-  rate = 1.0
-  count = number(value, "framesCount", where, 0.0)
-  seconds = number(value, "duration", where, 0.0)
-  if min(count, seconds) > 0 and video.fps and abs(count - seconds * video.fps) > 1:
-    rate = min(100.0, max(0.01, video.fps * seconds / count))
-  masks = {}
+  """The boxes of a video rectangle by frame; shares of its size where the video is not there."""
+  keyframes = _keyframes(value, where)
   ordered = sorted(keyframes)
-  last = max(*ordered, math.ceil(max(count, len(video) / rate))) + 1 if ordered else 0
-  for frame, end in itertools.pairwise([*ordered, last]):
+  size, frames = (None, MOST_FRAMES) if video is None else (video.size, len(video))
+  count = number(value, "framesCount", where, 0.0)
+  rate = 1.0 if video is None else _rate(video, count, number(value, "duration", where, 0.0))
+  length = min(MOST_FRAMES, math.ceil(count or (0 if video is None else frames)))
+  masks = {}
+  for frame, end in itertools.pairwise([*ordered, max([*ordered, length - 1]) + 1]):
     box, goes_on = keyframes[frame]
     following = keyframes[end][0] if end in keyframes else box
     for n in range(frame, end if goes_on else frame + 1):
       share = (n - frame) / (end - frame)
       between = {key: box[key] + share * (following[key] - box[key]) for key in box}
       at = n if rate == 1 else int((n + 0.5) * rate)
-      if at >= len(video):
+      if at >= frames:
         break
       place = f"{where}, frame {at}"
-      mask = usable(_box(between, video.size, place, left), video.size, place, left)
+      mask = usable(_box(between, size, place, left), size, place, left)
       if mask is not None:
         masks[at] = mask
   return masks
+
+
+def _keyframes(value: Any, where: str) -> dict[int, tuple[dict[str, float], bool]]:
+  """{frame: (box, whether it goes on)}; Label Studio counts frames from 1."""
+  keyframes = {}
+  for k, entry in enumerate(part(value, "sequence", list, where)):
+    place = f"{where}, keyframe {k}"
+    box = {key: number(entry, key, place) for key in ("x", "y", "width", "height")}
+    box["rotation"] = number(entry, "rotation", place, 0.0)
+    frame = int(number(entry, "frame", place))
+    if not 1 <= frame <= MOST_FRAMES:
+      raise InputError(f"{place}: frame {frame}; accepted: 1 to {MOST_FRAMES}")
+    keyframes[frame - 1] = box, part(entry, "enabled", bool, place, True)
+  return keyframes
+
+
+def _rate(video: Video, count: float, seconds: float) -> float:
+  """The file's frames for each that Label Studio counted, which does not know the file's rate."""
+  if not video.fps or min(count, seconds) <= 0 or abs(count - seconds * video.fps) <= 1:
+    return 1.0
+  return min(100.0, max(0.01, video.fps * seconds / count))

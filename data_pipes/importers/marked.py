@@ -117,10 +117,14 @@ def _item(
     item |= {"height": media.size[0], "width": media.size[1]}
   item["conversations"] = talk
   annotation = [
-    {str(number): {"segmentation": mask} for number, mask in sorted(marked.masks.items())}
+    {str(number): _entry(mask) for number, mask in sorted(marked.masks.items())}
     for marked in objects
   ]
   return item | ({"annotation": annotation} if annotation else {})
+
+
+def _entry(mask: Any) -> dict[str, Any]:
+  return mask if isinstance(mask, dict) and "box" in mask else {"segmentation": mask}
 
 
 def _plain(text: str) -> str:
@@ -148,7 +152,7 @@ def usable(segmentation: Any, size: tuple[int, int] | None, where: str, left: Le
   except InputError as error:
     left.add("masks that cannot be drawn", f"{where}: {error}")
     return None
-  if stated is None and size is None:
+  if isinstance(segmentation, list) and size is None:
     left.add("polygons on media of unknown size", where)
     return None
   if stated and size and stated != size:
@@ -169,15 +173,15 @@ def box_segmentation(
 ) -> Any:
   """Every pixel that the box x1, y1, x2, y2 touches, as run lengths; None where that is none.
 
-  `turn` in degrees, clockwise on the screen, about the middle: then a polygon.
+  Where the size is not known, the box as it is. `turn` in degrees, clockwise on the screen, about
+  the middle: then a polygon.
   """
   x1, y1, x2, y2 = corners
-  if size is None:
-    left.add("boxes on media of unknown size", where)
-    return None
   if turn % 360:
     middle = ((x1 + x2) / 2, (y1 + y2) / 2)
     return [turned([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], middle, turn)]
+  if size is None:
+    return {"box": list(corners)}
   height, width = size
   left_, top = max(0, math.floor(x1)), max(0, math.floor(y1))
   right, bottom = min(width, math.ceil(x2)), min(height, math.ceil(y2))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from data_pipes.errors import InputError, one_line
+from data_pipes.errors import InputError, reading
 from data_pipes.images import MAX_PIXELS
 from data_pipes.video import frame_files
 
@@ -59,12 +59,8 @@ def _local(address: str) -> str:
 
 
 def load_json(path: Path) -> Any:
-  try:
+  with reading(f"{path}: cannot be read as JSON"):
     return json.loads(path.read_bytes())
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
 
 
 def part(value: Any, key: str, kind: type | tuple, where: str, default: Any = _REQUIRED) -> Any:
