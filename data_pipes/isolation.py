@@ -33,6 +33,7 @@ import numpy as np
 from data_pipes.errors import InputError
 
 SECONDS = 300.0  # that a call may take
+_BEGUN = b"begun"
 _GRACE = 5.0  # after which a worker whose caller is gone is ended by its timer
 
 
@@ -49,7 +50,14 @@ def check_seconds(seconds: float) -> None:
 
 
 class Ended(InputError):
-  """The worker died with a call, or had to be ended; the text says how."""
+  """The worker died with a call, or had to be ended; the text says how.
+
+  `begun`: the call itself had begun; what it needs was there.
+  """
+
+  def __init__(self, message: str, begun: bool = True):
+    super().__init__(message)
+    self.begun = begun
 
 
 def call(
@@ -57,6 +65,7 @@ def call(
   *args: Any,
   seconds: float | None = SECONDS,
   room: Iterable[np.ndarray] = (),
+  ready: Callable[[], Any] | None = None,
 ) -> Any:
   """`function(*args)`, made in a worker of this process; any number of threads may call.
 
@@ -66,11 +75,17 @@ def call(
     seconds: that the call may take; None: without end.
     room: arrays whose memory the arrays of the result that are as large take, in their order; those
       for which there is none left have memory of their own.
+    ready: called before in the worker, and not timed: it loads what the function needs.
 
   Raises:
     Ended: it crashed its process, or took longer.
   """
-  return _workers.call(function, *args, seconds=seconds, room=room)
+  return _workers.call(function, *args, seconds=seconds, room=room, ready=ready)
+
+
+def shared() -> "Workers":
+  """The workers of `call`."""
+  return _workers
 
 
 class Workers:
@@ -78,7 +93,7 @@ class Workers:
 
   def __init__(self) -> None:
     self._idle: list[_Worker] = []
-    self._all: set[_Worker] = set()
+    self._all: dict[_Worker, object] = {}  # and for whom it is at work
     self._lock = threading.Lock()
 
   def call(
@@ -87,45 +102,54 @@ class Workers:
     *args: Any,
     seconds: float | None = SECONDS,
     room: Iterable[np.ndarray] = (),
+    ready: Callable[[], Any] | None = None,
+    group: object = None,
   ) -> Any:
-    """See `call`."""
-    worker = self._take()
+    """See `call`. `group`: for `end`."""
+    worker = self._take(group)
     try:
-      worker.send((os.getcwd(), function, args, seconds))
+      worker.send((os.getcwd(), ready, function, args, seconds))
       raised, value = worker.receive(seconds, room)
     except BaseException:
       self._drop(worker)
       raise
     with self._lock:
+      self._all[worker] = None
       self._idle.append(worker)
     if raised:
       raise value
     return value
 
+  def end(self, group: object) -> None:
+    """Ends the calls of a group that are under way: they raise Ended."""
+    with self._lock:
+      workers = [worker for worker, at_work in self._all.items() if at_work is group]
+    for worker in workers:
+      worker.kill()
+
   def close(self) -> None:
     """Ends the workers; calls that are under way raise Ended."""
     with self._lock:
-      workers, self._all, self._idle = list(self._all), set(), []
+      workers, self._all, self._idle = list(self._all), {}, []
     for worker in workers:
       worker.end()
 
-  def _take(self) -> "_Worker":
+  def _take(self, group: object) -> "_Worker":
     while True:
       with self._lock:
         worker = self._idle.pop() if self._idle else None
       if worker is None:
         worker = _Worker()
-        with self._lock:
-          self._all.add(worker)
-        return worker
       if worker.is_alive():
+        with self._lock:
+          self._all[worker] = group
         return worker
       self._drop(worker)
 
   def _drop(self, worker: "_Worker") -> None:
     worker.end()
     with self._lock:
-      self._all.discard(worker)
+      self._all.pop(worker, None)
 
   def forget(self) -> None:
     """For a fork: the workers stay the parent's."""
@@ -154,31 +178,40 @@ class _Worker:
     try:
       self._connection.send_bytes(pickled)
     except OSError:
-      raise self._ended() from None
+      raise self._ended(False) from None
 
   def receive(self, seconds: float | None, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
     """(whether it is an error, the result). Raises Ended."""
+    begun = False
     try:
-      self._connection.recv_bytes()  # it has begun: the time that modules take is not the call's
-      if not self._connection.poll(seconds):
-        raise Ended(f"hung: no result within {seconds:g} s")
-      return _receive(self._connection, room)
+      first = self._connection.recv_bytes()
+      begun = first == _BEGUN  # the time that modules take to load is not the call's
+      if begun:
+        if not self._connection.poll(seconds):
+          raise Ended(f"hung: no result within {seconds:g} s")
+        first = self._connection.recv_bytes()
+      return _receive(self._connection, first, room)
     except (EOFError, OSError):
-      raise self._ended() from None
+      raise self._ended(begun) from None
 
-  def _ended(self) -> Ended:
+  def _ended(self, begun: bool) -> Ended:
+    how = "crashed: its process hangs"
     with contextlib.suppress(subprocess.TimeoutExpired):
       code = self._process.wait(_GRACE)
       if code == -signal.SIGALRM:
-        return Ended("hung: no result in time")
-      if code < 0:
-        return Ended(f"crashed: its process died of {signal.Signals(-code).name}")
-      return Ended(f"crashed: its process ended with exit code {code}")
-    return Ended("crashed: its process hangs")
+        how = "hung: no result in time"
+      elif code < 0:
+        how = f"crashed: its process died of {signal.Signals(-code).name}"
+      else:
+        how = f"crashed: its process ended with exit code {code}"
+    return Ended(how, begun)
 
-  def end(self) -> None:
+  def kill(self) -> None:
     with contextlib.suppress(OSError):
       self._process.kill()
+
+  def end(self) -> None:
+    self.kill()
     self._process.wait()
     self._connection.close()
     if self._process.stdin:
@@ -202,13 +235,15 @@ def serve() -> None:
   connection = Connection(int(sys.argv[1]))
   with contextlib.suppress(EOFError, OSError):
     while True:
-      folder, function, args, seconds = pickle.loads(connection.recv_bytes())
+      folder, ready, function, args, seconds = pickle.loads(connection.recv_bytes())
       if folder != os.getcwd():  # paths may be relative to the caller's
         os.chdir(folder)
-      connection.send_bytes(b"")
-      # The kernel's timer ends also a loop that never gives Python a turn, caller or no caller.
-      signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else seconds + _GRACE)
       try:
+        if ready is not None:
+          ready()
+        connection.send_bytes(_BEGUN)
+        # The kernel's timer ends also a loop that never gives Python a turn, caller or no caller.
+        signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else seconds + _GRACE)
         answer = False, function(*args)
       except Exception as error:
         error.add_note(f"in a worker process:\n{traceback.format_exc()}")
@@ -237,8 +272,8 @@ def _send(connection: Connection, answer: tuple[bool, Any]) -> None:
     connection.send_bytes(view)
 
 
-def _receive(connection: Connection, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
-  pickled, sizes = pickle.loads(connection.recv_bytes())
+def _receive(connection: Connection, first: bytes, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
+  pickled, sizes = pickle.loads(first)
   free = deque(memoryview(array).cast("B") for array in room)
   buffers: list[Any] = []
   for size in sizes:

@@ -25,6 +25,8 @@ def make(settings: dict) -> Graph:
   where, workers = settings.get("where", "thread"), settings.get("workers", 3)
 
   def logged(stage: str, function):
+    if settings.get("broken_model") == stage:
+      os._exit(7)
     with open(Path(settings["folder"]) / "opened.log", "a") as log:
       log.write(f"{stage} {os.getpid()}\n")
 
@@ -44,6 +46,8 @@ def make(settings: dict) -> Graph:
       raise RuntimeError("poisoned\nitem")
     if number == settings.get("deadly"):
       os._exit(9)
+    while number == settings.get("endless"):
+      pass
     if number == settings.get("stop_at") and not (Path(settings["folder"]) / "go").exists():
       raise StopRun("the budget is spent")
     return Outcome([Number(item.key, item.key, number**2, [number, None])])

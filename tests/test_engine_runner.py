@@ -28,7 +28,9 @@ def run(folder: Path, shards: int = 2, store: Path | None = None, only=None, **s
   store_ = Store(store or folder / "run", shards)
   if not store_.settings():
     store_.write_settings({})
-  options = {k: settings.pop(k) for k in ("retry_quarantined", "stages") if k in settings}
+  options = {
+    k: settings.pop(k) for k in ("retry_quarantined", "stages", "item_seconds") if k in settings
+  }
   run_stages(engine_toy.ref(folder, **settings), store_, shards=only, **options)
   return store_
 
@@ -262,6 +264,26 @@ def test_an_item_that_kills_its_process_is_quarantined(tmp_path):
   bad = [r for i in range(2) for r in store.records("a", i) if r.status == QUARANTINED]
   assert [(r.key, r.reason) for r in bad] == [("00005", "the worker process died with this item")]
   assert len(list(store.rows("a"))) == 11
+
+
+@pytest.mark.parametrize("where", ["process", "own process"])
+def test_an_item_that_hangs_or_kills_costs_itself_alone(tmp_path, where):
+  store = run(
+    tmp_path, shards=1, deadly=3, endless=9, item_seconds=1, where=where, workers=2, items=16
+  )
+  bad = {r.key: r.reason for r in store.records("a", 0) if r.status == QUARANTINED}
+  assert bad == {
+    "00003": "the worker process died with this item",
+    "00009": "the worker process hung: no result within 1 s",
+  }
+  assert len(list(store.rows("a"))) == 14
+  counts = Counter(line.split()[0] for line in opened(tmp_path))
+  assert counts["a"] <= 4  # two workers, and one for each that was lost
+
+
+def test_a_stage_that_cannot_be_opened_ends_the_run(tmp_path):
+  with pytest.raises(InputError, match="a: what the stage needs crashed: its process ended with"):
+    run(tmp_path, shards=1, broken_model="a", where="process", workers=2)
 
 
 def test_a_changed_stage_is_redone_with_what_follows_and_the_others_kept(tmp_path):

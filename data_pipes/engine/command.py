@@ -75,6 +75,7 @@ def _run(
     line=command,
     retry_quarantined=chosen.retry_quarantined,
     budget_usd=chosen.budget_usd,
+    item_seconds=chosen.item_seconds,
   )
   if chosen.runner == "array":
     return {"commands": _array(job)}
@@ -91,6 +92,7 @@ def _run(
         shards=[only[1]] if only else None,
         graph=graph,
         retry_quarantined=chosen.retry_quarantined,
+        item_seconds=chosen.item_seconds,
         name=name,
         report=lambda progress: report(progress_line(progress)),
       )

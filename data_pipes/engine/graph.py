@@ -87,7 +87,7 @@ class Stage:
     group: field of the input rows whose equal values come together as one item.
     survey: a function of all rows of `after`, over all shards, to {key: note}; such a stage waits
       until `after` is complete.
-    where: "thread" or "process".
+    where: "thread"; "process", shared with other stages; "own process", which loads a model.
     workers: items in work at the same time.
   """
 

@@ -11,6 +11,7 @@ from data_pipes.engine import pipeline
 from data_pipes.engine import stages as engine_stages
 from data_pipes.engine.calls import spent_by_file
 from data_pipes.engine.graph import Graph, GraphRef
+from data_pipes.engine.options import ITEM_SECONDS
 from data_pipes.engine.pools import Pools
 from data_pipes.engine.store import Store
 
@@ -46,10 +47,11 @@ class EngineJob:
     retry_quarantined: bool = False,
     name: str = "local",
     budget_usd: float | None = None,
+    item_seconds: float = ITEM_SECONDS,
   ):
     self.ref, self.store = ref, Store(Path(folder).absolute())
     self.line, self.retry_quarantined = line, retry_quarantined
-    self.name, self.budget_usd = name, budget_usd
+    self.name, self.budget_usd, self.item_seconds = name, budget_usd, item_seconds
     self._opened: tuple[Graph, Pools] | None = None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class EngineJob:
 
   def _open(self) -> tuple[Graph, Pools]:
     if self._opened is None:
-      self._opened = self.ref.build(), Pools(self.ref, everything_in_threads=True)
+      self._opened = self.ref.build(), Pools(self.ref, self.item_seconds)
       if workdir := getattr(self.ref.settings, "get", lambda key: None)("workdir"):
         engine_stages.set_calls(workdir, self.name, self.budget_usd, alone=True)
     return self._opened
@@ -111,6 +113,7 @@ class EngineJob:
         retry_quarantined=self.retry_quarantined,
         name=name,
         budget_usd=usd,
+        item_seconds=self.item_seconds,
       )
       for name, usd in budgets.items()
     ]

@@ -26,6 +26,7 @@ from data_pipes.engine.graph import (
   StopRun,
 )
 from data_pipes.engine.open_shard import OpenShard
+from data_pipes.engine.options import ITEM_SECONDS
 from data_pipes.engine.pools import Line, Pools
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
@@ -68,6 +69,7 @@ def run_stages(
   report: Callable[[Progress], None] = lambda progress: None,
   name: str = "local",
   pools: Pools | None = None,
+  item_seconds: float = ITEM_SECONDS,
 ) -> Progress:
   """Does what is left of the given stages and shards (default: all).
 
@@ -76,14 +78,15 @@ def run_stages(
     retry_quarantined: gives quarantined items another try.
     report: called about once a second and at the end.
     name: of the progress file, progress/<name>.json.
-    pools: workers that stay open for the next call; None opens some for this one.
+    pools: workers that stay open for the next call; None opens some for this one, which give an
+      item up after `item_seconds`.
 
   Raises:
     InputError: a shard that a stage reads is not there, or another run has one in work.
     StopRun: budget spent, endpoint down, disk full; what is done is kept.
   """
   graph = graph or ref.build()
-  run = _Run(graph, store, stages, shards, retry_quarantined, pools or Pools(ref))
+  run = _Run(graph, store, stages, shards, retry_quarantined, pools or Pools(ref, item_seconds))
   shown = -_PROGRESS_SECONDS
 
   def show(force: bool = False) -> None:

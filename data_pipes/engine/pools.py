@@ -1,56 +1,74 @@
-"""The workers of stages: threads and processes that open a stage once and take its items."""
+"""The workers of stages: threads for endpoints, processes for all that may crash or hang."""
 
-import multiprocessing
+import contextlib
+import functools
+import itertools
+import os
 import queue
-from concurrent.futures import (
-  BrokenExecutor,
-  Executor,
-  Future,
-  ProcessPoolExecutor,
-  ThreadPoolExecutor,
-)
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_pipes.engine.graph import GraphRef, Item, Process, Stage, StopRun
+from data_pipes import isolation
+from data_pipes.engine.graph import Graph, GraphRef, Item, Process, Stage, StopRun
 from data_pipes.engine.open_shard import OpenShard, journal_line
+from data_pipes.engine.options import ITEM_SECONDS
 from data_pipes.engine.store import stop_if_full
 from data_pipes.errors import InputError, one_line
-from data_pipes.jobs import die_with_parent
 
 Line = tuple[bytes, list[str]]  # of the journal, and the statuses of its records
+CRASHED = "the worker process died with this item"
 
 
 class Pools:
   """The workers of a graph, opened on first use and kept: a model is loaded once a worker.
 
-  Args:
-    everything_in_threads: also stages that ask for processes.
+  Stages that compute share worker processes, one for each item that may be in work; a stage with a
+  model has some of its own. An item that kills its process, or takes longer than it may, is
+  quarantined, and the process replaced.
 
   Attributes:
     results: of each item (its shard, its key, its journal line or what was raised).
   """
 
-  def __init__(self, ref: GraphRef, everything_in_threads: bool = False):
+  def __init__(self, ref: GraphRef, item_seconds: float = ITEM_SECONDS):
     self.results: queue.SimpleQueue = queue.SimpleQueue()
-    self._ref, self._threads = ref, everything_in_threads
+    self._ref, self._seconds = ref, item_seconds
+    self._token = f"{os.getpid()}-{next(_tokens)}"  # what is opened belongs to these pools
     self._pools: dict[str, _Pool] = {}
+    self._places: dict[int, threading.BoundedSemaphore] = {}
 
   def submit(self, shard: OpenShard, item: Item, fp: str) -> None:
     """Hands an item to the workers of its stage."""
-    stage = shard.stage
-    if stage.name not in self._pools:
-      kind = _Threads if self._threads or stage.where == "thread" else _Processes
-      self._pools[stage.name] = kind(stage, self._ref, self.results)
-    self._pools[stage.name].submit(shard, item, fp)
+    name = shard.stage.name
+    if name not in self._pools:
+      self._pools[name] = _Pool(shard.stage, self._work_of(shard.stage), self.results)
+    self._pools[name].submit(shard, item, fp)
+
+  def _work_of(self, stage: Stage) -> "_Work":
+    if stage.where == "thread":
+      return functools.partial(process_item, stage, stage.make())
+    ready = functools.partial(_open, self._token, self._ref, stage.name)
+    if stage.where == "own process":
+      return _Isolated(stage, isolation.Workers(), ready, self._seconds)
+    places = self._places.setdefault(stage.workers, threading.BoundedSemaphore(stage.workers))
+    return _Isolated(stage, isolation.shared(), ready, self._seconds, places)
 
   def close(self) -> None:
-    """Waits for the items that workers are at; those that wait for a worker are dropped."""
+    """Ends the workers: threads when they are done with their item, processes at once. Items that
+    are not done are dropped: they are done again by the next run."""
+    for pool in self._pools.values():
+      pool.closing = True
+      if isinstance(pool.work, _Isolated):
+        pool.work.close()
     for pool in self._pools.values():
       pool.close()
     self._pools.clear()
+
+
+_tokens = itertools.count()
 
 
 def process_item(stage: Stage, process: Process, item: Item, fp: str) -> Line:
@@ -72,95 +90,80 @@ def process_item(stage: Stage, process: Process, item: Item, fp: str) -> Line:
   return journal_line(stage, item.key, fp, outcome[:500])
 
 
+_Work = Callable[[Item, str], Line]
+
+
+class _Isolated:
+  """Items of a stage, each in a worker process, at most as many at a time as there are `places`."""
+
+  def __init__(
+    self,
+    stage: Stage,
+    workers: isolation.Workers,
+    ready: Callable[[], None],
+    seconds: float,
+    places: threading.BoundedSemaphore | None = None,
+  ):
+    self.stage, self._workers, self._ready, self._seconds = stage, workers, ready, seconds
+    self._places = places or contextlib.nullcontext()
+
+  def __call__(self, item: Item, fp: str) -> Line:
+    try:
+      with self._places:
+        call = (_work, self.stage.name, item, fp)
+        limits: Any = {"seconds": self._seconds, "ready": self._ready, "group": self}
+        return self._workers.call(*call, **limits)
+    except isolation.Ended as error:
+      if not error.begun:
+        raise InputError(f"{self.stage.name}: what the stage needs {error}") from None
+      reason = CRASHED if str(error).startswith("crashed") else f"the worker process {error}"
+      return journal_line(self.stage, item.key, fp, reason)
+
+  def close(self) -> None:
+    if self._workers is isolation.shared():
+      self._workers.end(self)
+    else:
+      self._workers.close()
+
+
 class _Pool:
   """Takes items and puts (shard, key, line or exception) into `results`."""
 
-  def submit(self, shard: OpenShard, item: Item, fp: str) -> None:
-    raise NotImplementedError
-
-  def close(self) -> None:
-    raise NotImplementedError
-
-
-class _Threads(_Pool):
-  def __init__(self, stage: Stage, ref: GraphRef, results: queue.SimpleQueue):
-    self.stage, self.results = stage, results
-    self.process = stage.make()
-    self.executor: Executor = ThreadPoolExecutor(stage.workers, f"vr-{stage.name}")
+  def __init__(self, stage: Stage, work: _Work, results: queue.SimpleQueue):
+    self.work, self.closing, self._results = work, False, results
+    self._executor = ThreadPoolExecutor(stage.workers, f"vr-{stage.name}")
 
   def submit(self, shard: OpenShard, item: Item, fp: str) -> None:
-    def work() -> None:
+    def run() -> None:
       try:
-        line: Any = process_item(self.stage, self.process, item, fp)
+        line: Any = self.work(item, fp)
       except BaseException as error:
         line = error
-      self.results.put((shard, item.key, line))
+      if not self.closing or not isinstance(self.work, _Isolated):
+        self._results.put((shard, item.key, line))
 
-    self.executor.submit(work)
-
-  def close(self) -> None:
-    self.executor.shutdown(wait=True, cancel_futures=True)
-
-
-class _Processes(_Pool):
-  """Spawned worker processes. One that dies takes its pool along; the items that were in work are
-  then tried one by one, and the one with which the process dies again is quarantined."""
-
-  def __init__(self, stage: Stage, ref: GraphRef, results: queue.SimpleQueue):
-    self.stage, self.ref, self.results = stage, ref, results
-    self.in_work: dict[Future, tuple[OpenShard, Item, str]] = {}
-    self.executor = self._start(stage.workers)
-
-  def _start(self, workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-      workers, multiprocessing.get_context("spawn"), _open_stage, (self.ref, self.stage.name)
-    )
-
-  def submit(self, shard: OpenShard, item: Item, fp: str) -> None:
-    try:
-      future = self.executor.submit(_work, item, fp)
-    except BrokenExecutor:
-      self.executor = self._start(self.stage.workers)
-      future = self.executor.submit(_work, item, fp)
-    future.add_done_callback(partial(self._done, shard, item, fp))
-
-  def _done(self, shard: OpenShard, item: Item, fp: str, future: Future) -> None:
-    if future.cancelled():
-      return
-    error = future.exception()
-    line: Any = error if error else future.result()
-    if isinstance(error, BrokenProcessPool):
-      line = self._alone(item, fp)
-    self.results.put((shard, item.key, line))
-
-  def _alone(self, item: Item, fp: str) -> Any:
-    with self._start(1) as single:
-      try:
-        return single.submit(_work, item, fp).result()
-      except BrokenProcessPool:
-        return journal_line(self.stage, item.key, fp, "the worker process died with this item")
-      except StopRun as error:
-        return error
+    self._executor.submit(run)
 
   def close(self) -> None:
-    self.executor.shutdown(wait=True, cancel_futures=True)
+    self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-_opened: tuple[Stage, Process] | Exception | None = None
+# In a worker process
+
+_opened: tuple[str, Graph, dict[str, Process]] | None = None  # of the pools that asked last
 
 
-def _open_stage(ref: GraphRef, name: str) -> None:
+def _open(token: str, ref: GraphRef, name: str) -> None:
+  """Opens a stage for the pools with this token, unless it is open; drops what others opened."""
   global _opened
-  die_with_parent()
-  try:
-    stage = ref.build()[name]
-    _opened = stage, stage.make()
-  except Exception as error:  # raised here it would only break the pool
-    _opened = error
+  if _opened is None or _opened[0] != token:
+    _opened = token, ref.build(), {}
+  _, graph, processes = _opened
+  if name not in processes:
+    processes[name] = graph[name].make()
 
 
-def _work(item: Item, fp: str) -> Line:
+def _work(name: str, item: Item, fp: str) -> Line:
   assert _opened is not None
-  if isinstance(_opened, Exception):
-    raise _opened
-  return process_item(*_opened, item, fp)
+  _, graph, processes = _opened
+  return process_item(graph[name], processes[name], item, fp)

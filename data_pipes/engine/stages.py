@@ -347,22 +347,24 @@ class _Builder:
     return name
 
   def _width(self, roles: tuple[str, ...], cpu: bool) -> tuple[str, int]:
-    """Threads for endpoints, one for a model, processes to compute."""
+    """Threads for endpoints, a process for a model, processes to compute."""
     allowed = getattr(os, "sched_getaffinity", None)  # of this process; Linux tells
     cores = self.settings["workers"] or (len(allowed(0)) if allowed else os.cpu_count() or 1)
     everyone = [self.settings["roles"][role] for role in roles]
-    limits = [
-      threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
-      for options in everyone
-      if options.get("kind", "builtin") != "builtin"
-    ]
-    if limits:
-      return "thread", min(limits)
+    kinds = {options.get("kind", "builtin") for options in everyone} - {"builtin"}
+    if "openai" in kinds:
+      return "thread", min(
+        threads_for(options.get("concurrency", 16)) if options["kind"] == "openai" else 1
+        for options in everyone
+        if options.get("kind", "builtin") != "builtin"
+      )
+    if kinds:
+      return "own process", 1
     computes = cpu or any(
       getattr(backend_class(role, options), "computes", False)
       for role, options in zip(roles, everyone, strict=True)
     )
-    return ("process", cores) if computes and cores > 1 else ("thread", 1)
+    return "process", cores if computes else 1
 
 
 def threads_for(concurrency: int) -> int:

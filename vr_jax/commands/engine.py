@@ -120,8 +120,10 @@ def _progress(show: bool) -> Iterator[Callable[[str], None]]:
 
 def _array_command(source: Source, options: Run, how: RunOptions, overrides: Sequence[str]) -> str:
   words = ["vr", "engine", "run", "--config", source.config, "--workdir", options.workdir]
-  for flag, value in (("--budget-usd", how.budget_usd), ("--limit", options.limit)):
-    words += [flag, str(value)] if value is not None else []
+  seconds = how.item_seconds if how.item_seconds != RunOptions().item_seconds else None
+  chosen = {"budget-usd": how.budget_usd, "limit": options.limit, "item-seconds": seconds}
+  for flag, value in chosen.items():
+    words += [f"--{flag}", str(value)] if value is not None else []
   return shlex.join([*words, *(f"--{override}" for override in overrides)])
 
 
