@@ -247,7 +247,7 @@ def test_devices_that_are_not_here_are_one_line(capsys, monkeypatch):
     cli.main(words)
   monkeypatch.setattr(jax, "devices", fails)
   assert cli.main(words) == 2
-  assert capsys.readouterr().err.startswith("vr train: JAX_PLATFORMS='cuda': JAX starts no such")
+  assert capsys.readouterr().err.startswith("vr train: JAX_PLATFORMS='cuda': JAX has no such")
 
 
 def test_home_is_expanded(config_file, monkeypatch):

@@ -4,6 +4,9 @@ import io
 import json
 import struct
 
+import pytest
+
+from vr_jax.training import metrics
 from vr_jax.training.metrics import MetricsWriter, Progress, read_metrics, resident_gb
 from vr_jax.training.tensorboard import EventWriter, crc32c
 
@@ -55,6 +58,34 @@ def test_lines_after_the_resumed_step_are_forgotten(tmp_path):
   assert [line["step"] for line in lines] == [1, 2, 3, 4]
   assert lines[-1] == {"step": 4, "loss": 0.125}
   assert read_metrics(tmp_path) == lines
+
+
+def test_what_is_no_number_is_null(tmp_path):
+  with MetricsWriter(tmp_path) as writer:
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+  (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(line, parse_constant=pytest.fail) == {
+    "step": 1, "loss": None, "grad_norm": None, "lr": 0.5
+  }  # fmt: skip
+
+
+def test_damaged_lines_are_left_out_and_kept_beside(tmp_path):
+  content = b'{"step": 1, "loss": 2.0}\n\xff\xfe\n[3]\n{"loss": 1}\n{"step": 2, "loss": 1.0}\n{"st'
+  (tmp_path / "metrics.jsonl").write_bytes(content)
+  with MetricsWriter(tmp_path, first_step=2) as writer:
+    writer.write(3, {"loss": 0.5})
+  assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+  assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"a b\n", None])
+def test_a_run_of_weights_and_biases_without_a_name_gets_one(tmp_path, content):
+  file = tmp_path / "wandb_id"
+  if content is not None:
+    file.write_bytes(content)
+  name = metrics._wandb_id(file)
+  assert len(name) == 16
+  assert metrics._wandb_id(file) == name
 
 
 def test_progress_is_lines_where_there_is_no_terminal(monkeypatch):

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _has_devices():
       raise
     print(
-      f"vr {args.command}: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: JAX starts no such "
+      f"vr {args.command}: JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: JAX has no such "
       "device here; accepted: one whose plug-in is installed (extras [tpu], [cuda]), cpu, or unset",
       file=sys.stderr,
     )

@@ -326,7 +326,9 @@ def _state(member: Member, workdir: Path) -> tuple[str, str, str]:
   """(how far a member is, its steps, its last loss)."""
   home = workdir / member.name
   lines = read_metrics(home) if (home / "metrics.jsonl").is_file() else []
-  steps, loss = (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("", "")
+  steps = str(lines[-1]["step"]) if lines else ""
+  losses = [line["loss"] for line in lines if line["loss"] is not None]  # null: of a skipped step
+  loss = f"{losses[-1]:.4f}" if losses else ""
   if (home / "failed.json").is_file():
     failure = json.loads((home / "failed.json").read_text())
     return f"failed: {failure['line']}", steps, loss

@@ -40,12 +40,13 @@ class Sweep:
 
 def run(options: Sweep) -> int:
   """Returns 0, or the exit code of the first member that failed or was stopped."""
+  from vr_jax.addresses import local
   from vr_jax.configs import find_config, split_spec
   from vr_jax.sweep import read_sweep, run_local, unfinished, write_table
 
   members = read_sweep(options.config, options.seeds)
   path = find_config(split_spec(options.config)[0])
-  workdir = Path(options.workdir or Path("sweeps") / path.stem)
+  workdir = Path(local(options.workdir or f"sweeps/{path.stem}", "--workdir"))
   run = f"{options.config} {options.seeds}"
   if min(options.jobs, options.seeds) < 1:
     raise InputError("--jobs and --seeds: accepted: at least 1")

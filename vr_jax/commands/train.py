@@ -1,10 +1,13 @@
 """`vr train`: trains a config, or goes on with what is in the work directory."""
 
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vr_jax.commands.options import CONFIG
+from vr_jax.streams import lasting_streams
 
 STOPPED = 143  # the exit code of a training that was stopped and has saved
 
@@ -13,17 +16,27 @@ STOPPED = 143  # the exit code of a training that was stopped and has saved
 class Train:
   config: str = field(metadata=CONFIG)
   workdir: str = field(metadata={"help": "folder of checkpoints and metrics"})
+  extend: bool = field(
+    default=False, metadata={"help": "go on to another total than the run had; see docs/scaling.md"}
+  )
 
 
 def run(options: Train, overrides: Sequence[str]) -> int:
-  logging.basicConfig(format="%(message)s")
-  logging.getLogger("vr_jax").setLevel(logging.INFO)
-  from vr_jax.configs import load_config
-  from vr_jax.program_cache import keep_on_disk
-  from vr_jax.training.loop import train
-  from vr_jax.training.processes import join
+  with lasting_streams():
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vr_jax").setLevel(logging.INFO)
+    from vr_jax.configs import load_config
+    from vr_jax.program_cache import keep_on_disk
+    from vr_jax.training.loop import train
+    from vr_jax.training.processes import join
 
-  config = load_config(options.config, overrides)
-  join()
-  keep_on_disk()
-  return 0 if train(config, options.workdir).finished else STOPPED
+    config = load_config(options.config, overrides)
+    join()
+    keep_on_disk()
+    try:
+      finished = train(config, options.workdir, extend=options.extend).finished
+    except KeyboardInterrupt:
+      # Threads of XLA that are in the middle of a step do not survive the interpreter's end.
+      sys.stderr.flush()
+      os._exit(130)
+    return 0 if finished else STOPPED

@@ -143,5 +143,6 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind, *_) -> None:
+    if kind is not KeyboardInterrupt:  # who interrupts does not wait; a part of a save is no harm
+      self.close()

@@ -80,7 +80,7 @@ def read_beats(folder: Path, count: int) -> list[Mapping[str, Any] | None]:
   for index in range(count):
     try:
       beats.append(json.loads((folder / f"{index}.json").read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
       beats.append(None)
   return beats
 

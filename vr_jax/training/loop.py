@@ -12,11 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,37 +25,30 @@ from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from data_pipes.files import locked, write_text
+from vr_jax.addresses import local
 from vr_jax.arrays import Array
-from vr_jax.checkpoint import export, make_meta
-from vr_jax.configs import base_config, check_keys, diff, from_json, to_json
+from vr_jax.checkpoint import export, load_meta, make_meta
+from vr_jax.configs import base_config, check_config, check_keys, to_json
 from vr_jax.hardware import chip_of
 from vr_jax.models.quantize import is_quantized, quantized
 from vr_jax.params import Params, merge, param_shardings, path_names, sub_tree
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.checkpoints import Checkpoints
 from vr_jax.training.heartbeat import Heartbeat
-from vr_jax.training.metrics import Ledger, MetricsWriter, Profiler, Progress, resident_gb
-from vr_jax.training.processes import agree
+from vr_jax.training.metrics import Profiler
+from vr_jax.training.processes import agree, agree_on_data, together
+from vr_jax.training.report import Report
 from vr_jax.training.schedule import Optimizer, count_steps, make_optimizer
-from vr_jax.training.step import Metrics, TrainState, check_metrics, make_step, micro_batches
-from vr_jax.training.task import Rows, Task, make_task, task_name
-
-# Fields that may change between the runs of one work directory: they decide where things lie and
-# what is reported, not what is computed (up to the order of sums on another mesh).
-MAY_CHANGE = (
-  "mesh",
-  "sharding_strategy",
-  "sharding_rules",
-  "log_steps",
-  "ckpt_steps",
-  "keep_ckpts",
-  "keep_ckpt_steps",
-  "profile_steps",
-  "stall_seconds",
-  "wandb",
-  "input.threads",
-  "input.media",
-  "input.max_unreadable",
+from vr_jax.training.step import Metrics, TrainState, make_step, micro_batches
+from vr_jax.training.stopping import stop_signals
+from vr_jax.training.task import Rows, Task, make_task
+from vr_jax.training.workdir import (
+  Before,
+  check_data,
+  check_same_run,
+  check_shared,
+  make_workdir,
+  read_before,
 )
 
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
@@ -75,28 +65,40 @@ class Result(NamedTuple):
   metrics: dict[str, float]
 
 
-def train(config: ConfigDict, workdir: Path | str) -> Result:
+def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> Result:
   """Trains until the config's total, or resumes what is in `workdir`.
 
-  Precedence: the newest checkpoint in `workdir`, then `model_init`, then random initialisation.
-  SIGTERM and the first Ctrl-C save and stop. Killed in any other way, the run goes on from its last
-  checkpoint when started again, and ends with the same parameters, bit for bit on the same mesh.
+  Precedence: the newest checkpoint in `workdir`, then `model_init`, then random initialisation. A
+  run that goes on needs its checkpoint and its data, nothing else that it began with.
+  SIGTERM, SIGHUP and the first Ctrl-C save and stop. Killed in any other way, the run goes on from
+  its last checkpoint when started again, and ends with the same parameters, bit for bit on the same
+  mesh.
+
+  Args:
+    extend: the total may differ from that which the run in `workdir` had. From here on learning
+      rates are those of a run that had the new total from its first step.
 
   Raises:
     InputError: a config that does not fit, a work directory of another config, data that cannot be
       trained on, processes that were not started alike.
   """
+  workdir = Path(local(str(workdir), "--workdir"))
   agree(config)
+  check_config(config)
+  together(lambda: make_workdir(workdir))
+  check_shared(workdir)
   part = f"process {jax.process_index()}" if jax.process_count() > 1 else None
   with locked(workdir, to_json(config), part):
-    return _train(config, Path(workdir))
+    return _train(config, workdir, extend)
 
 
-def _train(config: ConfigDict, workdir: Path) -> Result:
-  _check_workdir(workdir, config)
-  task = make_task(config)
+def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
+  before = together(lambda: _check_workdir(workdir, config, extend=extend))
+  task = together(lambda: make_task(before.going_on(config)))
   check_keys(config, [*base_config(), *task.fields], "config")
   check_keys(config.input, base_config().input, "config.input")
+  check_data(workdir, before.meta.get("data", {}), task.data)
+  agree_on_data(task.data)
   total = total_steps(config, task.data_size)
   mesh = make_mesh(config.mesh)
   check_rules(config.sharding_rules, mesh)
@@ -111,11 +113,25 @@ def _train(config: ConfigDict, workdir: Path) -> Result:
     )
     state, position, train_step = _begin(config, task, total, mesh, checkpoints)
     first = int(state.step)
+    if first > total:
+      raise InputError(f"{workdir}: {first} steps are done; accepted: a total of at least that")
     if jax.process_index() == 0:
       write_text(workdir / "config.json", to_json(config) + "\n")
-    meta = make_meta(task.model, task.tokenizer_files, task.generation, json.loads(to_json(config)))
+      if first < total:
+        shutil.rmtree(workdir / "ema", ignore_errors=True)  # of a run that is extended
+    saved = load_meta(workdir / "checkpoints" / str(first)) if first else {}
+    report = stack.enter_context(
+      Report(config, task, workdir, first, total, chip_of(jax.devices()[0]), saved.get("counts"))
+    )
+
+    def save() -> None:
+      meta = make_meta(
+        task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
+      )
+      meta |= {"data": dict(task.data), "counts": report.counts()}
+      checkpoints.save(state, position, meta)
+
     batches = task.batches(position, total) if first < total else iter(())
-    report = stack.enter_context(Report(config, task, workdir, first, total))
     heartbeat = stack.enter_context(
       Heartbeat(
         workdir / "heartbeat", jax.process_index(), jax.process_count(), config.stall_seconds
@@ -125,11 +141,12 @@ def _train(config: ConfigDict, workdir: Path) -> Result:
 
     for step in range(first, total):
       stop = stopped(step)
-      # Save, then draw: drawing moves the position, which must be that of the saved state.
+      # Save, then draw: drawing moves the position, which must be that of the saved state. And read
+      # what the step before gave, then save.
       if stop or (step % config.ckpt_steps == 0 and step > first):
         report.flush()
         heartbeat.at(step, "checkpoint")
-        report.ledger.timed("checkpoint", checkpoints.save, state, position, meta)
+        report.ledger.timed("checkpoint", save)
       if stop:
         return Result(step, False, report.last)
       profiler.before(step + 1, report.flush)
@@ -140,10 +157,21 @@ def _train(config: ConfigDict, workdir: Path) -> Result:
       state, metrics = train_step(state, place(rows))
       report.add(step + 1, metrics, rows)
     report.flush()
-    checkpoints.save(state, position, meta)
+    save()
     if "ema" in state.opt_state and not (workdir / "ema").exists():
-      export(workdir / "ema", merge(state.opt_state["ema"], state.params_frozen), meta)
+      mean = merge(state.opt_state["ema"], state.params_frozen)
+      meta = make_meta(
+        task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
+      )
+      export(workdir / "ema", mean, meta)
     return Result(total, True, report.last)
+
+
+def _check_workdir(workdir: Path, config: ConfigDict, *, extend: bool = False) -> Before:
+  """What a work directory holds; refuses one of another config."""
+  before = read_before(workdir)
+  check_same_run(workdir, config, before, extend=extend)
+  return before
 
 
 def _begin(
@@ -313,142 +341,6 @@ def _like_the_matrix(leaf: Any, sharding: NamedSharding) -> Any:
     return NamedSharding(sharding.mesh, P(*(axis if n > 1 else None for axis, n in axes)))
 
   return jax.tree.map(place, leaf)
-
-
-class Report:
-  """Reads a step's metrics while the next one runs; checks, logs and shows them."""
-
-  def __init__(self, config: ConfigDict, task: Task, workdir: Path, first: int, total: int):
-    self.last: dict[str, float] = {}
-    self._config, self._task, self._total = config, task, total
-    self._pending: tuple[int, Metrics, tuple[int, int] | None] | None = None
-    self.ledger = Ledger()
-    self._spent, self._since = self.ledger.seconds(), time.perf_counter()
-    self._chip = chip_of(jax.devices()[0])
-    self._first = first
-    self._leader = jax.process_index() == 0
-    if self._leader:
-      self._writer = MetricsWriter(workdir, first, config.wandb, json.loads(to_json(config)))
-      self._progress = Progress(total, first)
-      done = f"resuming after step {first} of {total}" if first else f"{total} steps"
-      self._progress.say(f"{workdir}: {done}, {task.data_size} examples")
-
-  def add(self, step: int, metrics: Metrics, rows: Rows) -> None:
-    """Takes the metrics of step `step` (from 1) on these host rows; reads those before them."""
-    self.flush()
-    self._pending = (step, metrics, self._task.work(rows) if self._task.work else None)
-
-  def flush(self) -> None:
-    """Waits for the step that is under way and reports it.
-
-    Raises:
-      InputError: see `step.check_metrics`; names what the batch holds.
-    """
-    if self._pending is None:
-      return
-    step, metrics, work = self._pending
-    self._pending = None
-    metrics = jax.device_get(metrics)
-    try:
-      check_metrics(step, metrics)
-    except InputError as error:
-      if names := self._task.names(step - 1, self._total):
-        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if names[16:] else "")
-        raise InputError(f"{error}; the batch holds {shown}") from None
-      raise
-    now, spent = time.perf_counter(), self.ledger.seconds()
-    seconds = now - self._since
-    self.last = {
-      **{k: v.item() for k, v in metrics.items() if v.ndim == 0 and k != "overflow"},
-      "seconds": seconds,
-      **{f"{part}_seconds": spent[part] - self._spent[part] for part in spent if part != "step"},
-      **(self._rates(*work, seconds) if work else {}),
-      "epoch": step * self._config.input.batch_size / self._task.data_size,
-      "rss_gb": resident_gb(),
-      **self._task.counts(),
-    }
-    self._since, self._spent = now, spent
-    logged = step % self._config.log_steps == 0 or step in (self._first + 1, self._total)
-    if self._leader:
-      if logged:
-        self._writer.write(step, self.last)
-      self._progress.update(step, self.last, line=logged)
-
-  def _rates(self, tokens: int, flops: int, seconds: float) -> dict[str, float]:
-    """Rates over all processes, as if the others' rows were like these; MFU on a known chip."""
-    count = jax.process_count()
-    rates = {"tokens_per_second": tokens * count / seconds}
-    if self._chip:
-      peak = self._chip.tflops * 1e12 * jax.device_count()
-      rates["mfu"] = flops * count / seconds / peak
-    return rates
-
-  def __enter__(self) -> "Report":
-    return self
-
-  def __exit__(self, error, *_) -> None:
-    if self._leader:
-      spent = self.ledger.seconds()
-      shares = (f"{part} {s / sum(spent.values()):.0%}" for part, s in spent.items())
-      if error is None:
-        self._progress.say(f"{sum(spent.values()):.0f} s: {', '.join(shares)}")
-      self._progress.close()
-      self._writer.close()
-
-
-@contextlib.contextmanager
-def stop_signals(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
-  """Gives `stopped(step)`: SIGTERM or Ctrl-C came. A second Ctrl-C interrupts at once.
-
-  Where there are several processes, all stop at the same step, whichever got the signal.
-  """
-  came: list[int] = []
-  several = jax.process_count() > 1
-
-  def note(number, frame):
-    came.append(number)
-    signal.signal(number, before[number])
-    if several:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  # With several processes JAX itself watches for SIGTERM and tells the others.
-  watched = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-  try:
-    before = {s: signal.signal(s, note) for s in watched}
-  except ValueError:  # not the main thread; signals are somebody else's
-    before = {}
-  try:
-    yield checkpoints.reached_preemption if several else lambda step: bool(came)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
-def make_workdir(workdir: Path) -> None:
-  """Makes a work directory; raises InputError if it cannot be written."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except OSError as error:
-    raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from error
-
-
-def _check_workdir(workdir: Path, config: ConfigDict) -> None:
-  """Refuses a work directory that cannot be written, or with checkpoints of another config."""
-  make_workdir(workdir)
-  file = workdir / "config.json"
-  if not any((workdir / "checkpoints").glob("[0-9]*")):
-    return
-  if not file.is_file():
-    raise InputError(f"{workdir}: found checkpoints without config.json; use another workdir")
-  changed = diff(from_json(file.read_text(encoding="utf-8")), config)
-  changed = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
-  if "task" in changed and len({task_name(name) for name in changed["task"]}) == 1:
-    del changed["task"]  # the module of the task has moved
-  if changed:
-    listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-    raise InputError(f"{workdir} was made with another config: {listed}; use another workdir")
 
 
 def _without(tree: Params, other: Params) -> Params:

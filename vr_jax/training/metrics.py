@@ -1,7 +1,12 @@
 """What a run reports: JSON lines always, TensorBoard, progress, where the time went, traces."""
 
+import json
+import logging
+import math
 import os
+import re
 import resource
+import shutil
 import sys
 import time
 import uuid
@@ -14,9 +19,11 @@ import rich.console
 import rich.progress
 
 from data_pipes.errors import InputError, one_line
-from data_pipes.files import JsonLines, read_json_lines, write_text
+from data_pipes.files import JsonLines, read_json_lines, replaced, write_text
 from vr_jax.compiling import compile_seconds
 from vr_jax.training.tensorboard import EventWriter
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -24,7 +31,7 @@ class MetricsWriter:
 
   Made for step `first_step`, it forgets what was written for later steps: a run that was killed
   after its last checkpoint does them again. (Weights & Biases keeps the first numbers of a step;
-  they are the same.)
+  they are the same.) Lines that are damaged are left out; the file as it was stays beside it.
 
   Args:
     wandb: project there to which the numbers go too; "": none.
@@ -42,19 +49,22 @@ class MetricsWriter:
     config: Mapping[str, Any] | None = None,
   ):
     self._wandb = _wandb_run(wandb, Path(workdir), config) if wandb else None
+    file = Path(workdir) / "metrics.jsonl"
+    _set_damage_aside(file)
     self._lines = JsonLines(
-      Path(workdir) / "metrics.jsonl",
+      file,
       key=lambda line: line["step"],
       keep=lambda line: line["step"] <= first_step,
     )
     self._events = EventWriter(Path(workdir) / "tensorboard", first_step)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes numbers (floats in full precision) of one finished step."""
-    self._lines.add({"step": step, **values})
+    """Writes numbers (floats in full precision) of one finished step; what is no number as null."""
+    numbers = {name: value for name, value in values.items() if math.isfinite(value)}
+    self._lines.add({"step": step, **dict.fromkeys(values), **numbers})
     self._events.scalars(step, values)
     if self._wandb:
-      self._wandb.log(dict(values), step=step)
+      self._wandb.log(numbers, step=step)
 
   def close(self) -> None:
     self._lines.close()
@@ -69,6 +79,28 @@ class MetricsWriter:
     self.close()
 
 
+def _set_damage_aside(file: Path) -> None:
+  """Keeps the lines of a metrics file that can be read, where there are others too."""
+  try:
+    lines = file.read_bytes().split(b"\n")
+  except OSError:  # none, or none that can be read: writing says which
+    return
+  kept = [line for line in lines if not line.strip() or _is_step(line)]
+  if kept[:-1] != lines[:-1]:  # what a kill cut off is no damage
+    aside = file.with_name("metrics.damaged.jsonl")
+    log.warning("%s: damaged lines are left out; the file as it was is %s", file, aside.name)
+    shutil.copyfile(file, aside)
+    with replaced(file) as part:
+      part.write_bytes(b"".join(line + b"\n" for line in kept if line.strip()))
+
+
+def _is_step(line: bytes) -> bool:
+  try:
+    return isinstance(json.loads(line.decode()).get("step"), int)
+  except (ValueError, AttributeError):
+    return False
+
+
 def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
   """The run of this work directory, which a resumed one goes on with."""
   try:
@@ -77,13 +109,10 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) ->
     raise InputError(
       f"config.wandb={project!r}: wandb is not installed; pip install 'vr-jax[wandb]'"
     ) from None
-  file = workdir / "wandb_id"
-  if not file.exists():
-    write_text(file, uuid.uuid4().hex[:16])
   try:
     return wandb.init(
       project=project,
-      id=file.read_text(encoding="utf-8"),
+      id=_wandb_id(workdir / "wandb_id"),
       name=workdir.name,
       dir=workdir,
       config=config,
@@ -92,6 +121,15 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) ->
     )
   except (wandb.errors.Error, OSError) as error:
     raise InputError(f"config.wandb={project!r}: {one_line(error)}") from error
+
+
+def _wandb_id(file: Path) -> str:
+  """The run's name there; a new one where none is kept, or something else."""
+  name = file.read_bytes() if file.is_file() else b""
+  if not re.fullmatch(rb"[0-9a-zA-Z_-]{1,64}", name):
+    name = uuid.uuid4().hex[:16].encode()
+    write_text(file, name.decode())
+  return name.decode()
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:

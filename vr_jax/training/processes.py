@@ -13,10 +13,10 @@ import hashlib
 import importlib.util
 import json
 import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from socket import gethostname
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from vr_jax.checkpoint import package_versions
 from vr_jax.configs import diff, from_json, to_json
 from vr_jax.training.task import task_name
 
+T = TypeVar("T")
 _PLAIN = ("VR_COORDINATOR", "VR_PROCESSES", "VR_PROCESS")
 
 
@@ -87,7 +88,7 @@ def agree(config: ConfigDict) -> None:
   if jax.process_count() == 1:
     return
   mine = {
-    "host": socket.gethostname(),
+    "host": gethostname(),
     "config": json.loads(to_json(config)),
     "code": code_digest(config.task),
     "versions": package_versions(),
@@ -99,6 +100,44 @@ def agree(config: ConfigDict) -> None:
         f"process {index} ({other['host']}) does not run what process 0 ({first['host']}) runs: "
         f"{'; '.join(lines)}; start all with the same command and the same installation"
       )
+
+
+def together(action: Callable[[], T]) -> T:
+  """What `action` gives in this process; where it fails in one, all fail with the same line.
+
+  Raises:
+    InputError: that of the first process that had one.
+  """
+  if jax.process_count() == 1:
+    return action()
+  try:
+    result, line = action(), ""
+  except InputError as error:
+    line = str(error)
+  for index, (host, other) in enumerate(map(json.loads, gather(json.dumps([gethostname(), line])))):
+    if other:
+      raise InputError(f"process {index} ({host}): {other}")
+  return result
+
+
+def agree_on_data(data: Mapping[str, str]) -> None:
+  """Refuses processes that do not read the same data.
+
+  Raises:
+    InputError: naming the first that differs; the same line in all of them.
+  """
+  if jax.process_count() == 1:
+    return
+  texts = gather(json.dumps([gethostname(), dict(data)]))
+  (host, first), *others = (json.loads(text) for text in texts)
+  for index, (other_host, other) in enumerate(others, 1):
+    for name in sorted({*first, *other}):
+      here, there = first.get(name, "nothing"), other.get(name, "nothing")
+      if here != there:
+        raise InputError(
+          f"{name} is {there} on process {index} ({other_host}) and {here} on process 0 ({host}); "
+          "accepted: the same data on all hosts"
+        )
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

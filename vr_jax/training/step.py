@@ -99,7 +99,8 @@ def make_step(
 
   `rows` has a leading axis A (see `micro_batches`). Metrics: `loss` (nats, by accum_mean),
   `micro_loss` [A], `supervised_tokens`, `overflow` (tokens beyond the loss budget), `grad_norm`
-  before clipping, `lr`.
+  before clipping, `lr`, `skipped` (bool): the state is as it was but for `step`, because no token
+  was supervised or loss or gradient were not finite.
 
   Raises:
     InputError: an unknown accum_mean.
@@ -140,6 +141,13 @@ def make_step(
     params_train, opt_state, metrics = optimizer.update(
       grads, state.opt_state, state.params_train, state.step
     )
+    # A step that has nothing to learn from, or whose gradient is not finite, changes nothing.
+    learned = (tokens > 0) & jnp.isfinite(total) & jnp.isfinite(metrics["grad_norm"])
+    params_train, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(learned, new, old),
+      (params_train, opt_state),
+      (state.params_train, state.opt_state),
+    )
     state = dataclasses.replace(
       state, step=state.step + 1, params_train=params_train, opt_state=opt_state
     )
@@ -148,6 +156,7 @@ def make_step(
       "micro_loss": micro_losses,
       "supervised_tokens": tokens,
       "overflow": overflow,
+      "skipped": ~learned,
       **metrics,
     }
 
@@ -171,24 +180,13 @@ def micro_batches(rows: Mapping[str, np.ndarray], parts: int) -> dict[str, np.nd
 
 
 def check_metrics(step: int, metrics: Mapping[str, Any]) -> None:
-  """Refuses a step whose batch could not be trained on; `step` counts from 1.
+  """Refuses a step whose loss is not that of its batch; `step` counts from 1.
 
   Raises:
-    InputError: no supervised token, more of them in a row than the loss has room for, or a loss
-      that is not finite.
+    InputError: more supervised tokens in a row than the loss has room for.
   """
-  if not metrics["supervised_tokens"]:
-    raise InputError(
-      f"step {step}: the batch has no supervised token, so there is nothing to learn from; "
-      "expected answers ('gpt' turns) that fit the row length"
-    )
   if metrics["overflow"]:
     raise InputError(
       f"step {step}: {int(metrics['overflow'])} supervised tokens do not fit "
       "config.loss_budget tokens a row; raise it (0 takes the row's length)"
-    )
-  if not np.isfinite(metrics["loss"]):
-    raise InputError(
-      f"step {step}: the loss is {float(metrics['loss'])}, and what was learned is lost from here "
-      "on; go on from the last checkpoint with a smaller config.lr, or without what the batch holds"
     )

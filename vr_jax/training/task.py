@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
+from data_pipes.failures import Failures
 from vr_jax.arrays import Array
 from vr_jax.params import Params
 from vr_jax.training.loss import LossSums
@@ -38,6 +39,9 @@ class Task:
     start: shapes of the parameters -> those the run starts from, a part of the tree; the others
       are initialised.
     tokenizer_files, generation: stored in checkpoints for inference.
+    data: digests of what the rows are made from, by name ("size digest"), stored in checkpoints and
+      compared when a run goes on.
+    failures: samples that could not be read.
     counts: numbers to report beside the loss, such as unreadable samples so far.
     work: rows of a step -> (slots that are not empty, FLOPs that they need), for rates.
     cuts: smaller shapes that micro-batches may be cut to (see `step.Cuts`).
@@ -53,6 +57,8 @@ class Task:
   start: Callable[[Params], Params] = lambda shapes: {}
   tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  failures: Failures = dataclasses.field(default_factory=Failures)
   counts: Callable[[], Mapping[str, float]] = dict
   work: Callable[[Rows], tuple[int, int]] | None = None
   cuts: Cuts | None = None

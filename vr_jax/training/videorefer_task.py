@@ -119,6 +119,7 @@ def videorefer_task(config: ConfigDict) -> Task:
     start=start,
     tokenizer_files=files,
     generation=generation(config, tokenizer),
+    failures=failures,
     counts=lambda: {"unreadable": len(failures)},
     work=functools.partial(
       navit_work_of if any_size else work_of, cfg=cfg, trained=trained_parts(config, cfg)
