@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,58 @@ esac""",
   verbs = [line.split()[3] for line in log.read_text().splitlines()]
   verbs = [verb for verb in verbs if verb != "describe"]
   assert verbs == ["delete", "create", "scp", "ssh", "ssh"] * 2
+
+
+PREEMPTED = """
+echo "$*" | cut -c 1-60 >> "$LOG"
+case "$*" in
+  *describe*)
+    if [[ ! -e $LOG.pod ]]; then echo SUSPENDED
+    elif [[ -e $LOG.gone && -e $LOG.asked ]]; then rm "$LOG.pod" "$LOG.gone"; echo SUSPENDED
+    else [[ ! -e $LOG.gone ]] || touch "$LOG.asked"; echo ACTIVE
+    fi ;;
+  *create*) touch "$LOG.pod" ;;
+  *delete*) rm -f "$LOG.pod" ;;
+  *"vr train"*) [[ -e $LOG.tried ]] && exit 0; touch "$LOG.tried" $GONE; exit "$CODE" ;;
+esac"""
+
+
+@pytest.mark.parametrize(("code", "preempted"), [(143, True), (255, True), (255, False)])
+def test_tpu_vm_goes_on_when_the_pod_or_the_connection_goes_away(tmp_path, code, preempted):
+  """A pod that is being taken away is still ACTIVE when it is first asked for."""
+  stand_in(tmp_path, "gcloud", PREEMPTED)
+  stand_in(tmp_path, "git", "true")
+  log = str(tmp_path / "log")
+  gone = f"{log}.gone" if preempted else ""
+  done = call(
+    "tpu_vm.sh", "run", *TRAIN, path=tmp_path, LOG=log, GONE=gone, CODE=str(code), POLL="0"
+  )
+  assert done.returncode == 0, done.stderr
+  verbs = [line.split()[3] for line in Path(log).read_text().splitlines()]
+  assert verbs.count("create") == (2 if preempted else 1)
+
+
+def test_tpu_vm_ends_when_the_run_was_told_to(tmp_path):
+  stand_in(tmp_path, "gcloud", PREEMPTED)
+  stand_in(tmp_path, "git", "true")
+  log = str(tmp_path / "log")
+  done = call("tpu_vm.sh", "run", *TRAIN, path=tmp_path, LOG=log, GONE="", CODE="143", POLL="0")
+  assert done.returncode == 143
+
+
+def test_a_run_on_a_tpu_vm_outlives_its_connection_and_is_taken_up_again(tmp_path):
+  """What the hosts are told to run, run here, with a stand-in for `vr`."""
+  train = dry("tpu_vm.sh", "run", *TRAIN)[-1][-1]
+  (tmp_path / "env" / "bin").mkdir(parents=True)
+  stand_in(tmp_path / "env" / "bin", "vr", "echo begun; sleep 1.5; echo done; exit 143")
+  first = subprocess.Popen(["bash", "-c", train], cwd=tmp_path, stdout=subprocess.PIPE)
+  while not (tmp_path / "vr.pid").exists():
+    time.sleep(0.05)
+  first.send_signal(signal.SIGHUP)
+  first.wait(10)
+  again = subprocess.run(["bash", "-c", train], cwd=tmp_path, timeout=20, check=False)
+  assert again.returncode == 143
+  assert (tmp_path / "vr.log").read_text() == "begun\ndone\n"
 
 
 def test_gke():
