@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes 8 --gpus-per-node 8 launch/slurm.sh --config F.py --workdir /shared/W
 #
-# Ten minutes before the time limit, and on preemption, the run saves; then the job queues again and
-# goes on. `scancel --signal TERM --batch JOB` saves and stops. On this machine, without Slurm:
-# launch/slurm.sh --dry-run ...
+# Ten minutes before the time limit, and on preemption (with or without GraceTime), the run saves;
+# then the job queues again and goes on. `scancel --signal TERM --batch JOB` saves and stops. On this
+# machine, without Slurm: launch/slurm.sh --dry-run ...
 #SBATCH --job-name=vr
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -24,13 +24,17 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 again=
-# scancel signals the processes of the step, not this script.
-trap 'again=1; interrupted=1; scancel --signal TERM "$SLURM_JOB_ID"' USR1 # the time limit is near
-trap 'interrupted=1; scancel --signal TERM "$SLURM_JOB_ID"' TERM
+# The step is one process here, `srun`, which hands signals on to the processes of the run. (`scancel`
+# would wait with the batch script until all of it has gone, and hold the nodes.)
+trap 'again=1; interrupted=1; kill -TERM "$step"' USR1 # the time limit is near
+trap 'interrupted=1; kill -TERM "$step"' TERM
 "${command[@]}" &
 step=$!
 interrupted=1 # a signal ends `wait`, not the step: ask again
 while [[ -n $interrupted ]]; do interrupted= && wait "$step" && code=0 || code=$?; done
+# 143: stopped and saved. A job that is being preempted has been sent SIGTERM too, with GraceTime to
+# itself; one that ends in that time would be a failed one.
+if [[ $code == 143 ]] && scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then again=1; fi
 if [[ -n $again && $code != 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

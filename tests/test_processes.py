@@ -18,6 +18,7 @@ from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, load_params, make_meta, read_tokenizer_files
 from vr_jax.configs import load_config
 from vr_jax.interop import videorefer as published
+from vr_jax.training import processes
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import coordinator, differences
@@ -44,6 +45,48 @@ def test_found_reads_the_environment():
   assert coordinator({"SLURM_NTASKS": "2"}) is None
   assert coordinator({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
   assert coordinator({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+
+
+STEP = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "8"}
+STEP |= {"SLURM_JOB_ID": "4099", "SLURM_STEP_NODELIST": "gpu[007-014]", "SLURM_PROCID": "3"}
+STEP |= {"SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("extra", [{}, {"VR_COORDINATOR": "auto"}, {"VR_COORDINATOR": "h:80"}])
+def test_a_process_of_a_slurm_step_drives_all_gpus_of_its_node(extra, monkeypatch):
+  """JAX's own detection would restrict it to the GPU of its local number."""
+  if extra.get("VR_COORDINATOR") == "h:80":
+    extra = extra | {"VR_PROCESSES": "8", "VR_PROCESS": "3"}
+  made = {}
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: made.update(arguments))
+  processes.join(STEP | extra)
+  assert made["coordinator_address"] == ("h:80" if "VR_PROCESS" in extra else "gpu007:61443")
+  assert (made["num_processes"], made["process_id"]) == (8, 3)
+  assert made["cluster_detection_method"] == "deactivate"
+  assert "local_device_ids" not in made
+
+
+@pytest.mark.parametrize(
+  ("nodes", "first"), [("a", "a"), ("a,b", "a"), ("n[1-2,5]", "n1"), ("n[01,03],m", "n01")]
+)
+def test_the_first_node_of_a_step_coordinates(nodes, first):
+  address = coordinator(STEP | {"SLURM_STEP_NODELIST": nodes})["coordinator_address"]
+  assert address == f"{first}:61443"
+
+
+def test_several_tasks_on_a_node_are_left_to_jax():
+  assert coordinator(STEP | {"SLURM_STEP_NUM_NODES": "4"}) == {}
+
+
+def test_fewer_gpus_than_the_job_holds_are_refused(monkeypatch):
+  class Gpu:
+    platform = "gpu"
+
+  processes.check_devices(STEP | {"SLURM_GPUS_ON_NODE": "16"})  # not on a CPU
+  monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+  processes.check_devices(STEP | {"SLURM_GPUS_ON_NODE": "8"})
+  with pytest.raises(InputError, match="JAX sees 8 of the 16 GPUs that the job holds"):
+    processes.check_devices(STEP | {"SLURM_GPUS_ON_NODE": "16"})
 
 
 @pytest.mark.parametrize(

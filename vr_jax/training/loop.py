@@ -36,7 +36,7 @@ from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.checkpoints import Checkpoints
 from vr_jax.training.heartbeat import Heartbeat
 from vr_jax.training.metrics import Profiler
-from vr_jax.training.processes import agree, agree_on_data, together
+from vr_jax.training.processes import agree, agree_on_data, check_devices, together
 from vr_jax.training.report import Report
 from vr_jax.training.schedule import Optimizer, count_steps, make_optimizer
 from vr_jax.training.step import Metrics, TrainState, make_step, micro_batches
@@ -84,6 +84,7 @@ def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> R
   """
   workdir = Path(local(str(workdir), "--workdir"))
   agree(config)
+  together(check_devices)
   check_config(config)
   together(lambda: make_workdir(workdir))
   check_shared(workdir)

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from socket import gethostname
@@ -44,9 +45,54 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
   seconds = environ.get("VR_HEARTBEAT_SECONDS", "100")
   if not seconds.isdecimal() or int(seconds) < 1:
     raise InputError(f"VR_HEARTBEAT_SECONDS={seconds!r}: accepted: whole seconds, at least 1")
+  if arguments:
+    # JAX would complete what is not given, device ids among it, from a scheduler's environment: a
+    # process of a Slurm step would get the one GPU of its local number, not all of its node.
+    arguments["cluster_detection_method"] = "deactivate"
   jax.distributed.initialize(
     **arguments, heartbeat_timeout_seconds=int(seconds), shutdown_timeout_seconds=60
   )
+
+
+def check_devices(environ: Mapping[str, str] = os.environ) -> None:
+  """Refuses fewer devices than the job holds.
+
+  Raises:
+    InputError: a GPU of this node is in the job and not in this process, which is alone on it.
+  """
+  held = environ.get("SLURM_GPUS_ON_NODE", "")
+  here = jax.local_device_count()
+  if not held.isdecimal() or not _alone(environ) or jax.devices()[0].platform != "gpu":
+    return
+  if here < int(held):
+    raise InputError(
+      f"{gethostname()}: JAX sees {here} of the {held} GPUs that the job holds on this node; "
+      "accepted: all (CUDA_VISIBLE_DEVICES, --gpus-per-task)"
+    )
+
+
+def _alone(environ: Mapping[str, str]) -> bool:
+  """Whether a Slurm step has one task on each of its nodes."""
+  tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+  return tasks == environ.get("SLURM_STEP_NUM_NODES", tasks)
+
+
+def _slurm_step(environ: Mapping[str, str]) -> dict[str, Any]:
+  """A step of one task a node in numbers, so that each drives all GPUs of its node; {}: JAX asks.
+
+  The port is the one that JAX takes.
+  """
+  names = ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_PROCID")
+  nodes, job, index = (environ.get(name, "") for name in names)
+  first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+  if not (first and job.isdecimal() and index.isdecimal() and _alone(environ)):
+    return {}
+  port = int(job) % 2**12 + 2**16 - 2**12
+  return {
+    "coordinator_address": f"{first[1]}{first[2] or ''}:{port}",
+    "num_processes": int(environ["SLURM_STEP_NUM_TASKS"]),
+    "process_id": int(index),
+  }
 
 
 def coordinator(environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -57,7 +103,7 @@ def coordinator(environ: Mapping[str, str]) -> dict[str, Any] | None:
   """
   address = environ.get("VR_COORDINATOR")
   if address == "auto":
-    return {}
+    return _slurm_step(environ) if environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" else {}
   if given := [name for name in _PLAIN if environ.get(name)]:
     if len(given) < len(_PLAIN):
       missing = ", ".join(name for name in _PLAIN if name not in given)
@@ -75,8 +121,9 @@ def coordinator(environ: Mapping[str, str]) -> dict[str, Any] | None:
     numbers = {"num_processes": int(count), "process_id": int(index)}
     return {"coordinator_address": address, **numbers} if int(count) > 1 else None
   tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")  # of `srun`; a shell in an allocation has none
-  workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  return {} if tasks != "1" or len(workers) > 1 else None
+  if tasks != "1":
+    return _slurm_step(environ)
+  return {} if len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 else None
 
 
 def agree(config: ConfigDict) -> None:

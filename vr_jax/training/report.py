@@ -116,7 +116,8 @@ class Report:
       self._writer = MetricsWriter(workdir, first, config.wandb, json.loads(to_json(config)))
       self._progress = Progress(total, first)
       done = f"resuming after step {first} of {total}" if first else f"{total} steps"
-      self._progress.say(f"{workdir}: {done}, {task.data_size} examples")
+      where = f"{jax.process_count()} x {jax.local_device_count()} {jax.devices()[0].device_kind}"
+      self._progress.say(f"{workdir}: {done}, {task.data_size} examples, {where}")
 
   def add(self, step: int, metrics: Metrics, rows: Rows) -> None:
     """Takes the metrics of step `step` (from 1) on these host rows; reads those before them."""
