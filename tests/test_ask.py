@@ -3,14 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.commands import ask as ask_command
+from vr_jax.inference.options import Options
+from vr_jax.inference.reading import around_media
 from vr_jax.inference.regions import objects_of
 from vr_jax.inference.requests import Answer
 from vr_jax.interop.convert import convert
@@ -60,6 +64,61 @@ def test_answers_do_not_depend_on_the_batch(model, clip, golden):
   for request, answer in zip(requests, together, strict=True):
     alone = model.ask(request.video, request.question, request.regions, max_new_tokens=10)
     assert alone == answer
+
+
+def likelihood_of_a_whole_pass(model, request, option):
+  """Every token at once through the decoder, without any cache."""
+  model.visual.forget()  # else its frames are not read again
+  (group,) = model.reader(Options()).read([(0, request)])
+  (question,) = group.questions
+  head, tail = around_media(question.text)
+  ids = np.concatenate([tail, model.tokenizer.encode(option)])
+
+  def run(module):
+    frames = np.stack([group.clip.frames[n] for n in group.clip.scene])
+    scene = module.scene_tokens(module.encode_frames(frames[None]))[0]
+    parts = [module.llm.embed(head[None])[0], scene]
+    objects = iter(model._see(group, group.questions)[1])
+    for i in ids:
+      is_region = i == model.tokenizer.region_id
+      parts.append(next(objects).tokens if is_region else module.llm.embed(i[None, None])[0])
+    embeds = np.concatenate([np.asarray(p, np.float32) for p in parts])[None]
+    hidden, _ = module.llm(embeds, np.arange(embeds.shape[1])[None])
+    return module.llm.logits(hidden)[0]
+
+  logits = nn.apply(run, model._module)({"params": model.params})
+  count = len(model.tokenizer.encode(option))
+  each = jax.nn.log_softmax(logits[-count - 1 : -1])[np.arange(count), ids[-count:]]
+  return float(each.sum())
+
+
+def test_choices_are_the_log_likelihoods_of_a_whole_pass(model, golden, clip):
+  requests = [
+    vr_jax.Request(clip, QUESTION, [box()]),
+    vr_jax.Request(golden / "media" / "clip_dir", "What happens?"),
+    vr_jax.Request(clip, "What happens to <region>?", [box(5)]),
+  ]
+  options = [["(A)", "(B) it runs away from the red door"], ["Yes", "No", "(C)"], ["B"]]
+  before = model.visual.counts["prefixes"]
+  scores = model.choices(requests, options, batch_size=3)
+  assert model.visual.counts["prefixes"] <= before + 2  # one a video, whatever is asked
+  assert list(map(len, scores)) == [2, 3, 1]
+  for request, texts, values in zip(requests, options, scores, strict=True):
+    for text, value in zip(texts, values, strict=True):
+      expected = likelihood_of_a_whole_pass(model, request, text)
+      assert value == pytest.approx(expected, abs=2e-4 * len(text))
+  assert model.choices(requests[1:2], [["No", "Yes"]])[0] == pytest.approx(
+    scores[1][1::-1], abs=1e-5
+  )
+
+
+def test_choices_refuse_what_they_cannot_score(model, clip):
+  with pytest.raises(InputError, match="no options"):
+    model.choices([vr_jax.Request(clip, "What?")], [[]])
+  with pytest.raises(InputError, match="option '' has no tokens"):
+    model.choices([vr_jax.Request(clip, "What?")], [["A", ""]])
+  with pytest.raises(InputError, match="2 requests and 1 lists"):
+    model.choices([vr_jax.Request(clip, "What?")] * 2, [["A"]])
 
 
 def test_an_answer_names_the_frames_behind_each_object_token(model, clip):

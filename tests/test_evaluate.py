@@ -1,5 +1,6 @@
 """`vr eval` on the tiny published checkpoint: predictions, shards, resuming, defects."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,6 +17,8 @@ from vr_jax.evaluation.benchmarks.registry import benchmark, read
 from vr_jax.evaluation.items import Item
 from vr_jax.evaluation.results import read_predictions
 from vr_jax.evaluation.run import Settings, _read_parts, evaluate, limited, shard_of, share
+from vr_jax.evaluation.score import score
+from vr_jax.evaluation.scoring.comparison import compare
 
 TOKENS = 16  # as recorded
 
@@ -123,6 +126,31 @@ def test_a_torn_line_is_taken_out_before_the_next_is_written(model, golden, data
   assert len(lines(part)) == 4
   assert part.read_text() == whole
   assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_options_by_their_likelihood_are_never_mixed_with_what_is_written(
+  model, golden, data, tmp_path
+):
+  settings = Settings("single", scene_frames=4, by="likelihood")
+  out = tmp_path / "by"
+  told = evaluate(model, "bench-q", data, out, settings)
+  assert told["inference"]["by"] == "likelihood"
+  assert told["inference"]["decoding"] is None
+  for p in read_predictions(out)[1]:
+    assert len(p.likelihoods) == len(p.options)
+    assert max(p.likelihoods) < 0
+    assert p.pred == f"({'ABCDE'[p.likelihoods.index(max(p.likelihoods))]})"
+  result, _ = score("bench-q", out)
+  assert result.counts["unparsed"] == 0
+  assert "by likelihood" in result.label
+  written = dataclasses.replace(settings, by="generation", max_new_tokens=2)
+  with pytest.raises(InputError, match="inference (by|decoding)="):
+    evaluate(model, "bench-q", data, out, written)
+  run = {**result.run, "inference": {**result.run["inference"], "by": None}}
+  with pytest.raises(InputError, match="chosen by likelihood against options chosen by generation"):
+    compare(result, dataclasses.replace(result, run=run))
+  with pytest.raises(InputError, match="has no options to choose from"):
+    evaluate(model, "bench-d", data, tmp_path / "d", settings)
 
 
 def test_a_limit_is_drawn_evenly_over_the_types():

@@ -1,4 +1,4 @@
-"""Many callers of one model: each gets the answer it would get alone, and none compiles a program."""
+"""Many callers of one model: each gets the answer it would get alone, and compiles nothing."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -94,7 +94,8 @@ class Prediction:
   """What a model answered to an item, with all that scoring needs; one line of predictions.jsonl.
 
   `pred` is None where the item was not answered, and `error` then says why: "missing media: ..."
-  or what was wrong with the item.
+  or what was wrong with the item. Where `likelihoods` stand, in nats, one an option, `pred` is the
+  label of the likeliest and nothing that the model wrote.
   """
 
   id: str | int
@@ -108,6 +109,7 @@ class Prediction:
   scene_frames: tuple[int, ...] = ()
   warnings: tuple[str, ...] = ()
   error: str | None = None
+  likelihoods: tuple[float, ...] = ()
 
   @classmethod
   def for_item(cls, item: Item, pred: str | None, **fields: Any) -> "Prediction":
@@ -123,7 +125,7 @@ class Prediction:
     for name in ("id", "video", "pred"):
       if name not in known:
         raise InputError(f"{where}: no key {name!r}; accepted: a line that vr eval wrote")
-    for name in ("options", "scene_frames", "warnings"):
+    for name in ("options", "scene_frames", "warnings", "likelihoods"):
       value = known.get(name) or ()
       if not isinstance(value, list | tuple):
         raise InputError(f"{where}: {name}: found {type(value).__name__}; accepted: a list")
@@ -152,7 +154,10 @@ class Prediction:
     return self
 
   def to_dict(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
+    record = dataclasses.asdict(self)
+    if not self.likelihoods:
+      del record["likelihoods"]
+    return record
 
   @property
   def missing(self) -> bool:

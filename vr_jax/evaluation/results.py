@@ -54,6 +54,11 @@ class Result:
     return Path(str(name or "")).name
 
   @property
+  def by(self) -> str:
+    """How the options were chosen: "generation" or "likelihood"."""
+    return (self.run.get("inference") or {}).get("by") or "generation"
+
+  @property
   def items_text(self) -> str:
     """ "400", or "24 of 400 (--limit)"."""
     task = self.run.get("task") or {}
@@ -70,6 +75,8 @@ class Result:
       parts.append(self.items_text)
     if inference.get("mask_rule", "keep") not in ("keep", None):
       parts.append(f"{inference['mask_rule']} mask rule")
+    if self.by != "generation":
+      parts.append(f"by {self.by}")
     if inference.get("weights") == "int8":
       parts.append("int8 weights")
     parts += [f"{self.parser} parser", f"judge {self.judge['name']}" if self.judge else ""]

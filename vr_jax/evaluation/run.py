@@ -27,6 +27,7 @@ from vr_jax.evaluation.benchmark import Benchmark, Dataset
 from vr_jax.evaluation.benchmarks import registry
 from vr_jax.evaluation.items import MISSING, Item, Prediction, counts
 from vr_jax.evaluation.provenance import code_version, environment, model_facts
+from vr_jax.evaluation.reading.strict import labelled
 from vr_jax.evaluation.results import RUN_SCHEMA, write
 from vr_jax.evaluation.settings import Settings
 from vr_jax.inference.model import Model
@@ -226,18 +227,39 @@ def _predictions(
       requests[i] = item.request(media, settings.mode, settings.scene_frames or 0)
     except InputError as error:
       yield _unusable(item, error)
-  for i, answer in model.answer_each(
-    requests,
-    max_new_tokens=settings.max_new_tokens or 0,
-    scene_frames=settings.scene_frames,
-    batch_size=settings.batch_size,
-    mask_rule=settings.mask_rule or "keep",
-  ):
+  how: dict[str, Any] = {
+    "max_new_tokens": settings.max_new_tokens or 0,
+    "scene_frames": settings.scene_frames,
+    "batch_size": settings.batch_size,
+    "mask_rule": settings.mask_rule or "keep",
+  }
+  if settings.by == "likelihood":
+    yield from _likeliest(model, items, requests, how)
+    return
+  for i, answer in model.answer_each(requests, **how):
     if isinstance(answer, InputError):
       yield _unusable(items[i], answer)
     else:
       frames, warnings = answer.scene_frames, answer.warnings
       yield Prediction.for_item(items[i], answer.text, scene_frames=frames, warnings=warnings)
+
+
+def _likeliest(
+  model: Model, items: Sequence[Item], requests: Mapping[int, Any], how: Mapping[str, Any]
+) -> Iterator[Prediction]:
+  """The label of each item's likeliest option, the first of equal ones, as its prediction.
+
+  The label alone is scored: it is what is asked for, and a long option is not less likely for its
+  length.
+  """
+  labels = {i: [f"({letter})" for letter in labelled(items[i].options)[0]] for i in requests}
+  for i, result in model.choices_each(requests, labels, **how):
+    if isinstance(result, InputError):
+      yield _unusable(items[i], result)
+    else:
+      yield Prediction.for_item(
+        items[i], labels[i][result.index(max(result))], likelihoods=tuple(result)
+      )
 
 
 def _unusable(item: Item, error: InputError) -> Prediction:
@@ -278,7 +300,9 @@ def _describe(
       "sampler": "uniform",
       "prompt_template": benchmark.prompt_template,
       "prompt_sha": questions,
-      "decoding": "greedy",
+      "decoding": "greedy" if settings.by == "generation" else None,
+      # None is generation, as in runs before there was another way.
+      "by": None if settings.by == "generation" else settings.by,
       "max_new_tokens": settings.max_new_tokens,
       "subtitles": settings.subtitles if benchmark.subtitles else None,
       "seed": None,

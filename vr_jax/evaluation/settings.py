@@ -17,6 +17,7 @@ PUBLISHED_FRAMES = 8  # of the scene, on region tasks (B1)
 PUBLISHED_TOKENS = 2048
 TOKENIZERS = ("ptb-py", "ptb-jar")
 FILTERS = ("none", "artemis")
+WAYS = ("generation", "likelihood")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Settings:
     mode: "single" or "multi" mask frames; no difference where no objects are named.
     scene_frames: frames of the scene; None for as many as in training.
     mask_rule: of `inference.options.Options`.
+    by: "generation", or "likelihood": no text, but the option whose letter is the likeliest answer.
     published: the choices of the published scripts: 8 scene frames on region tasks, up to 2048
       new tokens, their mask rule.
   """
@@ -36,6 +38,13 @@ class Settings:
   max_new_tokens: int | None = field(default=None, metadata=NEW_TOKENS)
   batch_size: int = field(default=8, metadata=BATCH_SIZE)
   mask_rule: str | None = field(default=None, metadata=MASK_RULE)
+  by: str = field(
+    default="generation",
+    metadata={
+      "help": "multiple choice: what the model writes (default), or its likeliest option",
+      "choices": WAYS,
+    },
+  )
   published: bool = field(
     default=False,
     metadata={"help": "as the published scripts: 8 scene frames, 2048 tokens, their mask rule"},
@@ -45,6 +54,10 @@ class Settings:
   def resolve(self, benchmark: "Benchmark", model: "Model") -> "Settings":
     if self.mode not in MODES:
       raise InputError(f"mode {self.mode!r}; accepted: {', '.join(MODES)}")
+    if self.by not in WAYS:
+      raise InputError(f"--by {self.by!r}; accepted: {', '.join(WAYS)}")
+    if self.by == "likelihood" and not benchmark.kind.graded:
+      raise InputError(f"--by likelihood: {benchmark.title} has no options to choose from")
     frames, tokens = self.scene_frames, self.max_new_tokens
     rule = self.mask_rule or ("published" if self.published else "keep")
     if frames is None:

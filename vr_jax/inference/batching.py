@@ -12,13 +12,15 @@ the requests, and each row is computed by itself, so an answer does not depend o
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from data_pipes.errors import InputError
 from vr_jax.inference import generate
@@ -71,6 +73,15 @@ class Prompt:
   sampling: Sampling = generate.GREEDY
   seed: int = 0
   place: int = 0
+
+  def followed_by(self, ids: np.ndarray) -> "Prompt":
+    """The prompt with more text behind it, i32 [m]."""
+    return dataclasses.replace(
+      self,
+      tokens=np.concatenate([self.tokens, ids]),
+      visual=np.pad(self.visual, ((0, len(ids)), (0, 0))),
+      is_visual=np.pad(self.is_visual, (0, len(ids))),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,23 +200,54 @@ class Engine:
         rows[i] = None if done[i] else index
         yield Progress(index, new, bool(done[i]))
 
-  def _fill(self, state: Decoding, batch: list[Prompt], free: list[int]) -> Decoding:
-    """Prefills the questions of the batch and puts them into free rows."""
+  def score(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[float]:
+    """The log-likelihood, in nats, of the last `counts[i]` tokens of each prompt.
+
+    That is the sum of their log-probabilities, each given all that stands before it; 0 for none.
+    """
+    Q, totals = self._together, []
+    for at in range(0, len(prompts), Q):
+      batch = list(prompts[at : at + Q])
+      filled = batch + batch[:1] * (Q - len(batch))
+      scored = [*counts[at : at + Q], *[0] * (Q - len(batch))]
+      rows = self._open(tuple(p.prefix.cache for p in filled))
+      total = np.zeros(Q, np.float32)
+      for part in self._chunks(filled, scored):
+        rows, total = self._scorer()(self._params, rows, total, *part)
+      totals += np.asarray(total)[: len(batch)].tolist()
+    return totals
+
+  def _chunks(
+    self, filled: Sequence[Prompt], scored: Sequence[int] | None = None
+  ) -> Iterator[list[np.ndarray]]:
+    """Tokens, visual, is_visual and positions of Q rows, K slots at a time, padded at the end.
+
+    With `scored`, also what each slot must foretell: the last so many tokens of its row, else -1.
+    """
     Q, K, E = self._together, self._chunk, self._llm.width
-    filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
-    counts = np.array([len(p.tokens) for p in filled], np.int32)
-    padded = -(-counts.max() // K) * K
+    padded = -(-max(len(p.tokens) for p in filled) // K) * K
     tokens, is_visual = np.zeros((Q, padded), np.int32), np.zeros((Q, padded), bool)
     visual = np.zeros((Q, padded, E), self._llm.dtype)
-    positions = np.full((Q, padded), -1, np.int32)
+    positions, targets = np.full((2, Q, padded), -1, np.int32)
     for i, p in enumerate(filled):
       n = len(p.tokens)
       tokens[i, :n], visual[i, :n], is_visual[i, :n] = p.tokens, p.visual, p.is_visual
       positions[i, :n] = p.prefix.length + np.arange(n)
+      if scored is not None:
+        first = n - scored[i]
+        targets[i, first - 1 : n - 1] = p.tokens[first:]
+    arrays = [tokens, visual, is_visual, positions] + ([] if scored is None else [targets])
+    for at in range(0, padded, K):
+      yield [x[:, at : at + K] for x in arrays]
+
+  def _fill(self, state: Decoding, batch: list[Prompt], free: list[int]) -> Decoding:
+    """Prefills the questions of the batch and puts them into free rows."""
+    Q = self._together
+    filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
+    counts = np.array([len(p.tokens) for p in filled], np.int32)
     rows = self._open(tuple(p.prefix.cache for p in filled))
     logits = np.zeros((Q, self._llm.vocab_size), np.float32)
-    for at in range(0, padded, K):
-      part = [x[:, at : at + K] for x in (tokens, visual, is_visual, positions)]
+    for part in self._chunks(filled):
       rows, logits = self._extend(self._params, rows, logits, *part)
     where = np.array(free + [self.sizes.rows] * (Q - len(batch)), np.int32)
     ends = self.sizes.prefix + counts
@@ -326,6 +368,24 @@ class Engine:
     self._extend = programs(
       ("extend", self.sizes), extend, self._params, rows, logits, *slots, donate=(1,), out=out
     )
+    targets, totals = per_row("int32", K), per_row("float32")
+
+    def score(params, rows, totals, *slots):
+      new, rows = module.apply({"params": params}, *slots, rows, method=_likelihoods)
+      return rows, totals + new
+
+    self._scorer = functools.partial(  # compiled when first asked for
+      programs,
+      ("score", self.sizes),
+      score,
+      self._params,
+      rows,
+      totals,
+      *slots,
+      targets,
+      donate=(1,),
+      out=None if whole is None else (rows_placed, totals.sharding),
+    )
     floats, seeds = per_row("float32"), per_row("uint32")
     sampling = RowSampling(floats, integers, floats, floats)
     arguments = (state, rows, logits, integers, integers, integers, seeds, integers, sampling)
@@ -336,6 +396,19 @@ class Engine:
     self._release = programs(
       ("release", self.sizes), release, state, gone, donate=(0,), out=state_placed
     )
+
+
+def _likelihoods(
+  module: VideoRefer, tokens, visual, is_visual, positions, targets, cache: KVCache
+) -> tuple[Float[jax.Array, " Q"], KVCache]:
+  """As `extend_visual`, but the log-probabilities of `targets` (-1: none), summed in each row."""
+  text = module.llm.embed(tokens)
+  embeds = jnp.where(is_visual[..., None], visual.astype(text.dtype), text)
+  hidden, cache = module.llm(embeds, positions, cache)
+  logits = module.llm.logits(hidden).astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+  each = chosen - jax.nn.logsumexp(logits, axis=-1)
+  return jnp.where(targets >= 0, each, 0).sum(axis=1), cache
 
 
 class _Waiting:

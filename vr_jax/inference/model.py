@@ -210,6 +210,69 @@ class Model:
       if result is not None:
         yield index, result
 
+  def choices(
+    self, requests: Sequence[Request], options: Sequence[Sequence[str]], **settings: Any
+  ) -> list[tuple[float, ...]]:
+    """How likely each of the given answers is: for each request a number for each of its options.
+
+    That is the log-likelihood of the option's tokens as the answer, in nats: the sum of their
+    log-probabilities, without that of an end. All options of a request, and all requests about one
+    video, share the prefix of the video.
+
+    Args:
+      options: of each request, at least one text.
+      **settings: of `Options`; those of sampling and length have no effect.
+
+    Raises:
+      InputError: a request or an option is not usable; `choices_each` goes on with the others.
+    """
+    scores: dict[int, tuple[float, ...]] = {}
+    for index, result in self.choices_each(requests, options, **settings):
+      if isinstance(result, InputError):
+        raise result
+      scores[index] = result
+    return [scores[i] for i in range(len(requests))]
+
+  def choices_each(
+    self,
+    requests: Sequence[Request] | Mapping[int, Request],
+    options: Sequence[Sequence[str]] | Mapping[int, Sequence[str]],
+    **settings: Any,
+  ) -> Iterator[tuple[int, tuple[float, ...] | InputError]]:
+    """(place, log-likelihoods) of each request as it is done, as `answer_each` gives answers."""
+    if len(requests) != len(options):
+      raise InputError(f"{len(requests)} requests and {len(options)} lists of options")
+    how = Options(**settings)
+    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
+    call = _Call(self.reader(how).ahead(places.items()), how)
+    for group in call.groups:
+      if not isinstance(group, Group):
+        yield group
+        continue
+      prefix, objects = self._see(group, group.questions)
+      remaining = iter(objects)
+      for question in group.questions:
+        tokens = list(itertools.islice(remaining, len(question.objects)))
+        prompt = self._prompt(question, prefix, tokens, call)
+        try:
+          yield question.index, self._likelihoods(call, prompt, options[question.index])
+        except InputError as error:
+          yield question.index, error
+
+  def _likelihoods(self, call: _Call, prompt: Prompt, options: Sequence[str]) -> tuple[float, ...]:
+    """The log-likelihood of each option after the prompt."""
+    if not options:
+      raise InputError("no options; accepted: at least one")
+    ids = [np.array(self.tokenizer.encode(option), np.int32) for option in options]
+    for option, tokens in zip(options, ids, strict=True):
+      if not len(tokens):
+        raise InputError(f"option {option!r} has no tokens; accepted: text")
+    longest = len(prompt.tokens) + max(map(len, ids))
+    engine = self._engine_of_lane(call, _classes(longest)[-1])
+    if isinstance(engine, InputError):
+      raise engine
+    return tuple(engine.score([prompt.followed_by(i) for i in ids], list(map(len, ids))))
+
   def warm_up(self, *, question_slots: int = CHUNK, **options: Any) -> None:
     """Compiles everything that questions of up to so many tokens need, with these options."""
     settings = Options(**options)

@@ -164,7 +164,7 @@ def _differences(
 def _comparable(a: Result, b: Result) -> bool:
   """Two runs read in the same way; one run read in two ways says nothing about models."""
   same_judge = (a.judge or {}).get("name") == (b.judge or {}).get("name")
-  return a.parser == b.parser and same_judge and a.run != b.run
+  return a.parser == b.parser and a.by == b.by and same_judge and a.run != b.run
 
 
 def _labels(results: Sequence[Result]) -> list[str]:
@@ -393,6 +393,7 @@ def provenance(result: Result) -> dict[str, str]:
     "Decoding": f"{inference['decoding']}, up to {inference.get('max_new_tokens')} tokens"
     if inference.get("decoding")
     else "",
+    "Options": "chosen by likelihood, nothing generated" if result.by == "likelihood" else "",
     "Subtitles": {True: "with", False: "without", None: ""}[inference.get("subtitles")],
     "Parser": result.parser,
     "Judge": _judge_text(judge) if judge else "",

@@ -55,10 +55,15 @@ def compare(a: Result, b: Result, common: bool = False) -> list[Comparison]:
   Items that one of the two has no score for are left out of both.
 
   Raises:
-    InputError: the results are of different benchmarks, or of different items unless `common`.
+    InputError: the results are of different benchmarks or ways to choose an option, or of different
+      items unless `common`.
   """
   if a.benchmark != b.benchmark:
     raise InputError(f"a result of {a.benchmark} against one of {b.benchmark}: nothing to compare")
+  if a.by != b.by:
+    raise InputError(
+      f"options chosen by {a.by} against options chosen by {b.by}; accepted: results of one way"
+    )
   ours, theirs = ({item["id"]: item for item in r.items} for r in (a, b))
   apart = len(ours.keys() ^ theirs.keys())
   different = [i for i in ours if i in theirs and ours[i]["gt"] != theirs[i]["gt"]]
