@@ -1,6 +1,7 @@
 """The whole engine with its embedded agents: on the embedded set, and on videos with traps."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -302,25 +303,25 @@ def test_our_own_model_describes_objects(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("said", "expected"), [("Yes.", True), ("no, it is a cat", False), ("A red ball.", None)]
+  ("shares", "same", "confidence"),  # of yes, Yes, no, No
+  [((0.2, 0.4, 0.1, 0.1), True, 0.75), ((0.01, 0.0, 0.05, 0.04), False, 0.9)],
 )
-def test_our_own_model_judges_by_looking(said, expected):
+def test_our_own_model_judges_by_looking(shares, same, confidence):
+  """Its confidence is the likelihood of its verdict, of yes and no."""
   asked = []
 
-  def ask_many(requests, **options):
+  def choices(requests, options):
     asked.extend(requests)
-    return [SimpleNamespace(text=said)]
+    assert options == [("yes", "Yes", "no", "No")]
+    return [tuple(math.log(share) if share else -1e9 for share in shares)]
 
   agent = object.__new__(VideoReferAgent)
-  agent.model, agent.turn = SimpleNamespace(ask_many=ask_many), threading.Lock()
-  agent.language, agent.max_new_tokens = "en", 8
+  agent.model, agent.turn = SimpleNamespace(choices=choices), threading.Lock()
   masks = {0: np.ones((2, 2), bool), 5: np.zeros((2, 2), bool)}
   claim = Claim(Clip("a.mp4", "", 9, None, 2, 2), "ball", "It is <red>.", "A region.", masks, 0)
-  if expected is None:
-    with pytest.raises(InputError, match=r"found 'A red ball\.'; accepted: yes or no"):
-      agent.compare(claim)
-  else:
-    assert agent.compare(claim).same_object == expected
+  verdict = agent.compare(claim)
+  assert verdict.same_object == same
+  assert verdict.confidence == pytest.approx(confidence)
   (request,) = asked
   assert request.video == "a.mp4"
   assert "<red>" not in request.question

@@ -144,7 +144,7 @@ def test_options_by_their_likelihood_are_never_mixed_with_what_is_written(
   assert result.counts["unparsed"] == 0
   assert "by likelihood" in result.label
   written = dataclasses.replace(settings, by="generation", max_new_tokens=2)
-  with pytest.raises(InputError, match="inference (by|decoding)="):
+  with pytest.raises(InputError, match=r"inference (by|decoding)="):
     evaluate(model, "bench-q", data, out, written)
   run = {**result.run, "inference": {**result.run["inference"], "by": None}}
   with pytest.raises(InputError, match="chosen by likelihood against options chosen by generation"):

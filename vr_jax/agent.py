@@ -1,7 +1,7 @@
 """Our model as an agent of the data engine."""
 
 import functools
-import re
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -42,14 +42,18 @@ class VideoReferAgent:
       "backend": f"videorefer {options.get('checkpoint') or 'vr-mini'}",
       "prompts": {name: prompts.prompt_hash(name) for name in _PROMPTS},
       "options": dict(options),
+      "verdict": "likelihood",
       "version": model_version(options.get("checkpoint") or VR_MINI),
     }
 
-  def _ask(self, clip: Clip, masks: Masks, prompt: str, **values: str) -> str:
+  def _request(self, clip: Clip, masks: Masks, prompt: str, **values: str) -> Any:
     from vr_jax.inference.model import Request
 
     seen = {n: m.astype("uint8") for n, m in masks.items() if m.any()}
-    request = Request(clip.path, prompts.render(prompt, **values).strip(), annotation=[seen])
+    return Request(clip.path, prompts.render(prompt, **values).strip(), annotation=[seen])
+
+  def _ask(self, clip: Clip, masks: Masks, prompt: str, **values: str) -> str:
+    request = self._request(clip, masks, prompt, **values)
     with self.turn:
       (answer,) = self.model.ask_many([request], max_new_tokens=self.max_new_tokens)
     fault = quality.fault(answer.text, self.language, least=1)
@@ -68,14 +72,18 @@ class VideoReferAgent:
     return self._ask(clip, {frame: masks[frame]}, _PROMPTS[2])
 
   def compare(self, claim: Claim) -> Verdict:
-    """Looks at the object itself and not at the region's text; says no more than yes or no."""
-    reply = self._ask(
-      claim.clip, claim.masks, _PROMPTS[3], annotated=prompts.as_data(claim.annotated)
-    )
-    word = re.match(r"\W*(yes|no)\b", reply.lower())
-    if word is None:
-      raise InputError(f"videorefer: found {reply[:80]!r}; accepted: yes or no")
-    return Verdict(word[1] == "yes", f"the model says {reply.strip()[:120]!r}", 1.0)
+    """Looks at the object itself and not at the region's text.
+
+    Nothing is written: the verdict is the likelier of yes and no, and the confidence its share of
+    the likelihood of both.
+    """
+    annotated = prompts.as_data(claim.annotated)
+    request = self._request(claim.clip, claim.masks, _PROMPTS[3], annotated=annotated)
+    with self.turn:
+      (scores,) = self.model.choices([request], [_ANSWERS])
+    likelihoods = [math.exp(score - max(scores)) for score in scores]
+    yes = sum(likelihoods[:2]) / sum(likelihoods)
+    return Verdict(yes >= 0.5, f"the model holds yes for {yes:.0%} likely", max(yes, 1 - yes))
 
 
 _loading = threading.Lock()
@@ -89,6 +97,7 @@ def _load(checkpoint: str | None) -> tuple[Any, threading.Lock]:
   return load(checkpoint), threading.Lock()
 
 
+_ANSWERS = ("yes", "Yes", "no", "No")  # a model may write either
 _PROMPTS = (
   "videorefer/motion@v1",
   "videorefer/appearance@v1",

@@ -401,7 +401,7 @@ class Engine:
 def _likelihoods(
   module: VideoRefer, tokens, visual, is_visual, positions, targets, cache: KVCache
 ) -> tuple[Float[jax.Array, " Q"], KVCache]:
-  """As `extend_visual`, but the log-probabilities of `targets` (-1: none), summed in each row."""
+  """As `extend_visual`, but with each row's sum of log-probabilities of `targets` (-1: none)."""
   text = module.llm.embed(tokens)
   embeds = jnp.where(is_visual[..., None], visual.astype(text.dtype), text)
   hidden, cache = module.llm(embeds, positions, cache)

@@ -100,6 +100,7 @@ def write_reports(
   dataset, problem = _dataset(benchmark, first, options.data, options.media)
   questions, texts = _gallery(benchmark.kind, first, dataset, options.examples)
   columns, lines = headline_table(benchmark, results, labels)
+  note = paper_note(benchmark, results, lines)
   content = {
     "title": benchmark.title,
     "results": list(zip(labels, results, strict=True)),
@@ -107,7 +108,7 @@ def write_reports(
     "kind": benchmark.kind,
     "columns": columns,
     "lines": lines,
-    "paper_note": paper_note(benchmark, results, lines),
+    "paper_note": note,
     "bars": bar_rows(benchmark, results, labels),
     "groups": [_details(label, r) for label, r in zip(labels, results, strict=True)],
     "examples": [example_cells(e) for e in questions],
@@ -121,7 +122,7 @@ def write_reports(
   }
   out = Path(out)
   if options.format != "html":
-    return _write_tables(out, list(tables(content)), options.format, content["paper_note"])
+    return _write_tables(out, list(tables(content)), options.format, note)
   render(out / "report.html", "results.html.j2", **content)
   write(out / "report.md", "\n".join(markdown(content)) + "\n")
   return [out / "report.html", out / "report.md"]
@@ -202,23 +203,19 @@ def headline_table(
         cells.append(Cell(_number(metric.value, metric.unit), interval))
     lines.append(Line(label, cells))
   unit = headline(results[0]).unit
-  values = [[m and m.value for m in map(row.get, columns)] for row in ours]
+  numbers = [[m.value if m else None for m in map(row.get, columns)] for row in ours]
   published = any(benchmark.is_published(result.items) for result in results)
   for row in benchmark.paper if published else ():
-    values.append([row.values.get(n) for n in columns])
     cells = [Cell(_number(row.values[n], unit) if n in row.values else "") for n in columns]
     if any(cell.text for cell in cells):
       lines.append(Line(row.system, cells, row.source))
-    else:
-      values.pop()
-  best = [
-    max((v for v in column if v is not None), default=None) for column in zip(*values, strict=True)
-  ]
-  for line, row in zip(lines, values, strict=True):
-    line.cells[:] = [
-      dataclasses.replace(cell, best=len(lines) > 1 and value is not None and value == top)
-      for cell, value, top in zip(line.cells, row, best, strict=True)
-    ]
+      numbers.append([row.values.get(n) for n in columns])
+  if len(lines) > 1:
+    for j, column in enumerate(zip(*numbers, strict=True)):
+      best = max((value for value in column if value is not None), default=None)
+      for line, value in zip(lines, column, strict=True):
+        marked = value is not None and value == best
+        line.cells[j] = dataclasses.replace(line.cells[j], best=marked)
   return columns, lines
 
 

@@ -70,7 +70,8 @@ def forms(text: str) -> list[str] | None:
 
 def _json_answers(text: str) -> list[str] | None:
   """The answers of the JSON objects in a text, or of a list of one; None where there are none."""
-  decoder, at, answers, other = json.JSONDecoder(), 0, [], text
+  answers: list[str] = []
+  decoder, at, other = json.JSONDecoder(), 0, text
   if re.fullmatch(r"\s*\[\s*\"[^\"]*\"\s*\]\s*", text):
     return json.loads(text)
   while (at := text.find("{", at)) >= 0:

@@ -11,7 +11,8 @@ LETTERS = r"a-zA-Z\u00c0-\u024f\u0370-\u052f"
 
 def any_of(words: str) -> str:
   """One of the words, as a regular expression."""
-  spaced, joined = [], []
+  spaced: list[str] = []
+  joined: list[str] = []
   for word in sorted(set(words.split()), key=len, reverse=True):
     pattern = re.escape(word).replace("_", r"\s+")
     (spaced if re.match(rf"[{LETTERS}']", word) else joined).append(pattern)

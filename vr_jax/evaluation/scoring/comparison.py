@@ -55,8 +55,8 @@ def compare(a: Result, b: Result, common: bool = False) -> list[Comparison]:
   Items that one of the two has no score for are left out of both.
 
   Raises:
-    InputError: the results are of different benchmarks or ways to choose an option, or of different
-      items unless `common`.
+    InputError: the results are of different benchmarks or ways to choose an option, or of
+      different items unless `common`.
   """
   if a.benchmark != b.benchmark:
     raise InputError(f"a result of {a.benchmark} against one of {b.benchmark}: nothing to compare")
