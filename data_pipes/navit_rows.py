@@ -10,12 +10,13 @@ sequence slot.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipes.errors import InputError
+from data_pipes.patch_packing import pack_pictures
 from data_pipes.prompts import IGNORE
 
 Row = dict[str, np.ndarray]
@@ -134,59 +135,49 @@ class Shape:
     return {key: np.repeat(array[None], count, axis=0) for key, array in row.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-  """Pictures in rows of patches; `start`: of each picture, its first patch among all X * N."""
+class TowerRow(NamedTuple):
+  """Pictures in one row of N patches: uint8 [N, 588], int32 [N], int32 [N, 2]."""
 
   patches: np.ndarray
   segments: np.ndarray
   positions: np.ndarray
-  start: Mapping[int, int] = field(default_factory=dict)
 
 
-def rows_needed(sizes: Sequence[int], patches: int) -> int:
-  """Rows of `patches` patches that hold pictures of these sizes, as `pack` lays them."""
-  return 1 + max(_places(sizes, patches)[0], default=0)
+class Packed(NamedTuple):
+  """Pictures in rows; `start`: by id(picture), its first patch among those of all rows."""
+
+  rows: list[TowerRow]
+  start: Mapping[int, int]
 
 
-def _places(sizes: Sequence[int], patches: int) -> tuple[list[int], list[int]]:
-  """Row and first patch of each picture: largest first, each into the first row with room."""
-  used: list[int] = []
-  rows, starts = [0] * len(sizes), [0] * len(sizes)
-  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-    if sizes[i] > patches:
-      raise InputError(f"a picture of {sizes[i]} patches; accepted: at most {patches}")
-    row = next((r for r, n in enumerate(used) if n + sizes[i] <= patches), len(used))
-    used += [0] if row == len(used) else []
-    rows[i], starts[i] = row, used[row]
-    used[row] += sizes[i]
-  return rows, starts
+def _tower_row(patches: int, patch_bytes: int) -> TowerRow:
+  """A row without a picture."""
+  return TowerRow(
+    np.zeros((patches, patch_bytes), np.uint8),
+    np.full(patches, -1, np.int32),
+    np.zeros((patches, 2), np.int32),
+  )
 
 
-def pack(pictures: Sequence[Picture], rows: int, patches: int, patch_bytes: int = 588) -> Packed:
-  """Pictures in `rows` rows of `patches` patches; one that is named twice is stored once.
+def pack(pictures: Sequence[Picture], sizes: Sequence[int], patch_bytes: int = 588) -> Packed:
+  """Pictures in rows of these sizes (`patch_packing`); one that is named twice is stored once.
 
-  Raises InputError where they do not fit.
+  Raises InputError where a picture is larger than the largest row.
   """
   pictures = list({id(p): p for p in pictures}.values())
-  places = _places([len(p.patches) for p in pictures], patches)
-  if max(places[0], default=0) >= rows:
-    raise InputError(
-      f"pictures of {sum(len(p.patches) for p in pictures)} patches need {max(places[0]) + 1} rows "
-      f"of {patches}; accepted: {rows}"
-    )
-  out = Packed(
-    np.zeros((rows, patches, patch_bytes), np.uint8),
-    np.full((rows, patches), -1, np.int32),
-    np.zeros((rows, patches, 2), np.int32),
-    {id(p): row * patches + at for p, row, at in zip(pictures, *places, strict=True)},
-  )
-  for number, (picture, row, at) in enumerate(zip(pictures, *places, strict=True)):
-    where = slice(at, at + len(picture.patches))
-    out.patches[row, where] = picture.patches
-    out.segments[row, where] = number
-    out.positions[row, where] = picture.positions()
-  return out
+  rows, start, before = [], {}, 0
+  for chosen in pack_pictures([len(p.patches) for p in pictures], sizes):
+    row, at = _tower_row(chosen.size, patch_bytes), 0
+    for number in chosen.pictures:
+      picture = pictures[number]
+      start[id(picture)] = before + at
+      where = slice(at, at := at + len(picture.patches))
+      row.patches[where] = picture.patches
+      row.segments[where] = number
+      row.positions[where] = picture.positions()
+    rows.append(row)
+    before += chosen.size
+  return Packed(rows, start)
 
 
 class Cells(NamedTuple):
@@ -251,7 +242,7 @@ def needed_shape(
   context = [len(p.patches) for o in crops for p in (o.local, o.whole) if p is not None]
   flat = [p for row in pictures for p in row]
   return Shape(
-    tower_rows=max((rows_needed(row, patches) for row in sizes), default=1),
+    tower_rows=max((len(pack_pictures(row, (patches,))) for row in sizes), default=0) or 1,
     patches=patches,
     scene=max((sum(p.tokens for s in row for p in s.scene) for row in samples), default=0),
     objects=max(map(len, objects), default=0),
@@ -270,20 +261,34 @@ def build_row(samples: Sequence[Sample], shape: Shape, ids: Ids, where: str = "q
   Raises:
     InputError: `<image>` or `<REGION>` are not as many as there are tokens, or it does not fit.
   """
-  packed = pack(
-    [p for s in samples for p in s.pictures()], shape.tower_rows, shape.patches, shape.patch_bytes
-  )
-  row = {
-    "patches": packed.patches,
-    "patch_segments": packed.segments,
-    "patch_positions": packed.positions,
-    **_scene(samples, packed, shape),
-    **_objects([o for s in samples for o in s.objects], packed, shape),
+  pictures = [p for sample in samples for p in sample.pictures()]
+  packed = pack(pictures, (shape.patches,), shape.patch_bytes)
+  spare = shape.tower_rows - len(packed.rows)
+  if spare < 0:
+    raise InputError(
+      f"{where}: {sum(len(p.patches) for p in pictures)} patches need {len(packed.rows)} rows of "
+      f"{shape.patches}; accepted: {shape.tower_rows}"
+    )
+  rows = packed.rows + [_tower_row(shape.patches, shape.patch_bytes)] * spare
+  return {
+    **dict(zip(TOWER_ROW, map(np.stack, zip(*rows, strict=True)), strict=True)),
+    **scene_arrays(samples, packed.start, shape),
+    **object_arrays([o for s in samples for o in s.objects], packed.start, shape),
+    **text_arrays(samples, shape, ids, where),
   }
+
+
+TOWER_ROW = ("patches", "patch_segments", "patch_positions")  # a TowerRow's arrays in a Row
+
+
+def text_arrays(
+  samples: Sequence[Sample], shape: Shape, ids: Ids, where: str = "question"
+) -> dict[str, np.ndarray]:
+  """The sequence slots of a row."""
   length = sum(len(s.ids) for s in samples)
   if length > shape.length:
     raise InputError(f"{where}: {length} slots; accepted: {shape.length}")
-  row |= {
+  row = {
     "tokens": np.zeros(shape.length, np.int32),
     "visual": np.full(shape.length, -1, np.int32),
     "valid": np.arange(shape.length) < length,
@@ -335,8 +340,10 @@ def tokens_of(crop: Crop, k: int) -> int:
   return k if crop.whole is not None else min(crop.cells, k)
 
 
-def _scene(samples: Sequence[Sample], packed: Packed, shape: Shape) -> dict[str, Any]:
-  """Patches, frame and token before of every scene token."""
+def scene_arrays(
+  samples: Sequence[Sample], start: Mapping[int, int], shape: Shape
+) -> dict[str, np.ndarray]:
+  """Patches, frame and token before of every scene token; `start` as in `Packed`."""
   M = shape.merge**2
   scene = np.zeros((shape.scene, M), np.int32)
   frames = np.full(shape.scene, -1, np.int32)
@@ -348,7 +355,7 @@ def _scene(samples: Sequence[Sample], packed: Packed, shape: Shape) -> dict[str,
       if slots[-1:] >= shape.scene:
         raise InputError(f"scene tokens do not fit; accepted: {shape.scene}")
       inside = (slots - at)[:, None] * picture.merge**2 + np.arange(M) % picture.merge**2
-      scene[slots] = packed.start[id(picture)] + inside
+      scene[slots] = start[id(picture)] + inside
       frames[slots] = number
       if sample.video and i:
         if picture.grid != sample.scene[i - 1].grid:
@@ -358,8 +365,10 @@ def _scene(samples: Sequence[Sample], packed: Packed, shape: Shape) -> dict[str,
   return {"scene": scene, "scene_frame": frames, "scene_before": before}
 
 
-def _objects(crops: Sequence[Crop], packed: Packed, shape: Shape) -> dict[str, Any]:
-  """Cells, places and context of every object."""
+def object_arrays(
+  crops: Sequence[Crop], start: Mapping[int, int], shape: Shape
+) -> dict[str, np.ndarray]:
+  """Cells, places and context of every object; `start` as in `Packed`."""
   R, C, K, G = shape.objects, shape.cells, shape.tokens_per_object, shape.context
   if len(crops) > R or any(crop.cells > C for crop in crops):
     most = max((crop.cells for crop in crops), default=0)
@@ -375,14 +384,14 @@ def _objects(crops: Sequence[Crop], packed: Packed, shape: Shape) -> dict[str, A
   }
   for r, crop in enumerate(crops):
     cells, n = cells_of(crop), crop.cells
-    out["cells"][r, :n] = packed.start[id(crop.picture)] + cells.patches
+    out["cells"][r, :n] = start[id(crop.picture)] + cells.patches
     out["cell_weights"][r, :n] = cells.weights
     out["cell_places"][r, :n] = cells.places
     out["cell_counts"][r] = n
-    start = even_start(n, K) if crop.start is None or n <= K else np.asarray(crop.start)
-    out["cell_starts"][r] = np.minimum(start, C - 1)
+    begin = even_start(n, K) if crop.start is None or n <= K else np.asarray(crop.start)
+    out["cell_starts"][r] = np.minimum(begin, C - 1)
     for name, picture in (("local", crop.local), ("whole", crop.whole)):
       if picture is not None:
         size = len(picture.patches)
-        out[name][r, :size] = packed.start[id(picture)] + np.arange(size)
+        out[name][r, :size] = start[id(picture)] + np.arange(size)
   return out

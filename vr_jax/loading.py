@@ -10,10 +10,12 @@ from data_pipes.errors import InputError
 from vr_jax import checkpoint
 from vr_jax.assets import ASSETS, packaged
 from vr_jax.inference.model import Model
+from vr_jax.inference.pictures import PictureModel
 from vr_jax.interop.sources import open_source
 from vr_jax.interop.table import arrays, nested
 from vr_jax.weights import locate
 
+KINDS: dict[str, type[Model]] = {"siglip": Model, "navit": PictureModel}  # by the kind of tower
 MODELS = (
   "a work directory or checkpoint of vr train, a folder of the published VideoRefer or of "
   "vr convert --to torch, its address on the Hub (OWNER/NAME[@REVISION]), or a packaged model"
@@ -53,4 +55,4 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
     params = checkpoint.load_for_inference(path).params
   else:
     params = nested(arrays(opened.params))
-  return Model(cfg, params, tokenizer, opened.generation, notice, **options)
+  return KINDS[cfg.img.kind](cfg, params, tokenizer, opened.generation, notice, **options)

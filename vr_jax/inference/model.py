@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from data_pipes.batch import fit_shape
 from data_pipes.errors import InputError
 from data_pipes.prompts import DESCRIBE, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.inference.batching import CHUNK, WAITING, Engine, Prompt, Sizes
+from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
+from vr_jax.inference.call import Call, UnderWay, refusals
 from vr_jax.inference.options import WEIGHTS, Options
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
@@ -29,51 +30,6 @@ from vr_jax.models.fused import fuse
 from vr_jax.models.quantize import quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import path_names
-
-
-@dataclasses.dataclass
-class _UnderWay:
-  """A question between its prompt and its answer; `ids` are its new tokens so far."""
-
-  question: Question
-  scene: Sequence[int]
-  objects: Sequence[ObjectTokens]
-  ids: list[int] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class _Call:
-  """One call's requests, from reading to answers.
-
-  Attributes:
-    groups: videos with their questions, as they are read; None where none is read yet.
-    options: of all requests, but for those that have `settings` by their place.
-    is_dropped: whether nobody waits for a request's answer any more.
-    lanes: prompts that wait for a row, by the question slots of the row.
-    engines: what answers each lane; InputError where such rows do not fit the memory.
-    under_way: by the request's place in the list.
-    refused: requests that cannot be answered, until the caller has them.
-  """
-
-  groups: Iterator[Group | Refused | None]
-  options: Options
-  settings: Mapping[int, Options] = dataclasses.field(default_factory=dict)
-  is_dropped: Callable[[int], bool] = lambda place: False
-  lanes: dict[int, collections.deque[Prompt]] = dataclasses.field(default_factory=dict)
-  engines: dict[int, Engine | InputError] = dataclasses.field(default_factory=dict)
-  under_way: dict[int, _UnderWay] = dataclasses.field(default_factory=dict)
-  refused: list[Refused] = dataclasses.field(default_factory=list)
-
-  def forget_dropped(self) -> None:
-    for place in [place for place in self.under_way if self.is_dropped(place)]:
-      del self.under_way[place]
-
-  def others_are_full(self, slots: int) -> bool:
-    """The prompts of other lanes than this hold as many prefixes as may wait."""
-    prefixes = {
-      id(prompt.prefix) for lane in self.lanes if lane != slots for prompt in self.lanes[lane]
-    }
-    return len(prefixes) >= WAITING
 
 
 class Model:
@@ -244,7 +200,7 @@ class Model:
       raise InputError(f"{len(requests)} requests and {len(options)} lists of options")
     how = Options(**settings)
     places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    call = _Call(self.reader(how).ahead(places.items()), how)
+    call = Call(self.reader(how).ahead(places.items()), how)
     for group in call.groups:
       if not isinstance(group, Group):
         yield group
@@ -255,11 +211,13 @@ class Model:
         tokens = list(itertools.islice(remaining, len(question.objects)))
         prompt = self._prompt(question, prefix, tokens, call)
         try:
-          yield question.index, self._likelihoods(call, prompt, options[question.index])
+          yield question.index, self._likelihoods(call, question, prompt, options[question.index])
         except InputError as error:
           yield question.index, error
 
-  def _likelihoods(self, call: _Call, prompt: Prompt, options: Sequence[str]) -> tuple[float, ...]:
+  def _likelihoods(
+    self, call: Call, question: Question, prompt: Prompt, options: Sequence[str]
+  ) -> tuple[float, ...]:
     """The log-likelihood of each option after the prompt."""
     if not options:
       raise InputError("no options; accepted: at least one")
@@ -267,8 +225,7 @@ class Model:
     for option, tokens in zip(options, ids, strict=True):
       if not len(tokens):
         raise InputError(f"option {option!r} has no tokens; accepted: text")
-    longest = len(prompt.tokens) + max(map(len, ids))
-    engine = self._engine_of_lane(call, _classes(longest)[-1])
+    engine = self._engine_of_lane(call, self._lane(question, max(map(len, ids))))
     if isinstance(engine, InputError):
       raise engine
     return tuple(engine.score([prompt.followed_by(i) for i in ids], list(map(len, ids))))
@@ -280,7 +237,7 @@ class Model:
     for media in ("video", "image"):
       head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
       self.visual.compile(scene, len(head))
-      for slots in _classes(question_slots):
+      for slots in classes(question_slots):
         self._engine(self._sizes(settings, len(head), slots))
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -316,7 +273,7 @@ class Model:
     video is taken up while the other lanes hold WAITING of them: this lane then runs dry.
     """
     places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    call = _Call(self.reader(options).ahead(places.items()), options)
+    call = Call(self.reader(options).ahead(places.items()), options)
     for progress in self._answer(call, every):
       assert progress is not None  # all requests are there from the beginning
       yield progress
@@ -340,25 +297,25 @@ class Model:
 
     Yields None where there is nothing to do until `groups` has more.
     """
-    return self._answer(_Call(groups, options, settings, is_dropped), every)
+    return self._answer(Call(groups, options, settings, is_dropped), every)
 
   def _answer(
-    self, call: _Call, every: int | None
+    self, call: Call, every: int | None
   ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None] | None]:
     more: bool | None = True
     while more is not False or any(call.lanes.values()):
       if not any(call.lanes.values()):
         more = self._take_up(call)
-        yield from _refusals(call)
+        yield from refusals(call)
         if more is None:
           yield None
         continue
-      slots = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
-      engine = call.engines[slots]
+      lane = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
+      engine = call.engines[lane]
       assert isinstance(engine, Engine)  # a lane without one holds no prompts
-      prompts = self._prompts(call, slots)
+      prompts = self._prompts(call, lane)
       for progress in engine.run(prompts, every=every, is_dropped=call.is_dropped):
-        yield from _refusals(call)
+        yield from refusals(call)
         call.forget_dropped()
         if progress is None:
           yield None
@@ -372,25 +329,25 @@ class Model:
           answer = self._finish(entry)
           del call.under_way[progress.index]
         yield progress.index, progress.tokens, answer
-      yield from _refusals(call)
+      yield from refusals(call)
 
-  def _prompts(self, call: _Call, slots: int) -> Iterator[Prompt | None]:
+  def _prompts(self, call: Call, lane: Hashable) -> Iterator[Prompt | None]:
     """The prompts of a lane, taking up further videos as long as the other lanes have room."""
-    lane = call.lanes[slots]
+    waiting = call.lanes[lane]
     while True:
-      while lane:
-        yield lane.popleft()
-      if call.others_are_full(slots):
+      while waiting:
+        yield waiting.popleft()
+      if call.others_are_full(lane):
         return
       more = self._take_up(call)
       if more is False:
         return
       if more is None:
-        if any(call.lanes[other] for other in call.lanes if other != slots):
+        if any(call.lanes[other] for other in call.lanes if other != lane):
           return  # they have waited long enough
         yield None
 
-  def _take_up(self, call: _Call) -> bool | None:
+  def _take_up(self, call: Call) -> bool | None:
     """Encodes the next group and puts its prompts into their lanes.
 
     False if there is none; None if there is none yet.
@@ -406,32 +363,34 @@ class Model:
       return True
     questions = []
     for question in group.questions:
-      slots = self._question_slots(question)
-      engine = self._engine_of_lane(call, slots)
+      lane = self._lane(question)
+      engine = self._engine_of_lane(call, lane)
       if isinstance(engine, InputError):
         call.refused.append((question.index, engine))
       else:
-        questions.append((slots, question))
+        questions.append((lane, question))
     if not questions:
       return True
     prefix, objects = self._see(group, [question for _, question in questions])
     remaining = iter(objects)
-    for slots, question in questions:
+    for lane, question in questions:
       tokens = list(itertools.islice(remaining, len(question.objects)))
-      call.under_way[question.index] = _UnderWay(question, group.clip.scene, tokens)
-      call.lanes[slots].append(self._prompt(question, prefix, tokens, call))
+      call.under_way[question.index] = UnderWay(question, group.clip.scene, tokens)
+      call.lanes[lane].append(self._prompt(question, prefix, tokens, call))
     return True
 
-  def _engine_of_lane(self, call: _Call, slots: int) -> Engine | InputError:
-    if slots not in call.engines:
-      head, _ = around_media(question_prompt("", self.tokenizer, "video")[1])
+  def _engine_of_lane(self, call: Call, lane: Hashable) -> Engine | InputError:
+    if lane not in call.engines:
       try:
-        sizes = self._sizes(call.options, len(head), slots)
-        call.engines[slots] = self._engine(sizes)
+        call.engines[lane] = self._engine(self._sizes_of_lane(call.options, lane))
       except InputError as error:
-        call.engines[slots] = error
-      call.lanes[slots] = collections.deque()
-    return call.engines[slots]
+        call.engines[lane] = error
+      call.lanes[lane] = collections.deque()
+    return call.engines[lane]
+
+  def _sizes_of_lane(self, options: Options, lane: Any) -> Sizes:
+    head, _ = around_media(question_prompt("", self.tokenizer, "video")[1])
+    return self._sizes(options, len(head), lane)
 
   def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
     """The prefix of the group's video, and the tokens of the questions' objects, in order."""
@@ -450,7 +409,7 @@ class Model:
     question: Question,
     prefix: Prefix,
     objects: Sequence[ObjectTokens],
-    call: _Call,
+    call: Call,
   ) -> Prompt:
     """What follows the scene: text, and each object's tokens in the place of its `<region>`."""
     _, tail = around_media(question.text)
@@ -463,36 +422,39 @@ class Model:
     if objects:
       visual[is_visual] = np.concatenate([o.tokens for o in objects])
     tokens = np.where(is_visual, 0, tail[source]).astype(np.int32)
+    return Prompt(
+      question.index, prefix, tokens, visual, is_visual, **self._choosing(question, call)
+    )
+
+  def _choosing(self, question: Question, call: Call) -> dict[str, Any]:
+    """How the answer's tokens are chosen, as fields of a Prompt."""
     # In a list the place tells equal requests apart; one with settings has its own seed.
     single = call.settings.get(question.index)
     options = call.options if single is None else single
-    return Prompt(
-      question.index,
-      prefix,
-      tokens,
-      visual,
-      is_visual,
-      limit=options.max_new_tokens,
-      sampling=options.sampling(self.sampling),
-      seed=options.seed,
-      place=question.index if single is None else 0,
-    )
+    return {
+      "limit": options.max_new_tokens,
+      "sampling": options.sampling(self.sampling),
+      "seed": options.seed,
+      "place": question.index if single is None else 0,
+    }
 
-  def _finish(self, entry: _UnderWay) -> Answer:
-    question = entry.question
-    objects = []
-    for name, masks, seen in zip(question.names, question.objects, entry.objects, strict=True):
-      tokens: dict[int, list[int]] = {}
-      for number, segment in zip(masks, seen.segments, strict=True):
-        tokens.setdefault(int(segment), []).append(int(number))
-      objects.append({"name": name, "tokens": [tokens[s] for s in sorted(tokens)]})
+  def _finish(self, entry: UnderWay) -> Answer:
     return Answer(
       text=self.text(entry.ids),
       token_ids=tuple(entry.ids),
       scene_frames=tuple(int(n) for n in entry.scene),
-      objects=tuple(objects),
-      warnings=question.warnings,
+      objects=tuple(self._objects_of(entry)),
+      warnings=entry.question.warnings,
     )
+
+  def _objects_of(self, entry: UnderWay) -> Iterator[dict[str, Any]]:
+    """Name of each object, and the frames that each of its tokens stands for."""
+    question = entry.question
+    for name, masks, seen in zip(question.names, question.objects, entry.objects, strict=True):
+      tokens: dict[int, list[int]] = {}
+      for number, segment in zip(masks, seen.segments, strict=True):
+        tokens.setdefault(int(segment), []).append(int(number))
+      yield {"name": name, "tokens": [tokens[s] for s in sorted(tokens)]}
 
   # --- Sizes ----------------------------------------------------------------------------------
 
@@ -511,9 +473,13 @@ class Model:
     return self._engines[sizes]
 
   def _sizes(self, options: Options, head: int, question: int) -> Sizes:
+    prefix = head_slots(head) + self._scene_tokens(self._scene(options))
+    return self._row_sizes(options, prefix, question)
+
+  def _row_sizes(self, options: Options, prefix: int, question: int) -> Sizes:
     return Sizes(
       rows=self._placement.whole_rows(options.batch_size),
-      prefix=head_slots(head) + self._scene_tokens(self._scene(options)),
+      prefix=prefix,
       question=question,
       new_tokens=max(16, 1 << (options.max_new_tokens - 1).bit_length()),
     )
@@ -548,28 +514,26 @@ class Model:
       visual=self.visual,
     )
 
-  def _question_slots(self, question: Question) -> int:
-    """The slots of its row: a size that holds what the question and its objects can take."""
+  def _lane(self, question: Question, more: int = 0) -> Any:
+    """What prompts that share rows have in common.
+
+    Here the slots of the question: a size that holds what it, its objects and `more` tokens take.
+    """
     _, tail = around_media(question.text)
-    return _classes(len(tail) + len(question.objects) * (self.cfg.region.tokens - 1))[-1]
+    longest = len(tail) + len(question.objects) * (self.cfg.region.tokens - 1)
+    return classes(longest + more)[-1]
 
   def text(self, ids: Sequence[int]) -> str:
     """The text of generated tokens."""
     return self.tokenizer.decode(ids, skip_special=True).strip()
 
 
-def _classes(question_slots: int) -> list[int]:
+def classes(question_slots: int) -> list[int]:
   """Sizes for the question's slots, up to the one that holds so many."""
   sizes = [2 * CHUNK]
   while sizes[-1] < question_slots:
     sizes.append(4 * sizes[-1])
   return sizes
-
-
-def _refusals(call: _Call) -> Iterator[tuple[int, tuple[int, ...], InputError]]:
-  while call.refused:
-    index, error = call.refused.pop(0)
-    yield index, (), error
 
 
 def _for_inference(

@@ -68,7 +68,7 @@ class Visual:
     self._module, self._params, self._programs = module, params, programs
     self._placement = placement
     self._frames = placement.whole_rows(FRAMES)
-    self._kept: collections.OrderedDict[Hashable, Prefix] = collections.OrderedDict()
+    self._kept: collections.OrderedDict[tuple[Hashable, ...], Prefix] = collections.OrderedDict()
     # By the file: the hash and the numbers of its scene frames; and tokens by file and masks.
     self._scenes: dict[Hashable, tuple[bytes, Sequence[int]]] = {}
     self._objects: collections.OrderedDict[Hashable, ObjectTokens] = collections.OrderedDict()
@@ -133,7 +133,7 @@ class Visual:
       if file is None:
         return
       self._scenes[file] = key[:2]
-      kept_videos = {video for video, *_ in self._kept}
+      kept_videos = {key[0] for key in self._kept}
       self._scenes = {f: known for f, known in self._scenes.items() if known[0] in kept_videos}
       for masks, tokens in objects:
         self._objects[file, _masks_hash(masks)] = tokens

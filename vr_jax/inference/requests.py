@@ -27,6 +27,8 @@ class Request:
     preface: gives the text in front of the question that depends on the media, such as subtitles;
       called when the video is read.
     fps: frames a second of a folder of frames, for the times of regions.
+    starts: for models that join an object's cells by k-means, the cells that it starts from, of
+      each crop; by default they are evenly spaced. (The published code draws them at random.)
 
   Raises:
     InputError: a field that is not of its kind. What regions and annotation hold is looked at when
@@ -40,6 +42,7 @@ class Request:
   seconds: tuple[float, float] | None = None
   preface: Callable[[], str] | None = None
   fps: float | None = None
+  starts: Sequence[Sequence[int]] = ()
 
   def __post_init__(self):
     if not isinstance(self.question, str):

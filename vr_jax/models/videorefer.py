@@ -174,7 +174,7 @@ class VideoRefer(nn.Module):
     kept = rearrange(kept, "B R U -> B (R U)")
     return rows, jnp.concatenate([counts, kept], axis=1)
 
-  def splice(self, batch: Batch) -> Spliced:
+  def splice(self, batch: Batch, features: Float[Array, "B *n D"] | None = None) -> Spliced:
     """Text embeddings with scene and object tokens in their slots, compacted.
 
     An object may keep fewer than U tokens (ties in the merge, few frames). Its spare slots are
@@ -186,7 +186,8 @@ class VideoRefer(nn.Module):
         compacted   a  b  v0 v1 c  o0 o1 d  e  o2 o3 -
         position    0  1  2  3  4  5  6  7  8 -1 -1 -1
     """
-    rows, rows_valid = self.visual_table(self.img.features(batch), batch)
+    features = self.img.features(batch) if features is None else features
+    rows, rows_valid = self.visual_table(features, batch)
     is_visual = batch["visual"] >= 0
     row = jnp.maximum(batch["visual"], 0)
     text = self.llm.embed(batch["tokens"])
@@ -264,6 +265,31 @@ class VideoRefer(nn.Module):
     """Feeds K more text tokens per row; positions -1 mark rows that have ended."""
     hidden, cache = self.llm(self.llm.embed(tokens), positions, cache)
     return self.llm.logits(hidden), cache
+
+  def encode_pictures(
+    self, patches: UInt8[Array, "X N C"], segments: Int[Array, "X N"], places: Int[Array, "X N 2"]
+  ) -> Float[Array, "X N D"]:
+    """Tower features of packed pictures of any size."""
+    return self.img(patches, segments, places)[0]
+
+  def prefill_pictures(
+    self, features: Float[Array, "B n D"], batch: Batch, cache: KVCache
+  ) -> KVCache:
+    """Fills an empty cache with rows whose pictures have been encoded."""
+    spliced = self.splice(batch, features)
+    return self.llm(spliced.embeds, spliced.positions, cache)[1]
+
+  def picture_scene(
+    self, features: Float[Array, "B n D"], batch: Batch
+  ) -> tuple[Float[Array, "B V E"], Bool[Array, "B V"]]:
+    """Scene tokens of pictures that have been encoded, and which of them the compressor keeps."""
+    return self.img.scene(self.connector, features, batch)
+
+  def crop_objects(
+    self, features: Float[Array, "B n D"], batch: Batch
+  ) -> tuple[Float[Array, "B R U E"], Bool[Array, "B R U"]]:
+    """Object tokens of crops that have been encoded, and which of them count."""
+    return self.region.objects(features, batch)
 
   def scene_tokens(self, features: Float[Array, "B T N D"]) -> Float[Array, "B V E"]:
     """The connector alone, on the tower features of the scene frames in their order."""

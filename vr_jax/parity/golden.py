@@ -252,14 +252,15 @@ def compare(case: Case, produced: Produced) -> CaseResult:
         within = np.all(error <= allowed) and rms <= tolerance.get("rms_tol", np.inf)
       if within or name not in produced.loose:
         worst, worst_rms = np.fmax(worst, largest), np.fmax(worst_rms, rms)
-        share = largest / tolerance["atol"] if tolerance.get("atol") else 0.0
+        limit = produced.atol.get(name, tolerance.get("atol"))
+        share = largest / limit if limit else 0.0
         shares.append((share if np.isfinite(share) else np.inf, name, largest, rms))
       problem = None if within else f"{name} differs by {largest:.1e} (rms {rms:.1e})"
     if problem:
       (notes if name in produced.loose else problems).append(problem)
   if case.own_limits and shares:  # the array that takes the largest share of its limit
     _, name, worst, worst_rms = max(shares)
-    limits = case.allowed(name)
+    limits = {"atol": produced.atol[name]} if name in produced.atol else case.allowed(name)
   return CaseResult(
     stage=case.stage,
     case=case.id,

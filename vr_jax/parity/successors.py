@@ -104,8 +104,8 @@ def _vision(golden: Golden, case: Case) -> dict[str, np.ndarray]:
   loaded = checkpoint(golden, case.meta["checkpoint"])
   pictures = pictures_of(case["pixels_u8"], case["grid_thw"], case["strides"])
   size = room(sum(len(p.patches) for p in pictures))
-  packed = pack(pictures, 1, size, pictures[0].patches.shape[-1])
-  rows = (packed.patches, packed.segments, packed.positions)
+  packed = pack(pictures, (size,), pictures[0].patches.shape[-1])
+  rows = [x[None] for x in packed.rows[0]]
   features, out = _encode(Navit(loaded.cfg.img), loaded.params["img"], rows, "hidden_0" in case)
   order = np.concatenate([packed.start[id(p)] + np.arange(len(p.patches)) for p in pictures])
   arrays = {"features": np.asarray(features)[0, order]}

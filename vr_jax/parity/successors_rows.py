@@ -8,9 +8,25 @@ import jax
 import numpy as np
 
 from data_pipes.errors import InputError
+from data_pipes.navit_images import STRIDES, to_patches
+from data_pipes.navit_prompts import (
+  image_text,
+  object_text,
+  question_text,
+  timed_object_text,
+  video_text,
+)
 from data_pipes.navit_rows import Crop, Picture, Row, Sample, tokens_of
+from data_pipes.object_crops import crop_objects, crop_patches
 from data_pipes.prompts import IGNORE
+from vr_jax.inference import generate
+from vr_jax.inference.options import Options
+from vr_jax.inference.picture_reading import started
+from vr_jax.inference.pictures import PictureModel
+from vr_jax.inference.sampling import penalize
 from vr_jax.interop.navit import to_published
+from vr_jax.loading import load
+from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 from vr_jax.parity.golden import FAIL, Case, CaseResult, Golden, Produced, compare, compare_cases
 from vr_jax.parity.successors import Checkpoint, checkpoint
@@ -153,3 +169,91 @@ def _compare_gradients(case: Case, grads: dict[str, np.ndarray]) -> CaseResult:
     return result
   note = "; ".join(filter(None, [result.note, *differences.problems[:4]]))
   return dataclasses.replace(result, status=FAIL, note=note)
+
+
+# --- 09_generate ------------------------------------------------------------------------------
+
+
+def generation(golden: Golden) -> Iterator[CaseResult]:
+  """Greedy answers end to end, from frames and masks to ids, by the engine that users run."""
+  cases = golden.cases("09_generate")
+  return compare_cases(cases, functools.partial(_generate, golden))
+
+
+@functools.cache
+def _answering(golden: Golden, name: str) -> PictureModel:
+  model = load(golden.path(name))
+  assert isinstance(model, PictureModel)
+  return model
+
+
+def asked_sample(golden: Golden, case: Case) -> Sample:
+  """The question of a case with its pictures and crops, as requests are read."""
+  model = _answering(golden, case.meta["checkpoint"])
+  rules, video = model.rules(Options(mask_rule="published")), case.meta["modal"] == "video"
+
+  def stored(name: str) -> np.ndarray:
+    return case[name] if name in case else case.stored(case.meta[f"{name}_key"])
+
+  frames = stored("frames_u8")
+  masked = stored("mask_frames_u8") if video else frames
+  merge = STRIDES[case.meta["modal"]]
+  lite = rules.crop.lite
+  scene = [] if lite else [
+    to_patches(frame, rules.max_length, merge, len(frames)) for frame in frames
+  ]  # fmt: skip
+  crops = crop_objects(
+    masked, case["masks"], case.meta["mask_ids"], rules.crop, rules.tokens, rules.published
+  )
+  tokens, times = [crop.tokens for crop in crops], case.meta["timestamps"]
+  if lite and video:
+    objects, each = [], iter(tokens)
+    for ids in case.meta["mask_ids_raw"]:
+      counts = [next(each) for _ in ids]
+      objects.append(timed_object_text(counts, [times[i] for i in ids]))
+  else:
+    objects = [object_text(n) for n in tokens]
+  counts = [picture.tokens for picture in scene]
+  pictures = [video_text(counts, times)] if video and scene else [image_text(n) for n in counts]
+  _, text = question_text(
+    case.meta["instruct"], model.tokenizer, case.meta["modal"], pictures, objects
+  )
+  made = crop_patches(crops, rules.crop, rules.max_length)
+  starts = [list(case[f"kmeans_{j}_init"]) for j in range(99) if f"kmeans_{j}_init" in case]
+  for j in range(len(starts)):
+    case[f"kmeans_{j}_n"]
+  ran = iter(starts)  # k-means ran for the objects of more cells than tokens
+  begun = [next(ran) if crop.cells > rules.tokens else [] for crop in made]
+  return Sample(text.ids, text.labels, scene, started(made, begun), video)
+
+
+def _generate(golden: Golden, case: Case) -> Produced:
+  model = _answering(golden, case.meta["checkpoint"])
+  sample = asked_sample(golden, case)
+  (ids,) = model.answer_samples([sample], max_new_tokens=case.meta["max_new_tokens"])
+  answer = model.tokenizer.decode(ids, skip_special=True).strip()
+  if answer != case.meta["answer"]:
+    raise InputError(f"{case.id}: answer {answer!r} instead of {case.meta['answer']!r}")
+
+  # The scores behind each choice: prompt and answer once more, as one row without the engine.
+  loaded = checkpoint(golden, case.meta["checkpoint"])
+  row = loaded.rows([[sample]], case.id)
+  cache = KVCache.empty(loaded.cfg.llm, 1, row["tokens"].shape[1] + len(ids))
+  first, cache = generate.prefill(loaded.model, loaded.params, row, cache)
+  positions = cache.positions.max() + 1 + np.arange(len(ids))
+  rest, _ = generate.extend(loaded.model, loaded.params, np.array([ids]), positions[None], cache)
+  logits = np.concatenate([first[:, None], rest[:, :-1]], axis=1)[0]
+  seen = jax.nn.one_hot(np.array(ids), logits.shape[-1], dtype=np.int32)
+  seen = (np.cumsum(seen, axis=0) - seen) > 0
+  best = jax.lax.top_k(penalize(logits, seen, model.sampling.repetition_penalty), 2)[0]
+  # A margin is the difference of two scores, each as near as the logits are.
+  limit = 2 * case.allowed("first_logits").get("atol", 0.0) * model.sampling.repetition_penalty
+  return Produced(
+    {
+      "input_ids": sample.ids,
+      "generated_ids": np.array(ids, np.int32),
+      "first_logits": logits[0],
+      "margins": best[:, 0] - best[:, 1],
+    },
+    atol={"margins": limit},
+  )
