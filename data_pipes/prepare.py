@@ -145,8 +145,9 @@ class Prepare:
     fields = json.loads(json.dumps(asdict(settings)))
     path = job.out / SETTINGS
     if path.exists():
-      before = json.loads(path.read_text())
-      changed = [k for k in fields if before.get(k) != fields[k]]
+      # A folder of an earlier version lacks what came later, and had its default.
+      before = json.loads(json.dumps(asdict(Settings()))) | json.loads(path.read_text())
+      changed = [k for k in fields if before[k] != fields[k]]
       if changed:
         listed = "; ".join(f"{k} was {before.get(k)!r}, is {fields[k]!r}" for k in changed)
         raise InputError(f"{out} was begun with other settings: {listed}; use another folder")
