@@ -15,10 +15,10 @@ import numpy as np
 
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures
-from data_pipes.navit_rows import Ids, Row, Sample, Shape, build_row, rows_needed
+from data_pipes.navit_rows import Ids, Row, Sample, Shape, build_row
 from data_pipes.navit_samples import NavitRules, training_sample
 from data_pipes.packing import assign, locate
-from data_pipes.patch_packing import BLOCK
+from data_pipes.patch_packing import BLOCK, pack_pictures
 from data_pipes.records import Record
 from data_pipes.samples import RowSource
 from data_pipes.tokenizer import Tokenizer
@@ -149,7 +149,10 @@ def _shape_of(
   joined = [[needs[i] for i in row] for row in rows]
   return Shape(
     tower_rows=max(
-      rows_needed([n for need in row for n in need.pictures], patches) for row in joined
+      1,
+      *(
+        len(pack_pictures([n for need in row for n in need.pictures], (patches,))) for row in joined
+      ),
     ),
     patches=patches,
     scene=max(sum(need.scene for need in row) for row in joined),
