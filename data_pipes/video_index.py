@@ -212,16 +212,17 @@ def packets_of(container, stream) -> Iterator:
 
   A file that breaks off ends there, as for a player.
   """
-  damaged = damage(container)
-  with damaged:
-    packets = container.demux(stream)
+  packets = container.demux(stream)
   while True:
-    with damaged:
-      try:
-        packet = next(packets, None)
-      # A player ends there too; PyAV does not know a stream that begins behind the head.
-      except (av.FFmpegError, IndexError):
-        return
+    # Not within `reading`, which costs a little, hundreds of thousands of times in a long video.
+    try:
+      packet = next(packets, None)
+    # A player ends there too; PyAV does not know a stream that begins behind the head.
+    except (av.FFmpegError, IndexError):
+      return
+    except Exception:
+      with damage(container):
+        raise
     if packet is None:
       return
     yield packet
@@ -229,11 +230,13 @@ def packets_of(container, stream) -> Iterator:
 
 def decoded(packet, container) -> list:
   """The frames that a packet brings out; none where it is damaged, as for a player."""
-  with damage(container):
-    try:
-      return packet.decode()
-    except av.FFmpegError:
-      return []
+  try:
+    return packet.decode()
+  except av.FFmpegError:
+    return []
+  except Exception:
+    with damage(container):
+      raise
 
 
 def damage(container) -> reading:

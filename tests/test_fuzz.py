@@ -492,6 +492,28 @@ def test_a_damaged_index_on_disk_is_made_anew(calls, monkeypatch):
   assert len(open_video(path)) == 8
 
 
+class Decoder:
+  """A container and packet of a library that raises what it likes."""
+
+  name = "file:a.mp4"
+
+  def demux(self, stream):
+    yield self
+    raise MemoryError
+
+  def decode(self):
+    raise NotImplementedError("such pictures")
+
+
+def test_whatever_a_decoder_raises_is_damage_of_the_file():
+  container = Decoder()
+  packets = video_index.packets_of(container, None)
+  with pytest.raises(InputError, match=r"^a.mp4: damaged video \(such pictures\)$"):
+    video_index.decoded(next(packets), container)
+  with pytest.raises(InputError, match=r"^a.mp4: damaged video \(MemoryError\)$"):
+    next(packets)
+
+
 def video_of(name: str):
   return lambda calls: open_video(calls.folder / name).frames([3])
 

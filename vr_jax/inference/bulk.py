@@ -61,7 +61,7 @@ class RequestLine:
   @property
   def sha256(self) -> str:
     """Hash of the request, so that an answer to another request is known as such."""
-    times = [] if self.seconds is None else [self.seconds]
+    times: list[Any] = [] if self.seconds is None else [self.seconds]
     times += [] if self.fps is None else [{"fps": self.fps}]
     content = json.dumps([self.video, self.question, self.regions, *times], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
