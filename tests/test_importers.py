@@ -536,6 +536,8 @@ BAD = [
   ("cvat", "<a/>", "found <a>"),
   ("cvat", '<annotations><image id="0" name="a.png" width="w" height="2"/></annotations>',
    "key 'width': found 'w'"),
+  ("cvat", CVAT_IMAGES.replace("0, 19, 5", "0, nan, 5"), "value 1: key 'points': found 'nan'"),
+  ("cvat", CVAT_VIDEO.replace("2.0,2.0;", "2.0,1e400;"), "value 1: key 'points': found '1e400'"),
   ("label-studio", '{"id": 1}', "found an object; accepted: a list"),
   ("label-studio", '[{"id": 1, "image": "a.jpg", "label": []}]', "no key 'annotations'"),
   ("sav", '{"video_id": "a"}', "no key 'video_height'"),

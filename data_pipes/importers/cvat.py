@@ -199,7 +199,5 @@ def _bitmap(values: dict[str, str], size: tuple[int, int] | None, where: str, le
 
 
 def _numbers(text: str, where: str) -> list[float]:
-  try:
-    return [float(value) for value in re.split(r"[,;\s]+", text.strip())]
-  except ValueError:
-    raise InputError(f"{where}: found {text[:60]!r}; accepted: numbers with commas") from None
+  entries = enumerate(re.split(r"[,;\s]+", text.strip()))
+  return [number({"points": value}, "points", f"{where}, value {k}") for k, value in entries]
