@@ -76,11 +76,14 @@ def test_rulers_count_in_pixels_of_the_source():
     (["--at", "soon"], "--at soon: frame 'soon'"),
     (["--every", "0s"], "--every 0s: accepted: a time such as 1s"),
     (["--every", "-3"], "--every -3: accepted: a time such as 1s"),
+    (["--out", "file/a"], "--out file/a: cannot be written ("),
+    (["--out", "file/a.png"], "--out file/a.png: cannot be written ("),
     (["--out", "sheet.pdf"], "--out sheet.pdf: accepted: a folder, or a sheet (.png"),
   ],
 )
 def test_what_is_refused_in_one_line(tmp_path, capsys, monkeypatch, words, reason):
   monkeypatch.chdir(tmp_path)
+  Path("file").touch()
   assert frames(CLIP, "--out", "out", *words) == 2
   assert reason in capsys.readouterr().err
 
@@ -107,6 +110,9 @@ def test_regions_as_the_model_gets_them():
   assert np.array_equal(vr_jax.read_regions(video, box)["object 0"][3], mask)
   with pytest.raises(InputError, match="region box:10,20,30,50@90: frame 90"):
     vr_jax.read_regions(video, "box:10,20,30,50@90")
+  for odd in (None, 5, [None], [{"box": [1, 1, 9, 9]}]):
+    with pytest.raises(InputError, match="accepted: "):
+      vr_jax.read_regions(video, odd)
   with pytest.raises(InputError, match="have one name"):
     vr_jax.read_regions(video, ["box:1,1,9,9@0", "object_0=box:1,1,9,9@0", box_of_name("object 0")])
 

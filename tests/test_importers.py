@@ -556,6 +556,13 @@ def test_what_is_not_in_the_format_is_one_line(tmp_path, capsys, kind, text, rea
   assert not out.exists()
 
 
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+  source = write(tmp_path / "a.json", coco())
+  words = ["data", "import", str(source), "--from", "coco", "--out", str(source / "o.json")]
+  assert cli.main(words) == 2
+  assert "o.json: cannot be written (" in capsys.readouterr().err
+
+
 def test_davis_without_annotations(tmp_path, capsys):
   words = ["data", "import", str(tmp_path), "--from", "davis", "--out", str(tmp_path / "o.json")]
   assert cli.main(words) == 2

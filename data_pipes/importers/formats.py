@@ -1,12 +1,13 @@
 """The formats of `vr data import`, and the import itself."""
 
 import collections
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipes.errors import Defect, InputError
+from data_pipes.errors import Defect, InputError, reading
 from data_pipes.files import replaced
 from data_pipes.importers import coco, cvat, davis, label_studio, mevis, sav, ytvis
 from data_pipes.importers.captions import Captions
@@ -51,7 +52,11 @@ def import_items(
   left, texts = Left(), Captions(captions)
   counts = {"media": 0, "items": 0, "objects": 0}
   numbers: collections.Counter[str] = collections.Counter()
-  with replaced(out) as part, part.open("w", encoding="utf-8") as file:
+  unwritable = f"--out {out}: cannot be written"
+  with contextlib.ExitStack() as stack:
+    with reading(unwritable):
+      part = stack.enter_context(replaced(out))
+      file = stack.enter_context(part.open("w", encoding="utf-8"))
     between = "[\n"
     for marked in FORMATS[kind](source, left):
       marked.texts = [*marked.texts, *texts.take(marked)]
@@ -64,7 +69,8 @@ def import_items(
           left.add("items that our format cannot hold", str(error))
           continue
         numbers[marked.path] += 1
-        file.write(between + json.dumps(item, ensure_ascii=False))
+        with reading(unwritable):
+          file.write(between + json.dumps(item, ensure_ascii=False))
         between = ",\n"
         counts["items"] += 1
         counts["objects"] += len(item.get("annotation", ()))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipes.drawing import contact_sheet, draw_objects, with_rulers
-from data_pipes.errors import InputError
+from data_pipes.errors import InputError, reading
 from data_pipes.files import replaced
 from data_pipes.frame_rules import uniform_frames
 from data_pipes.video import Video, open_video
@@ -50,12 +50,15 @@ def run(options: Frames) -> None:
   marked = {number for by_frame in objects.values() for number in by_frame}
   numbers = sorted(_chosen(options, video) or marked or _spread(video))
   out = Path(options.out)
-  kind = out.suffix.lower()
+  kind, unwritable = out.suffix.lower(), f"--out {out}: cannot be written"
   if out.is_dir() or not kind:
-    out.mkdir(parents=True, exist_ok=True)
+    with reading(unwritable):
+      out.mkdir(parents=True, exist_ok=True)
 
     def write(number: int, frame: np.ndarray) -> np.ndarray:
-      _picture(video, number, frame, objects, frame.shape[1]).save(out / f"{number:06d}.png")
+      picture = _picture(video, number, frame, objects, frame.shape[1])
+      with reading(unwritable):
+        picture.save(out / f"{number:06d}.png")
       return frame[:0]
 
     _for_each(video, numbers, write)
@@ -70,8 +73,8 @@ def run(options: Frames) -> None:
       return np.asarray(_picture(video, number, frame, objects, width))
 
     cells = [Image.fromarray(cell) for cell in _for_each(video, numbers, draw)]
-    with replaced(out) as part:
-      sheet = contact_sheet(cells, columns=math.ceil(math.sqrt(len(cells))))
+    sheet = contact_sheet(cells, columns=math.ceil(math.sqrt(len(cells))))
+    with reading(unwritable), replaced(out) as part:
       sheet.save(part, format=Image.registered_extensions()[kind])
   print(f"{out}: {len(numbers)} of the frames of {_summary(video)}")
 
