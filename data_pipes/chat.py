@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
@@ -59,6 +59,7 @@ class NoCompletion(Exception):
     final: a further call would not help.
     completion: the empty one.
     calls: how many were made.
+    paid: it may be charged for all the same: the request had gone out, and no error came back.
   """
 
   def __init__(
@@ -74,6 +75,7 @@ class NoCompletion(Exception):
     super().__init__(text)
     self.kind, self.status, self.final = kind, status, final
     self.retry_after, self.completion, self.calls = retry_after, completion, 1
+    self.paid = kind in ("unreadable", "empty")
 
 
 class Client:
@@ -118,8 +120,17 @@ class Client:
     self._tls = httpcore.default_ssl_context() if base_url.startswith("https:") else None
     self._thread = threading.local()
 
-  def complete(self, body: bytes) -> Completion:
+  def complete(
+    self,
+    body: bytes,
+    failed: Callable[[NoCompletion], None] = lambda error: None,
+    halted: threading.Event | None = None,
+  ) -> Completion:
     """The answer to a request's JSON.
+
+    Args:
+      failed: told of each call without a completion, before the next is made.
+      halted: once it is set no further call is made, and no long pause is waited for.
 
     Raises:
       NoCompletion: there is none after all tries, or further ones would not help.
@@ -129,23 +140,28 @@ class Client:
         return replace(self._once(body), calls=calls)
       except NoCompletion as error:
         error.calls = calls
+        failed(error)
         if error.final or calls == self.tries:
           raise
+        reason = error
         pause = min(self.longest_pause, self.first_pause * 2 ** (calls - 1))
         wait = retry_after(error.retry_after, pause * random.uniform(0.5, 1.0), self.longest_wait)
-      time.sleep(wait)
+      if pause_until(wait, halted):
+        raise reason
     raise AssertionError(f"tries={self.tries}")
 
   def _once(self, body: bytes) -> Completion:
     try:
       reply = self._connection().post(body)
-    except httpcore.TimeoutException:
-      raise NoCompletion("late", f"no answer within {self.timeout:g} s") from None
+    except httpcore.TimeoutException as error:
+      late = NoCompletion("late", f"no answer within {self.timeout:g} s")
+      late.paid = not isinstance(error, httpcore.ConnectTimeout)
+      raise late from None
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
-      raise NoCompletion("broken", f"{type(error).__name__}: {one_line(error)}") from None
-    text = reply.body.decode("utf-8", "replace")
-    if self._key:
-      text = text.replace(self._key, "***")  # servers repeat what they were sent
+      broken = NoCompletion("broken", f"{type(error).__name__}: {one_line(error)}")
+      broken.paid = isinstance(error, httpcore.ReadError | httpcore.RemoteProtocolError)
+      raise broken from None
+    text = self._without_key(reply.body.decode("utf-8", "replace"))
     if reply.status >= 300:
       raise NoCompletion(
         "status",
@@ -154,12 +170,23 @@ class Client:
         final=not (reply.status in _BUSY or reply.status >= 500),
         retry_after=reply.headers.get("retry-after"),
       )
-    completion = _read(reply.body)
+    completion = _read(text)
     if completion is None:
       raise NoCompletion("unreadable", text, final=not self.insist)
+    completion = replace(
+      completion,
+      text=self._without_key(completion.text),  # which JSON may have spelt in other ways
+      refusal=self._without_key(completion.refusal),
+      finish=self._without_key(completion.finish),
+      model=completion.model and self._without_key(completion.model),
+    )
     if self.insist and not completion.text.strip() and not completion.refusal:
       raise NoCompletion("empty", "an empty reply", completion=completion)
     return completion
+
+  def _without_key(self, text: str) -> str:
+    """Servers repeat what they were sent."""
+    return text.replace(self._key, "***") if self._key else text
 
   def _connection(self) -> "_Connection":
     """This thread's: a pool that threads share looks through all its connections for every call."""
@@ -168,19 +195,33 @@ class Client:
     return self._thread.connection
 
 
-def _read(body: bytes) -> Completion | None:
+def pause_until(seconds: float, halted: threading.Event | None) -> bool:
+  """Waits, at most a second beyond the moment at which `halted` is set; whether it is."""
+  if halted is None or seconds < 1:
+    time.sleep(seconds)
+  else:  # in a thread that can be left
+    sleeper = threading.Thread(target=time.sleep, args=(seconds,), daemon=True)
+    sleeper.start()
+    while sleeper.is_alive() and not halted.is_set():
+      sleeper.join(0.1)
+  return halted is not None and halted.is_set()
+
+
+def _read(body: str) -> Completion | None:
   """A reply's completion, None if it is none."""
   try:
     reply = json.loads(body)
     choice = reply["choices"][0]
     message, finish = choice["message"], choice.get("finish_reason") or ""
     text, refusal = message.get("content") or "", message.get("refusal") or ""
-    usage = {k: v for k, v in (reply.get("usage") or {}).items() if isinstance(v, int)}
+    told = reply.get("usage") or {}
+    usage = {k: v for k, v in told.items() if type(v) is int and v >= 0}  # else it is not told
     model = reply.get("model")
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     return None
-  if not isinstance(text, str):
+  if not isinstance(text, str) or not isinstance(finish, str):
     return None
+  model = model if isinstance(model, str) else None
   if not refusal and finish == "content_filter":
     refusal = "content filter"
   return Completion(text, str(refusal), finish, model, usage)

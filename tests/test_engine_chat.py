@@ -268,7 +268,7 @@ def test_the_budget_is_never_overspent(tmp_path):
   calls = Calls(tmp_path / "calls", budget_usd=0.0029)
   price = Price(input=1.0, output=10.0)  # 0.0003 a call
   with ChatServer(sequence(GOOD)) as server:
-    found = client(server, calls, price=price)
+    found = client(server, calls, price=price, max_tokens=200)
     found.ask([{"role": "user", "content": "one"}], SCHEMA, "text")
     found.ask([{"role": "user", "content": "two"}], SCHEMA, "text")
     found.ask([{"role": "user", "content": "three"}], SCHEMA, "text")
@@ -276,6 +276,127 @@ def test_the_budget_is_never_overspent(tmp_path):
       found.ask([{"role": "user", "content": "four"}], SCHEMA, "text")
   assert sum(c["usd"] for c in ledger(tmp_path / "calls")) <= 0.0029
   calls.close()
+
+
+def spent(folder) -> float:
+  return sum(line["usd"] for line in ledger(folder / "calls"))
+
+
+MOST = 0.01  # of a call: 1 000 tokens of output, none of input
+PRICED = {"price": Price(output=10.0), "max_tokens": 1000, "retries": 1}
+NO_USAGE = Reply(raw='{"choices": [{"message": {"content": "{\\"text\\": \\"a dog runs on\\"}"}}]}')
+
+
+def with_usage(usage) -> Reply:
+  message = {"message": {"content": '{"text": "a dog runs on"}'}}
+  return Reply(raw=json.dumps({"choices": [message], "usage": usage}))
+
+
+@pytest.mark.parametrize(
+  ("reply", "cost", "answered"),
+  [
+    (NO_USAGE, MOST, True),
+    (with_usage({"prompt_tokens": 5, "completion_tokens": -900}), MOST, True),
+    (with_usage({"prompt_tokens": 5, "completion_tokens": "12"}), MOST, True),
+    (with_usage({"prompt_tokens": 5, "completion_tokens": 500}), MOST / 2, True),
+    (Reply(raw='{"choices": [], "usage": {"completion_tokens": 4}}'), MOST, False),
+    (Reply(hang=2.0), 2 * MOST, False),  # two tries
+    (Reply(close=True), 2 * MOST, False),
+    (Reply(status=500), 0.0, False),
+  ],
+)
+def test_what_may_have_been_paid_for_is_counted(tmp_path, reply, cost, answered):
+  calls = Calls(tmp_path / "calls", budget_usd=1.0)
+  timeout = 0.3 if reply.hang else 30.0
+  with ChatServer(sequence(reply)) as server:
+    if answered:
+      ask(server, calls, timeout=timeout, **PRICED)
+    else:
+      with pytest.raises(Unanswered):
+        ask(server, calls, timeout=timeout, **PRICED)
+  assert calls._spent == pytest.approx(cost)
+  assert not calls._reserved
+  calls.close()
+  assert spent(tmp_path) == pytest.approx(cost)
+
+
+def test_a_call_that_a_kill_cut_off_is_counted(tmp_path):
+  calls = Calls(tmp_path / "calls")
+  calls.begin("a", "s", "m", MOST)
+  calls.close()
+  with pytest.raises(StopRun, match=r"0\.0100 spent"):
+    Calls(tmp_path / "calls", budget_usd=1.5 * MOST).begin("b", "s", "m", MOST)
+  # and what another process has in flight
+  with pytest.raises(StopRun, match=r"0\.0100 spent"):
+    Calls(tmp_path / "calls", "other", budget_usd=1.5 * MOST).begin("b", "s", "m", MOST)
+
+
+def test_many_threads_keep_to_the_budget(tmp_path):
+  """Each answer is as long as it may be."""
+  calls = Calls(tmp_path / "calls", budget_usd=5.5 * MOST)
+  longest = Reply({"text": "a dog runs on"}, hang=0.1)
+  longest.raw = with_usage({"prompt_tokens": 0, "completion_tokens": 1000}).raw
+  with ChatServer(sequence(longest)) as server, ThreadPoolExecutor(16) as pool:
+    asking = client(server, calls, **PRICED)
+    asked = [
+      pool.submit(asking.ask, [{"role": "user", "content": str(i)}], SCHEMA, "text")
+      for i in range(40)
+    ]
+    stopped = [isinstance(a.exception(), StopRun) for a in asked]
+  calls.close()
+  assert 4 <= stopped.count(False) <= 5
+  assert spent(tmp_path) <= 5.5 * MOST
+
+
+@pytest.mark.parametrize("bad", [Reply(refusal="no"), Reply("nonsense")])
+def test_an_unusable_answer_is_asked_for_again_when_items_are_retried(tmp_path, bad):
+  with ChatServer(sequence(bad)) as server:
+    for number, (retry, asked) in enumerate([(False, 1), (False, 1), (True, 2), (False, 2)]):
+      calls = Calls(tmp_path / "calls", retry=retry)
+      with pytest.raises(Unanswered):
+        ask(server, calls, asks=1)
+      calls.close()
+      assert len(server.bodies) == asked, number
+
+
+def test_a_thread_that_waits_to_ask_again_ends_with_the_run(calls):
+  busy = Reply(status=429, headers={"retry-after": "60"})
+  with ChatServer(sequence(busy)) as server, ThreadPoolExecutor(1) as pool:
+    asked = pool.submit(ask, server, calls)
+    while not server.bodies:
+      pass
+    started = time.monotonic()
+    calls.halted.set()
+    assert isinstance(asked.exception(), StopRun)
+    assert time.monotonic() - started < 1
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+  "echo",
+  [
+    Reply({"text": "the key is sk-secret here"}),
+    Reply(refusal="sk-secret is not allowed"),
+    Reply(
+      raw=json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "sk-secret"}]})
+    ),
+    Reply(raw='{"choices": [{"message": {"content": "\\u0073k-secret"}}]}'),
+    Reply(status=400, raw="bad key sk-secret"),
+    Reply(raw="sk-secret"),
+  ],
+)
+def test_a_key_that_a_server_echoes_is_kept_nowhere(tmp_path, monkeypatch, echo):
+  monkeypatch.setenv("VR_TEST_KEY", "sk-secret")
+  calls = Calls(tmp_path / "calls")
+  with ChatServer(sequence(echo)) as server:
+    try:
+      told = str(ask(server, calls, api_key_env="VR_TEST_KEY", asks=1))
+    except Unanswered as error:
+      told = str(error)
+  calls.close()
+  assert "sk-secret" not in told
+  for file in (tmp_path / "calls").iterdir():
+    assert b"sk-secret" not in file.read_bytes()
 
 
 def test_failed_and_cut_off_calls_are_listed(tmp_path):

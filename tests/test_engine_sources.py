@@ -187,3 +187,17 @@ def test_every_kind_of_video_is_taken_and_other_files_are_named(tmp_path, caplog
     "a.ts", "c.mxf", "b.WMV", "frames",
   }  # fmt: skip
   assert benchmark_videos([str(clips / "song.mp3")], work) == [clips / "song.mp3"]  # named itself
+
+
+def test_a_name_that_is_not_utf8_ends_no_run(tmp_path, frames):
+  clips, work = tmp_path / "CLIPS", tmp_path / "W"
+  write_video(clips / "v.mp4", frames[:30])
+  os.rename(clips / "v.mp4", os.fsencode(clips) + b"/caf\xe9.mp4")
+  write_video(clips / "w.mp4", frames[:30][:, ::-1])
+  summary = command.run(config(clips), work)
+  assert summary["stages"][0]["inputs"] == 2
+  kept = {row["source"]: row["video"] for row in Store(work).rows("05_shots")}
+  assert "w.mp4" in kept
+  for name, video in kept.items():
+    assert name in ("w.mp4", r"caf\udce9.mp4")
+    assert (work / "media" / video).exists()

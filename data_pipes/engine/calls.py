@@ -4,8 +4,9 @@ One SQLite file (WAL, so on a local disk) for each process name that works in th
 
     W/calls/local.sqlite
 
-Before a request goes out it is entered as open; with its answer it becomes answered. What a killed
-run left open is listed as cut off: it may have been paid for, and is the only thing that repeats.
+Before a request goes out it is entered as open, at the most that it may cost; with its answer it
+becomes answered, at what it cost. What a killed run left open is listed as cut off: it may have
+been paid for, is counted so, and is the only thing that repeats.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from data_pipes.engine.graph import StopRun
 
 OPEN, ANSWERED, FAILED, CUT_OFF = "open", "answered", "failed", "cut off"
+UNUSABLE = "unusable"  # an answer, but a refusal or one that did not fit
 
 _TABLE = """
 create table if not exists calls (
@@ -50,6 +52,10 @@ class Calls:
     folder: W/calls. name: of this process's file; files of others there are read.
     budget_usd: no call is begun when this is spent, or might be overspent by those in flight.
     alone: the budget is this process's alone; otherwise what others had spent counts too.
+    retry: unusable answers of earlier runs are asked for again.
+
+  Attributes:
+    halted: set when the run stops; who waits to ask again need not.
   """
 
   def __init__(
@@ -58,7 +64,10 @@ class Calls:
     name: str = "local",
     budget_usd: float | None = None,
     alone: bool = False,
+    retry: bool = False,
   ):
+    self.halted = threading.Event()
+    self._usable = (time.time() if retry else 0.0, ANSWERED, UNUSABLE)
     folder.mkdir(parents=True, exist_ok=True)
     self.folder, self.budget = folder, budget_usd
     self._lock = threading.Lock()
@@ -69,8 +78,8 @@ class Calls:
       # Whoever had this name is gone: what it left open was cut off.
       self._db.execute("update calls set status = ? where status = ?", (CUT_OFF, OPEN))
     self._spent = sum(_sum_usd(db) for db in (self._db, *(() if alone else self._others)))
-    self._reserved = 0.0
-    self._dearest: dict[str, float] = {}
+    self._paid: dict[int, float] = {}  # call -> for tries of it that gave no answer
+    self._reserved: dict[int, float] = {}  # call -> the most that it may cost
 
   @staticmethod
   def _connect(path: Path) -> sqlite3.Connection:
@@ -86,36 +95,59 @@ class Calls:
 
   def answer(self, request: str) -> Any:
     """The stored answer to a request (its `request_key`), None if there is none."""
+    since, *statuses = self._usable
     with self._lock, _stop_if_full(self.folder):
       for db in (self._db, *self._others):
         row = db.execute(
-          "select answer from calls where request = ? and status = ?", (request, ANSWERED)
+          "select answer from calls where request = ? and "
+          "(status = ? or status = ? and started >= ?) order by started desc",
+          (request, *statuses, since),
         ).fetchone()
         if row:
           return json.loads(row[0])
     return None
 
-  def begin(self, request: str, stage: str, model: str, guess_usd: float) -> int:
-    """Enters a call as open and sets its likely cost aside; returns its number.
+  def give_up(self, requests: Iterable[str]) -> None:
+    """Marks the answers to these requests as unusable; they stay stored, as they were paid for."""
+    with self._lock, _stop_if_full(self.folder):
+      for request in requests:
+        self._db.execute(
+          "update calls set status = ? where request = ? and status = ?",
+          (UNUSABLE, request, ANSWERED),
+        )
+
+  def begin(self, request: str, stage: str, model: str, most_usd: float) -> int:
+    """Enters a call as open and sets the most that it may cost aside; returns its number.
 
     Raises:
       StopRun: the budget does not allow it.
     """
     with self._lock, _stop_if_full(self.folder):
-      guess = max(guess_usd, self._dearest.get(model, 0.0))
-      if self.budget is not None and self._spent + self._reserved + guess > self.budget:
-        raise StopRun(
-          f"budget of {self.budget:g} USD: {self._spent:.4f} spent, {self._reserved:.4f} set aside "
-          f"for calls in flight, the next may cost {guess:.4f}; raise --budget-usd to go on"
-        )
-      self._reserved += guess
+      self._check_budget(most_usd)
       cursor = self._db.execute(
-        "insert into calls (request, stage, model, status, started, usd, note) "
-        "values (?, ?, ?, ?, ?, ?, ?)",
-        (request, stage, model, OPEN, time.time(), 0.0, str(guess)),
+        "insert into calls (request, stage, model, status, started, usd) values (?, ?, ?, ?, ?, ?)",
+        (request, stage, model, OPEN, time.time(), most_usd),
       )
       assert cursor.lastrowid is not None
+      self._reserved[cursor.lastrowid] = most_usd
       return cursor.lastrowid
+
+  def try_again(self, number: int, most_usd: float) -> None:
+    """Counts a try of a call as paid for, at the most that it may have cost, and sets as much aside
+    for the next. Raises StopRun as `begin`."""
+    with self._lock, _stop_if_full(self.folder):
+      self._spent += most_usd
+      self._paid[number] = self._paid.get(number, 0.0) + most_usd
+      self._db.execute("update calls set usd = usd + ? where rowid = ?", (most_usd, number))
+      self._check_budget(0.0)
+
+  def _check_budget(self, more: float) -> None:
+    reserved = sum(self._reserved.values())
+    if self.budget is not None and self._spent + reserved + more > self.budget:
+      raise StopRun(
+        f"budget of {self.budget:g} USD: {self._spent:.4f} spent, {reserved:.4f} set aside for "
+        f"calls in flight, the next may cost {more:.4f}; raise --budget-usd to go on"
+      )
 
   def end(
     self,
@@ -127,14 +159,14 @@ class Calls:
     usd: float = 0.0,
     note: str = "",
   ) -> None:
-    """Stores the answer, or (None) that there was none."""
+    """Stores the answer, or (None) that there was none; `usd` is what the last try cost."""
     with self._lock, _stop_if_full(self.folder):
-      guess, started, model = self._db.execute(
-        "select note, started, model from calls where rowid = ?", (number,)
+      (started,) = self._db.execute(
+        "select started from calls where rowid = ?", (number,)
       ).fetchone()
-      self._reserved = max(0.0, self._reserved - float(guess))
+      self._reserved.pop(number, None)
       self._spent += usd
-      self._dearest[model] = max(self._dearest.get(model, 0.0), usd)
+      usd += self._paid.pop(number, 0.0)
       self._db.execute(
         "update calls set status = ?, answer = ?, input_tokens = ?, output_tokens = ?, usd = ?, "
         "seconds = ?, note = ? where rowid = ?",

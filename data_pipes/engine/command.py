@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def _run(
   if chosen.runner == "array":
     return {"commands": _array(job)}
   name = f"{only[0]}-{only[1]:05d}" if only else "local"
-  stages.set_calls(settings["workdir"], name, chosen.budget_usd)
+  retry = chosen.retry_quarantined
+  calls = (settings["workdir"], name, chosen.budget_usd)
+  stages.set_calls(*calls, retry=retry)
   try:
     if chosen.runner == "ray":
       run_ray(job, chosen.address, gpus=settings["ray_gpus"])
@@ -91,8 +94,9 @@ def _run(
         stages=phase(graph, only[0]) if only else None,
         shards=[only[1]] if only else None,
         graph=graph,
-        retry_quarantined=chosen.retry_quarantined,
+        retry_quarantined=retry,
         item_seconds=chosen.item_seconds,
+        set_up=partial(stages.set_calls_of_stage, *calls, retry),
         name=name,
         report=lambda progress: report(progress_line(progress)),
       )

@@ -134,11 +134,13 @@ def _scalar(kind: Any) -> type:
 class Graph:
   """Stages in an order in which each comes after those it reads, and where their input comes from.
 
-  `source` lists the input rows, each with a "key" and whatever identifies its content.
+  `source` lists the input rows, each with a "key" and whatever identifies its content. `halt` is
+  called when a run stops early: who waits in a thread need not any longer.
   """
 
   stages: tuple[Stage, ...]
   source: Callable[[], Iterable[Row]]
+  halt: Callable[[], None] = lambda: None
 
   def __post_init__(self):
     seen: set[str] = set()

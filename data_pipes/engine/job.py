@@ -4,6 +4,7 @@ A stage of the job is a phase: a run of stages of the graph that need only their
 one phase may run at the same time, on any machines that share the work directory.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,13 @@ class EngineJob:
 
   def _open(self) -> tuple[Graph, Pools]:
     if self._opened is None:
-      self._opened = self.ref.build(), Pools(self.ref, self.item_seconds)
+      set_up = None
       if workdir := getattr(self.ref.settings, "get", lambda key: None)("workdir"):
-        engine_stages.set_calls(workdir, self.name, self.budget_usd, alone=True)
+        retry = self.retry_quarantined
+        options = (workdir, self.name, self.budget_usd)
+        engine_stages.set_calls(*options, alone=True, retry=retry)
+        set_up = partial(engine_stages.set_calls_of_stage, *options, retry)
+      self._opened = self.ref.build(), Pools(self.ref, self.item_seconds, set_up)
     return self._opened
 
   @property

@@ -70,6 +70,7 @@ def run_stages(
   name: str = "local",
   pools: Pools | None = None,
   item_seconds: float = ITEM_SECONDS,
+  set_up: Callable[[str], None] | None = None,
 ) -> Progress:
   """Does what is left of the given stages and shards (default: all).
 
@@ -78,15 +79,17 @@ def run_stages(
     retry_quarantined: gives quarantined items another try.
     report: called about once a second and at the end.
     name: of the progress file, progress/<name>.json.
-    pools: workers that stay open for the next call; None opens some for this one, which give an
-      item up after `item_seconds`.
+    pools: workers that stay open for the next call; None opens some for this one.
+    item_seconds, set_up: of those `Pools`.
 
   Raises:
     InputError: a shard that a stage reads is not there, or another run has one in work.
     StopRun: budget spent, endpoint down, disk full; what is done is kept.
   """
   graph = graph or ref.build()
-  run = _Run(graph, store, stages, shards, retry_quarantined, pools or Pools(ref, item_seconds))
+  run = _Run(
+    graph, store, stages, shards, retry_quarantined, pools or Pools(ref, item_seconds, set_up)
+  )
   shown = -_PROGRESS_SECONDS
 
   def show(force: bool = False) -> None:
@@ -104,6 +107,7 @@ def run_stages(
     run.progress.finished = True
   except BaseException as error:
     run.progress.stopped = str(error) or type(error).__name__
+    graph.halt()
     raise
   finally:
     if pools is None or not run.progress.finished:

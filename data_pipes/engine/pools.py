@@ -29,11 +29,21 @@ class Pools:
   model has some of its own. An item that kills its process, or takes longer than it may, is
   quarantined, and the process replaced.
 
+  Args:
+    item_seconds: that an item may take in a worker process.
+    set_up: called with the name of a stage in the process that is its alone, before it is opened.
+
   Attributes:
     results: of each item (its shard, its key, its journal line or what was raised).
   """
 
-  def __init__(self, ref: GraphRef, item_seconds: float = ITEM_SECONDS):
+  def __init__(
+    self,
+    ref: GraphRef,
+    item_seconds: float = ITEM_SECONDS,
+    set_up: Callable[[str], None] | None = None,
+  ):
+    self._set_up = set_up
     self.results: queue.SimpleQueue = queue.SimpleQueue()
     self._ref, self._seconds = ref, item_seconds
     self._token = f"{os.getpid()}-{next(_tokens)}"  # what is opened belongs to these pools
@@ -52,6 +62,8 @@ class Pools:
       return functools.partial(process_item, stage, stage.make())
     ready = functools.partial(_open, self._token, self._ref, stage.name)
     if stage.where == "own process":
+      if self._set_up is not None:
+        ready = functools.partial(ready, functools.partial(self._set_up, stage.name))
       return _Isolated(stage, isolation.Workers(), ready, self._seconds)
     places = self._places.setdefault(stage.workers, threading.BoundedSemaphore(stage.workers))
     return _Isolated(stage, isolation.shared(), ready, self._seconds, places)
@@ -153,10 +165,11 @@ class _Pool:
 _opened: tuple[str, Graph, dict[str, Process]] | None = None  # of the pools that asked last
 
 
-def _open(token: str, ref: GraphRef, name: str) -> None:
+def _open(token: str, ref: GraphRef, name: str, set_up: Callable[[], None] = lambda: None) -> None:
   """Opens a stage for the pools with this token, unless it is open; drops what others opened."""
   global _opened
   if _opened is None or _opened[0] != token:
+    set_up()
     _opened = token, ref.build(), {}
   _, graph, processes = _opened
   if name not in processes:

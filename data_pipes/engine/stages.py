@@ -169,7 +169,8 @@ def make_graph(settings: Mapping[str, Any]) -> Graph:
   )
   path = {"short": _short, "detailed": _detailed, "qa": _qa}[settings["path"]]
   path(build, settings, clips)
-  return Graph(tuple(build.stages), partial(list_sources, settings))
+  halt = partial(halt_calls, settings["workdir"])
+  return Graph(tuple(build.stages), partial(list_sources, settings), halt)
 
 
 def _short(build: "_Builder", settings: Mapping[str, Any], clips: str) -> None:
@@ -385,13 +386,29 @@ def calls_of(workdir: str) -> Calls:
     return _open_calls[workdir]
 
 
-_calls_options: dict[str, tuple[str, float | None, bool]] = {}
+_calls_options: dict[str, tuple[str, float | None, bool, bool]] = {}
 
 
-def set_calls(workdir: str, name: str, budget_usd: float | None, alone: bool = False) -> None:
+def set_calls(
+  workdir: str, name: str, budget_usd: float | None, alone: bool = False, retry: bool = False
+) -> None:
   """Names this process's file of calls and sets its budget (calls.Calls), before the first call."""
   close_calls(workdir)
-  _calls_options[workdir] = (name, budget_usd, alone)
+  _calls_options[workdir] = (name, budget_usd, alone, retry)
+
+
+def set_calls_of_stage(
+  workdir: str, name: str, budget_usd: float | None, retry: bool, stage: str
+) -> None:
+  """`set_calls` in a process that a stage has for itself: a file of its own, and the same budget,
+  of which it counts what others had spent when it began."""
+  set_calls(workdir, f"{name}-{stage}", budget_usd, retry=retry)
+
+
+def halt_calls(workdir: str) -> None:
+  """Lets threads that wait to ask again give up: the run stops."""
+  if calls := _open_calls.get(workdir):
+    calls.halted.set()
 
 
 def close_calls(workdir: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipes.engine.agents.sources import belongs_to, lies_in, videos_below
+from data_pipes.engine.agents.sources import belongs_to, lies_in, path_of, videos_below
 from data_pipes.engine.graph import Item, Outcome, Process, Rejected
 from data_pipes.engine.quality import duplicates
 from data_pipes.engine.quality.shots import Shot, find_shots, perceptual_hash, split_long
@@ -67,7 +67,7 @@ def make_shots(settings: Mapping[str, Any], media: Path) -> Process:
 
   def process(item: Item) -> Outcome:
     row = item.row
-    source = Path(settings["input"]["videos"]) / row["name"]
+    source = path_of(settings["input"]["videos"], row["name"])
     video = open_video(source)
     shots = find_shots(video, rules["adaptive_threshold"], rules["min_content"])
     fps = video.fps or 25.0

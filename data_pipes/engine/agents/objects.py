@@ -1,6 +1,7 @@
 """The Analyzer and the Segmentor, and the gate that masks must pass."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ from data_pipes.engine.rows import GateRow, NounRow, ObjectRow
 from data_pipes.errors import InputError
 from data_pipes.frame_rules import grid_frames
 from data_pipes.masks import check_size, encode_mask, segmentation_to_mask
-
-_NOUN = re.compile(r"[^\W\d_][\w' -]{0,60}$")
 
 
 def clip_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> Clip:
@@ -32,13 +31,13 @@ def make_analyze(analyzer: Analyzer, settings: Mapping[str, Any]) -> Process:
     rows: dict[str, NounRow] = {}
     rejected = []
     for number, noun in enumerate(analyzer.nouns(clip).subjects):
-      noun = " ".join(noun.lower().split())
-      key = f"{item.key}/{re.sub(r'[^a-z0-9]+', '-', noun).strip('-')}"
+      noun = unicodedata.normalize("NFC", " ".join(noun.lower().split()))
+      key = f"{item.key}/{_key_of(noun)}"
       if fault := noun_fault(noun):
         rejected.append(Rejected(f"{key}#{number}", fault))
       elif len(rows) >= settings["max_objects"]:
         rejected.append(Rejected(key, f"too many subjects: at most {settings['max_objects']}"))
-      else:
+      elif key not in rows:
         rows[key] = NounRow(key, item.key, noun)
     if not rows and not rejected:
       return Outcome(rejected=[Rejected(item.key, "no singular subject noun")])
@@ -47,9 +46,21 @@ def make_analyze(analyzer: Analyzer, settings: Mapping[str, Any]) -> Process:
   return process
 
 
+def _key_of(noun: str) -> str:
+  """A noun as part of a key: other letters than a to z all count, with the marks on them."""
+  return re.sub(r"[^a-z0-9\u0080-\U0010ffff]+", "-", noun).strip("-")
+
+
+def _is_phrase(noun: str) -> bool:
+  """Letters of any script, with marks and joiners on them, digits, hyphens, apostrophes."""
+  kinds = [unicodedata.category(character)[0] for character in noun]
+  allowed = all(k in "LMN" or c in "_' -’\u200c\u200d" for k, c in zip(kinds, noun, strict=True))
+  return allowed and kinds[:1] == ["L"] and len(noun) <= 61
+
+
 def noun_fault(noun: str) -> str | None:
   """Why a phrase is no noun to look for; captions are data, so a sentence in one is not."""
-  if not _NOUN.match(noun):
+  if not _is_phrase(noun):
     return f"noun is not a phrase of letters: {noun[:60]!r}"
   if len(noun.split()) > 6:
     return f"noun too long: {noun[:60]!r}"

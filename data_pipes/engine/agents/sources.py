@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,16 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
   entries = _from_files(files) if files else _from_folder(root, work)
   for where, entry in entries:
     name, caption, given = _read_entry(where, entry, settings["path"] == "qa")
-    name = _below(root, name, where)
-    if belongs_to(work, root / name):
+    name = printable(_below(root, name, where))
+    path = path_of(root, name)
+    if belongs_to(work, path):
       if not files:
         continue
       raise InputError(f"{where}: video {name!r} lies in the work directory, {work}")
     if name in by_name and not given:
       continue  # the first caption of a video counts
     row = by_name.setdefault(
-      name, {"key": name, "path": str(root / name), "caption": caption, "given": []}
+      name, {"key": name, "path": str(path), "caption": caption, "given": []}
     )
     row["given"] = row["given"] + given
   for name in _folders_around(by_name):
@@ -65,6 +67,22 @@ def list_sources(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
   rows = [_stamped(by_name[name]) for name in sorted(by_name)]
   limit = settings["input"]["limit"]
   return rows[:limit] if limit else rows
+
+
+def printable(name: str) -> str:
+  """A file name as text that can be written anywhere: \\udcff stands for a byte 0xff that is not
+  UTF-8."""
+  return name.encode("utf-8", "backslashreplace").decode()
+
+
+def path_of(root: Path | str, name: str) -> Path:
+  """The file that a `printable` name stands for."""
+  path = Path(root) / name
+  if "\\udc" in name and not os.path.lexists(path):
+    path = Path(root) / re.sub(
+      r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), name
+    )
+  return path
 
 
 def lies_in(path: Path | str, folder: Path | str) -> bool:

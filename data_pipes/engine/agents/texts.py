@@ -99,7 +99,8 @@ def make_review(
     )
     if not verdict.same_object:
       return Outcome(rejected=[Rejected(row["key"], f"reviewer: {verdict.reason}", made)])
-    if verdict.confidence < settings["review"]["min_confidence"]:
+    least = settings["review"]["min_confidence"]
+    if not max(0.0, least) <= verdict.confidence <= 1.0:  # nor is NaN
       reason = f"reviewer unsure: confidence {verdict.confidence:g}"
       return Outcome(rejected=[Rejected(row["key"], reason, made)])
     return Outcome([made])
@@ -163,7 +164,7 @@ def question_fault(question: Any, objects: int, language: str) -> str | None:
   if not question.answer.strip():
     return "question without an answer"
   for text in (question.question, question.answer):
-    fault = quality.fault(text, language, least=1)
+    fault = quality.fault(text, language, 1, objects)
     if fault:
       return f"question {fault}"
   return None

@@ -7,19 +7,21 @@ twice.
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipes.chat import Client, Completion, NoCompletion
+from data_pipes.chat import Client, Completion, NoCompletion, pause_until
 from data_pipes.engine.calls import Calls, Price, request_key
 from data_pipes.engine.graph import StopRun, canonical
 from data_pipes.engine.quality.text import refused
 from data_pipes.errors import InputError, one_line
 
 _KEY_REFUSED = {401, 402, 403}
+_PICTURE = re.compile(r"data:image/[^\"]*")
 _DOWN_AFTER = 5  # calls in a row, over all threads, that failed for good
 
 
@@ -97,10 +99,12 @@ class ChatClient:
     """
     messages = list(messages)
     wrong = ""
+    asked: list[str] = []
     for _ in range(self.endpoint.asks):
-      answer = self.once(messages, schema, name)
+      answer = self.once(messages, schema, name, asked)
       text = answer["text"]
       if answer["refusal"] or refused(text):
+        self._calls().give_up(asked)
         raise Unanswered(f"model refused: {(answer['refusal'] or text)[:120]!r}")
       value, wrong = self.read(text, schema, name, answer["finish"])
       if not wrong:
@@ -113,12 +117,18 @@ class ChatClient:
         {"role": "user", "content": f"That answer cannot be used: {wrong}. Answer again, with "
                                     "nothing but JSON that fits the schema."},
       ]  # fmt: skip
+    self._calls().give_up(asked)
     raise Unanswered(f"answer unusable after {self.endpoint.asks} tries: {wrong}")
 
   def once(
-    self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any], name: str
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    schema: Mapping[str, Any],
+    name: str,
+    asked: list[str] | None = None,
   ) -> dict[str, Any]:
-    """The answer as it came: {"text", "refusal", "finish"}. Raises as `ask`."""
+    """The answer as it came: {"text", "refusal", "finish"}; the request's key is added to `asked`.
+    Raises as `ask`."""
     endpoint, calls = self.endpoint, self._calls()
     body = {
       "model": endpoint.model,
@@ -133,19 +143,26 @@ class ChatClient:
       }
     raw = canonical(body)  # once: with images it is large
     request = request_key(raw)
+    if asked is not None:
+      asked.append(request)
     if (stored := calls.answer(request)) is not None:
       return stored
     size = len(raw) // 4  # tokens, roughly; images cost less than their base64
+    most = endpoint.price.usd(likely_tokens(raw), most_tokens(body))
     with self._slots:
-      self._pace.wait(size)
-      number = calls.begin(
-        request, self.stage, endpoint.model, endpoint.price.usd(min(size, 4000), 200)
-      )
+      self._pace.wait(size, calls.halted)
+      number = calls.begin(request, self.stage, endpoint.model, most)
+
+      def failed(error: NoCompletion) -> None:
+        if error.paid:
+          calls.try_again(number, most)
+
       try:
-        completion = self._complete(raw.encode("utf-8"))
+        completion = self._complete(raw.encode("utf-8"), failed, calls.halted)
       except BaseException as error:
         calls.end(number, None, note=one_line(error))
         raise
+      told = {"prompt_tokens", "completion_tokens"} <= completion.usage.keys()
       tokens_in = completion.usage.get("prompt_tokens", 0)
       tokens_out = completion.usage.get("completion_tokens", 0)
       self._pace.spent(tokens_in + tokens_out)
@@ -159,7 +176,7 @@ class ChatClient:
         answer,
         input_tokens=tokens_in,
         output_tokens=tokens_out,
-        usd=endpoint.price.usd(tokens_in, tokens_out),
+        usd=endpoint.price.usd(tokens_in, tokens_out) if told else most,
       )
     return answer
 
@@ -173,17 +190,21 @@ class ChatClient:
       self._validators[name] = jsonschema.Draft202012Validator(schema)
     return _parse(text, self._validators[name], finish)
 
-  def _complete(self, body: bytes) -> Completion:
+  def _complete(
+    self, body: bytes, failed: Callable[[NoCompletion], None], halted: threading.Event
+  ) -> Completion:
     """One answer, and whether the endpoint is still there. Raises as `ask`."""
     where = f"{self.endpoint.base_url} ({self.endpoint.model})"
     try:
-      completion = self._client.complete(body)
+      completion = self._client.complete(body, failed, halted)
     except NoCompletion as error:
       reason = one_line(error, 120)
       if error.kind == "status":
         reason = f"status {error.status}: {reason}"
       elif error.kind == "unreadable":
         reason = f"found {reason!r}; accepted: a chat completion"
+      if halted.is_set():
+        raise StopRun(f"{where}: not asked again, as the run stops") from None
       if error.status in _KEY_REFUSED:
         raise StopRun(f"{where}: {reason}") from None
       with self._lock:
@@ -202,6 +223,18 @@ class ChatClient:
     return completion
 
 
+def likely_tokens(raw: str) -> int:
+  """About as many tokens as a request's JSON may be, its pictures counted as 1 500 each."""
+  text, pictures = _PICTURE.subn("", raw)
+  return len(text.encode("utf-8", "replace")) // 3 + 1500 * pictures
+
+
+def most_tokens(body: Mapping[str, Any]) -> int:
+  """Tokens of the longest answer that a request allows."""
+  limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
+  return max(n for n in (*limits, 0) if isinstance(n, int))
+
+
 class Pace:
   """Spreads calls so that they keep to a number of requests and tokens a minute."""
 
@@ -211,8 +244,8 @@ class Pace:
     self._mean_tokens = 0.0
     self._lock = threading.Lock()
 
-  def wait(self, likely_tokens: int) -> None:
-    """Returns when the next call may go out."""
+  def wait(self, likely_tokens: int, halted: threading.Event | None = None) -> None:
+    """Returns when the next call may go out. Raises StopRun: the run stops meanwhile."""
     with self._lock:
       gap = 60 / self._requests if self._requests else 0.0
       if self._tokens:
@@ -220,13 +253,17 @@ class Pace:
       now = time.monotonic()
       due = max(now, self._next)
       self._next = due + gap
-    if due > now:
-      time.sleep(due - now)
+    if due > now and pause_until(due - now, halted):
+      raise StopRun("not asked, as the run stops")
 
   def spent(self, tokens: int) -> None:
     """Takes note of what a call used."""
     with self._lock:
       self._mean_tokens = 0.8 * (self._mean_tokens or tokens) + 0.2 * tokens
+
+
+def _refuse(constant: str) -> None:
+  raise ValueError(f"found {constant}")
 
 
 def _parse(text: str, validator: Any, finish: str) -> tuple[Any, str]:
@@ -235,7 +272,7 @@ def _parse(text: str, validator: Any, finish: str) -> tuple[Any, str]:
   if inner.startswith("```"):
     inner = inner.strip("`").removeprefix("json").strip()
   try:
-    value = json.loads(inner)
+    value = json.loads(inner, parse_constant=_refuse)  # NaN is no JSON, and passes comparisons
   except ValueError as error:
     cut = "; it was cut off at max_tokens" if finish == "length" else ""
     return None, f"it is no JSON ({error}){cut}"

@@ -115,8 +115,9 @@ def fault(quality: Mapping[str, Any], limits: Mapping[str, float]) -> str | None
     value = quality.get(name)
     if value is None:
       continue
-    wrong = value < limits[limit] if limit.startswith("min") else value > limits[limit]
-    if wrong:
+    least = limit.startswith("min")
+    good = value >= limits[limit] if least else value <= limits[limit]  # NaN is neither
+    if not good:
       return f"mask {words}: {name} {value:g}, limit {limits[limit]:g}"
   return None
 

@@ -1,6 +1,7 @@
 """Rules for texts that models wrote: refusals, language, repetition, talk about the frame."""
 
 import re
+import unicodedata
 from collections import Counter
 
 _REFUSAL = re.compile(
@@ -24,21 +25,32 @@ _COMMON = {
   "it": {"il", "che", "è", "una", "con", "della", "nel", "gli", "di", "si", "sul"},
   "pt": {"os", "as", "uma", "com", "não", "que", "do", "da", "em", "um", "para"},
 }
+# What a tokenizer or a chat template may read as its own, and what nobody reads.
+_CONTROL = re.compile(r"<[|/｜]?[^\W\d][^\s<>]{0,60}>|\[/?INST\]|<</?SYS>>")
+_SLOT = re.compile(r"\{(\d+)\}")
+_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # of the reading direction
+# Scripts that put no space between words: two letters count as a word.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{1,2}")
 MIN_WORDS, MAX_WORDS = 3, 400
 
 
-def fault(text: str, language: str = "en", least: int = MIN_WORDS) -> str | None:
+def fault(text: str, language: str = "en", least: int = MIN_WORDS, objects: int = 0) -> str | None:
   """What is wrong with a text; None if nothing is.
 
   Args:
     language: ISO 639-1 code; only languages with a word list here are told apart, others by script.
     least: words.
+    objects: {0} to {objects - 1} stand for objects.
   """
+  if bad := next(filter(_is_control, text), None):
+    return f"text holds a control character: U+{ord(bad):04X}"
   words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
   if refused(text):
     return f"text refuses: {text[:80]!r}"
   if not words:
     return "text empty"
+  if language not in _COMMON:
+    words = [part for word in words for part in _UNSPACED.findall(word) or [word]]
   if len(words) < least:
     return f"text too short: {len(words)} words, at least {least}"
   if len(words) > MAX_WORDS:
@@ -47,12 +59,22 @@ def fault(text: str, language: str = "en", least: int = MIN_WORDS) -> str | None
     return f"text in another language: {other}"
   if match := _META.search(text):
     return f"text talks about the picture or the task: {match[0]!r}"
+  if match := _CONTROL.search(text):
+    return f"text holds a control token: {match[0]!r}"
+  if slot := next((s for s in _SLOT.findall(text) if int(s) >= objects), None):
+    return f"text holds a placeholder: {{{slot}}}"
   if len(words) >= 12:
     triples = Counter(zip(words, words[1:], words[2:], strict=False))
     (triple, count), *_ = triples.most_common(1)
     if count >= 4 and 3 * count > 0.3 * len(words):
       return f"text repeats itself: {' '.join(triple)!r} {count} times"
   return None
+
+
+def _is_control(character: str) -> bool:
+  if character in "\t\n\r":
+    return False
+  return character in _OVERRIDES or unicodedata.category(character) in ("Cc", "Cs", "Cn")
 
 
 def refused(text: str) -> bool:
