@@ -24,10 +24,10 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 again=
-# The step is one process here, `srun`, which hands signals on to the processes of the run. (`scancel`
-# would wait with the batch script until all of it has gone, and hold the nodes.)
-trap 'again=1; interrupted=1; kill -TERM "$step"' USR1 # the time limit is near
-trap 'interrupted=1; kill -TERM "$step"' TERM
+# scancel signals the processes of the step, not this script; srun itself would kill them. In the
+# background, because it asks again for half a minute where the job is being taken down already.
+trap 'again=1; interrupted=1; scancel --signal TERM "$SLURM_JOB_ID" &' USR1 # the time limit is near
+trap 'interrupted=1; scancel --signal TERM "$SLURM_JOB_ID" &' TERM
 "${command[@]}" &
 step=$!
 interrupted=1 # a signal ends `wait`, not the step: ask again

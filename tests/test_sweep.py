@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax import cli
+from vr_jax import cli, sweep
 from vr_jax.configs import load_config
 from vr_jax.evaluation.results import Metric, Result, save
 from vr_jax.sweep import read_sweep, unfinished, write_table
@@ -210,3 +210,56 @@ def test_slurm_queues_members_once_and_the_table_after_them(tmp_path, monkeypatc
   assert "--dependency=afterany:1:2:3" in table
   wrapped = shlex.split(members[0].partition("--wrap=exec vr ")[2])
   assert cli.parse(wrapped).only == NAMES[1]
+
+
+def stand_in(tmp_path, monkeypatch, **scripts):
+  for name, script in scripts.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+  ("options", "seconds"),
+  [
+    ("", 300),
+    ("--time=5", 75),
+    ("-t 10:00", 150),
+    ("--time 2:00:00", 300),
+    ("-t 1-0", 300),
+    ("--time=0-0:10", 150),
+    ("--time=UNLIMITED", 300),
+  ],
+)
+def test_a_member_saves_before_its_time_limit_and_not_at_once(options, seconds):
+  members = read_sweep(SWEEP)
+  (command, *_) = sweep.slurm_commands(SWEEP, members, Path("W"), options.split(), 1)
+  assert f"--signal=B:USR1@{seconds}" in command
+
+
+@pytest.mark.parametrize("options", ["--nodes=2", "--nodes 2", "-N 4", "-N2"])
+def test_several_nodes_for_a_member_are_refused(options):
+  with pytest.raises(InputError, match=r"--nodes [24]: a member is one process"):
+    sweep.slurm_commands(SWEEP, read_sweep(SWEEP), Path("W"), options.split(), 1)
+  sweep.slurm_commands(SWEEP, read_sweep(SWEEP), Path("W"), ["--nodes=1", "--nodelist=a"], 1)
+
+
+def test_the_table_takes_no_devices():
+  words = "-p main --gres=gpu:1 --gpus 8 -G 2 --time=5 --exclusive --gpus-per-node=1 -A me"
+  assert sweep._for_the_table(words.split()) == ["-p", "main", "--time=5", "-A", "me"]
+
+
+@pytest.mark.parametrize(
+  ("code", "near", "preempted", "again"),
+  [(143, True, "None", True), (143, False, "2026-12-01", True), (143, False, "None", False),
+   (0, True, "None", False), (2, True, "2026-12-01", False)],
+)  # fmt: skip
+def test_a_member_that_slurm_stopped_queues_again(
+  tmp_path, monkeypatch, code, near, preempted, again
+):
+  script = f'echo "$@" >> {tmp_path}/asked; echo "A=1 PreemptTime={preempted} B=2"'
+  stand_in(tmp_path, monkeypatch, scontrol=script)
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  sweep.queue_again(code, near)
+  asked = tmp_path / "asked"
+  assert (asked.exists() and "requeue 7" in asked.read_text()) == again

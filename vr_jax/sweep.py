@@ -23,7 +23,9 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
+import os
 import re
 import shlex
 import signal
@@ -51,6 +53,7 @@ from vr_jax.training.metrics import read_metrics
 
 TAKEN = ("checkpoints", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
 LONGEST = 100  # letters of a member's name
+_DEVICES = re.compile(r"--(gpu|gres|tres|exclusive|cpus-per-gpu|mem-per-gpu|constraint)|-[GC]")
 STOPPED = 143  # what `vr train` ends with when it was told to stop
 
 
@@ -177,17 +180,24 @@ def unfinished(members: Sequence[Member], workdir: Path) -> list[Member]:
 
 
 def run_local(
-  members: Sequence[Member], workdir: Path, jobs: int, say: Callable[[str], None]
+  members: Sequence[Member],
+  workdir: Path,
+  jobs: int,
+  say: Callable[[str], None],
+  near: Callable[[int], None] = lambda number: None,
 ) -> list[int]:
   """Runs members in processes of this machine, `jobs` at a time; their exit codes.
 
-  One that fails does not stop the others. SIGTERM and Ctrl-C stop all, which save.
+  One that fails does not stop the others. SIGTERM, SIGHUP, Ctrl-C and SIGUSR1 stop all, which save;
+  `near` is told of SIGUSR1.
   """
   running: dict[int, subprocess.Popen] = {}
   stopping = threading.Event()
 
-  def stop(*_) -> None:
+  def stop(number: int, frame: Any) -> None:
     stopping.set()
+    if number == signal.SIGUSR1:
+      near(number)
     for process in list(running.values()):
       process.terminate()
 
@@ -216,7 +226,7 @@ def run_local(
 
 @contextlib.contextmanager
 def _handled(stop: Callable) -> Iterator[None]:
-  numbers = (signal.SIGTERM, signal.SIGINT)
+  numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
   main = threading.current_thread() is threading.main_thread()
   before = {number: signal.signal(number, stop) for number in numbers} if main else {}
   try:
@@ -229,16 +239,70 @@ def _handled(stop: Callable) -> Iterator[None]:
 def slurm_commands(
   spec: str, members: Sequence[Member], workdir: Path, options: Sequence[str], seeds: int
 ) -> list[list[str]]:
-  """`sbatch` of each member; what it wraps is `vr sweep` with `--only`."""
+  """`sbatch` of each member; what it wraps is `vr sweep` with `--only`.
+
+  Slurm sends it SIGUSR1 before the time limit: it saves, and `queue_again` has it go on.
+
+  Raises:
+    InputError: options that ask for several nodes.
+  """
+  _refuse_nodes(options)
+  lead = f"--signal=B:USR1@{_lead_seconds(options)}"
   again = ["vr", "sweep", spec, "--workdir", str(workdir), "--seeds", str(seeds)]
   return [
     [
-      "sbatch", "--parsable", "--requeue", "--open-mode=append", "--signal=B:TERM@300",
+      "sbatch", "--parsable", "--requeue", "--open-mode=append", lead,
       f"--job-name={job_name(member, workdir)}", f"--output={workdir / member.name / 'slurm.log'}",
       *options, f"--wrap={shlex.join(['exec', *again, '--only', member.name])}",
     ]
     for member in members
   ]  # fmt: skip
+
+
+def _given(options: Sequence[str], long: str, short: str) -> str | None:
+  """The value of an option of sbatch in any of its spellings; None if it is not given."""
+  for word, value in itertools.pairwise([*options, ""]):
+    if word in (f"--{long}", f"-{short}"):
+      return value
+    for start in (f"--{long}=", f"-{short}"):
+      if word.startswith(start) and not word.startswith("--" if start[1] != "-" else "---"):
+        return word.removeprefix(start)
+  return None
+
+
+def _refuse_nodes(options: Sequence[str]) -> None:
+  nodes = _given(options, "nodes", "N")
+  if nodes not in (None, "1"):
+    raise InputError(
+      f"--slurm: --nodes {nodes}: a member is one process on one node, the others would be idle; "
+      "accepted: 1 node, or launch/slurm.sh for each of the commands of --via print"
+    )
+
+
+def _lead_seconds(options: Sequence[str]) -> int:
+  """Seconds before the time limit at which a member saves: 300, or a quarter of a short limit."""
+  limit = _given(options, "time", "t") or ""
+  days, dash, rest = limit.rpartition("-")
+  parts = rest.split(":")
+  if not all(part.isdecimal() for part in parts) or not (days or "0").isdecimal():
+    return 300
+  # MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS; behind DAYS-: HOURS, HOURS:MINUTES, …
+  units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+  seconds = sum(int(n) * unit for n, unit in zip(parts, units, strict=False))
+  return max(1, min(300, (int(days or 0) * 86_400 + seconds) // 4))
+
+
+def queue_again(code: int, near: bool) -> None:
+  """Has Slurm queue this job again where it stopped a member: at its time limit, or by preemption.
+
+  Args:
+    code: what the member ended with. near: Slurm has said that the time limit is near.
+  """
+  job = os.environ.get("SLURM_JOB_ID")
+  if not job or code != STOPPED:
+    return
+  if near or re.search(r" PreemptTime=\d", _slurm(["scontrol", "show", "job", job])):
+    _slurm(["scontrol", "requeue", job])
 
 
 def job_name(member: Member, workdir: Path) -> str:
@@ -267,8 +331,18 @@ def run_slurm(
     table = ["vr", "sweep", spec, "--workdir", str(workdir), "--seeds", str(seeds), "--table"]
     after = f"--dependency=afterany:{':'.join(numbers)}"
     log = f"--output={workdir / 'table.log'}"
-    _slurm(["sbatch", after, log, *options, f"--wrap={shlex.join(table)}"])
+    _slurm(["sbatch", after, log, *_for_the_table(options), f"--wrap={shlex.join(table)}"])
   return numbers
+
+
+def _for_the_table(options: Sequence[str]) -> list[str]:
+  """The options of a job that needs no device: without those that ask for one or for a node."""
+  kept: list[str] = []
+  for word, before in zip(options, ["", *options], strict=False):
+    value = not word.startswith("-") and _DEVICES.match(before) and "=" not in before
+    if not value and not _DEVICES.match(word):
+      kept.append(word)
+  return kept
 
 
 def _slurm(command: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ def run(options: Sweep) -> int:
   """Returns 0, or the exit code of the first member that failed or was stopped."""
   from vr_jax.addresses import local
   from vr_jax.configs import find_config, split_spec
-  from vr_jax.sweep import read_sweep, run_local, unfinished, write_table
+  from vr_jax.sweep import queue_again, read_sweep, run_local, unfinished, write_table
 
   members = read_sweep(options.config, options.seeds)
   path = find_config(split_spec(options.config)[0])
@@ -56,8 +56,11 @@ def run(options: Sweep) -> int:
     return 0
   if options.only:
     left = _only(members, left, options.only)
+    near: list[int] = []  # SIGUSR1: Slurm says that the time limit is near
     with locked(workdir, run, options.only):
-      return _first_failure(run_local(left, workdir, 1, _say))
+      code = _first_failure(run_local(left, workdir, 1, _say, near.append))
+    queue_again(code, bool(near))
+    return code
   codes: Sequence[int] = []
   if not options.table:
     _say(f"{workdir}: {len(members)} members, {len(left)} of them to run")
