@@ -26,19 +26,24 @@ from vr_jax.interop import videorefer
 from vr_jax.interop.table import outputs
 from vr_jax.interop.writers import ShardWriter, size_of
 from vr_jax.models.variants import get_variant
+from vr_jax.models.videorefer import VideoReferConfig
 
 GOAL = 6e9
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def make(folder: Path, layers: int) -> tuple[int, int]:
-  """Writes the folder; returns its bytes and those of its largest tensor."""
+def published(layers: int) -> VideoReferConfig:
+  """The published model with fewer decoder layers and no tower layer that does not run."""
   cfg = get_variant("videorefer-7b")
-  cfg = dataclasses.replace(
+  return dataclasses.replace(
     cfg,
     llm=dataclasses.replace(cfg.llm, depth=layers),
     img=dataclasses.replace(cfg.img, depth=cfg.img.layers, select_layer=-1),
   )
+
+
+def make(folder: Path, cfg: VideoReferConfig) -> tuple[int, int]:
+  """Writes a folder in bfloat16; returns its bytes and those of its largest tensor."""
   shapes = videorefer.model_shapes(cfg)
   entries = {
     output.name: (output.shape, BFLOAT16)
@@ -63,7 +68,7 @@ def main() -> None:
   args = parser.parse_args()
   folder = Path(tempfile.mkdtemp(dir=args.folder))
   try:
-    total, largest = make(folder / "published", args.layers)
+    total, largest = make(folder / "published", published(args.layers))
     command = ["-m", "vr_jax", "convert", str(folder / "published"), str(folder / "vr")]
     start = time.monotonic()
     process = subprocess.Popen(

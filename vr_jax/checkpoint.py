@@ -210,7 +210,8 @@ def _array_spec(params: Path, name: str) -> dict[str, Any]:
 class StoredParams:
   """Parameters in an Orbax folder, read piece by piece; `vr_jax.interop.table.Parameters`.
 
-  Where a chunk of an array holds several layers, the array read last stays in memory whole.
+  Where a chunk of an array holds several layers, the array read last stays in memory whole, and
+  those before it as long as they are small.
   """
 
   def __init__(self, folder: Path, item: str = "params"):
@@ -220,25 +221,32 @@ class StoredParams:
     self._names = {"/".join(str(key.key) for key in path): path for path, _ in leaves}
     self.shapes = {n: tuple(leaf.shape) for n, (_, leaf) in zip(self._names, leaves, strict=True)}
     self._dtypes = {n: leaf.dtype for n, (_, leaf) in zip(self._names, leaves, strict=True)}
-    self._last: tuple[str, Any, np.ndarray | None] = ("", None, None)
+    self._held: dict[str, tuple[Any, np.ndarray | None]] = {}  # the array read last is the last
 
   def dtype(self, path: str) -> np.dtype:
     return np.dtype(self._dtypes[path])
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
     try:
-      if self._last[0] != path:
+      store, whole = self._held.pop(path, (None, None))
+      if store is None:
         name = ".".join(str(key.key) for key in self._names[path])
-        self._last = (path, ts.open(_array_spec(self._folder, name)).result(), None)
-      _, store, whole = self._last
-      if whole is None:
-        if not index or store.chunk_layout.read_chunk.shape[0] == 1:
-          return store[index].read().result()
+        store = ts.open(_array_spec(self._folder, name)).result()
+      if whole is None and index and store.chunk_layout.read_chunk.shape[0] != 1:
+        self._make_room(math.prod(store.shape) * self.dtype(path).itemsize)
         whole = store.read().result()
-        self._last = (path, store, whole)
-      return whole[index]
+      self._held[path] = (store, whole)
+      return store[index].read().result() if whole is None else whole[index]
     except Exception as error:  # tensorstore raises all kinds on damaged files
       raise _damaged(self._folder, error) from error
+
+  def _make_room(self, size: int, small: int = 1 << 28) -> None:
+    """Lets go of arrays, the oldest first, until the others and one of `size` bytes are small."""
+    for path in list(self._held):
+      held = sum(whole.nbytes for _, whole in self._held.values() if whole is not None)
+      if held + size <= small:
+        return
+      del self._held[path]
 
 
 def find_checkpoint(path: Path | str) -> Path:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.errors import InputError
-from vr_jax import checkpoint
 from vr_jax.assets import ASSETS, packaged
 from vr_jax.inference.model import Model
 from vr_jax.inference.pictures import PictureModel
 from vr_jax.interop.sources import open_source
-from vr_jax.interop.table import arrays, nested
 from vr_jax.weights import locate
 
 KINDS: dict[str, type[Model]] = {"siglip": Model, "navit": PictureModel}  # by the kind of tower
@@ -51,8 +49,5 @@ def load(source: str | Path | None = None, **options: Any) -> Model:
   if not opened.tokenizer_files:
     raise InputError(f"{path}: {opened.kind} without tokenizer files; accepted: {MODELS}")
   tokenizer = opened.tokenizer()
-  if isinstance(opened.params, checkpoint.StoredParams):  # which Orbax reads side by side
-    params = checkpoint.load_for_inference(path).params
-  else:
-    params = nested(arrays(opened.params))
-  return KINDS[cfg.img.kind](cfg, params, tokenizer, opened.generation, notice, **options)
+  kind = KINDS[cfg.img.kind]
+  return kind(cfg, opened.params, tokenizer, opened.generation, notice, **options)

@@ -7,9 +7,11 @@ Tables are ordered `(path regex, rule)` pairs: the first match wins, and a table
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import flax
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +20,34 @@ from vr_jax.sharding import tactic
 
 Params = dict[str, Any]
 Rule = TypeVar("Rule")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Parameters(Protocol):
+  """Our parameters by path, wherever they lie; values are read when they are asked for."""
+
+  @property
+  def shapes(self) -> Shapes: ...
+
+  def dtype(self, path: str) -> np.dtype: ...
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    """The parameter at `index` of its leading axes."""
+    ...
+
+
+class Tree:
+  """Parameters in memory: a nested dict of arrays."""
+
+  def __init__(self, params: Mapping[str, Any]):
+    self._flat = flax.traverse_util.flatten_dict(params, sep="/")
+    self.shapes = {path: tuple(array.shape) for path, array in self._flat.items()}
+
+  def dtype(self, path: str) -> np.dtype:
+    return np.dtype(self._flat[path].dtype)
+
+  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    return np.asarray(self._flat[path])[index]
 
 
 def path_names(tree: Any) -> Any:

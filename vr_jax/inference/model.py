@@ -1,13 +1,10 @@
 """A model that answers questions about objects in videos: one by one, in a list, as a stream."""
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +14,8 @@ from data_pipes.prompts import DESCRIBE, question_prompt
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
 from vr_jax.inference.call import Call, UnderWay, refusals
-from vr_jax.inference.options import WEIGHTS, Options
+from vr_jax.inference.opening import open_weights
+from vr_jax.inference.options import Options
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
 from vr_jax.inference.programs import Programs
@@ -26,10 +24,8 @@ from vr_jax.inference.regions import Region
 from vr_jax.inference.requests import Answer, Request
 from vr_jax.inference.sampling import Sampling
 from vr_jax.models.connector import scene_token_count
-from vr_jax.models.fused import fuse
-from vr_jax.models.quantize import quantize
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
-from vr_jax.params import path_names
+from vr_jax.params import Parameters, Tree
 
 
 class Model:
@@ -46,7 +42,7 @@ class Model:
   def __init__(
     self,
     cfg: VideoReferConfig,
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | Parameters,
     tokenizer: Tokenizer,
     generation: Mapping[str, Any] | None = None,
     notice: str = "",
@@ -58,6 +54,7 @@ class Model:
     """`generation` may hold eos_ids, pad_id and repetition_penalty, as checkpoints do.
 
     Args:
+      params: a tree, or parameters that are read one by one as they are placed.
       weights: "float32" or "bfloat16" compute in that dtype; "int8" keeps the dtype and holds the
         decoder's matmul weights in 8 bits. None: as `cfg` says.
       mesh: with the axes `data` and `tensor`, either or both; see placement.py.
@@ -67,7 +64,9 @@ class Model:
     self.tokenizer, self.notice, self._memory_limit = tokenizer, notice, memory_limit
     self._placement = Placement(mesh)
     self._placement.check(cfg.llm)
-    self.cfg, self.params = _for_inference(cfg, params, weights, self._placement)
+    if isinstance(params, Mapping):
+      params = Tree(params)
+    self.cfg, self.params = open_weights(cfg, params, weights, self._placement, memory_limit)
     self.weights = weights or self.cfg.llm.dtype
     self.eos_ids = tuple(settings.get("eos_ids") or ())
     if not self.eos_ids and tokenizer.eos_id is not None:
@@ -534,27 +533,3 @@ def classes(question_slots: int) -> list[int]:
   while sizes[-1] < question_slots:
     sizes.append(4 * sizes[-1])
   return sizes
-
-
-def _for_inference(
-  cfg: VideoReferConfig, params: Mapping[str, Any], weights: str | None, placement: Placement
-) -> tuple[VideoReferConfig, Any]:
-  """Config and parameters as they are run: fused, in the dtype of the matmuls, on their devices."""
-  if weights is not None and weights not in WEIGHTS:
-    raise InputError(f"weights={weights!r}; accepted: {', '.join(WEIGHTS)}")
-  parts = {name: getattr(cfg, name) for name in ("img", "connector", "region", "llm")}
-  if weights in ("float32", "bfloat16"):
-    parts = {name: dataclasses.replace(part, dtype=weights) for name, part in parts.items()}
-  params = jax.device_get(params)
-  parts["llm"], llm = fuse(parts["llm"], params["llm"], placement.size("tensor"))
-  if weights == "int8":
-    llm = quantize(llm)
-
-  def cast(path: str, x):
-    """Kernels of matmuls in their dtype; what else there is computes in float32."""
-    matmul = path.endswith("/kernel") and not path.endswith("conv2/kernel")
-    return np.asarray(x, jnp.dtype(parts[path.split("/")[0]].dtype if matmul else "float32"))
-
-  others = {name: tree for name, tree in params.items() if name != "llm"}
-  ready = jax.tree.map(cast, path_names(others), others)
-  return dataclasses.replace(cfg, **parts), placement.put(ready | {"llm": llm})

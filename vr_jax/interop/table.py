@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from data_pipes.errors import InputError
 from data_pipes.lfs import refuse_pointer
 from vr_jax.interop.fields import read_json, shown
+from vr_jax.params import Parameters, Shapes, Tree
 
 
 class Transform(NamedTuple):
@@ -86,9 +87,6 @@ class Slot(NamedTuple):
   ours: str
   at: tuple[int, ...]
   transform: Transform
-
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def slots(shapes: Shapes, rows: list[Row], ours: str = "", theirs: str = "") -> Iterator[Slot]:
@@ -275,33 +273,6 @@ def their_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
 @functools.cache
 def _saved_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
   return jax.eval_shape(transform.save, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
-
-
-class Parameters(Protocol):
-  """Our parameters by path, wherever they lie; values are read when they are asked for."""
-
-  @property
-  def shapes(self) -> Shapes: ...
-
-  def dtype(self, path: str) -> np.dtype: ...
-
-  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    """The parameter at `index` of its leading axes."""
-    ...
-
-
-class Tree:
-  """Parameters in memory: a nested dict of arrays."""
-
-  def __init__(self, params: Mapping[str, Any]):
-    self._flat = flax.traverse_util.flatten_dict(params, sep="/")
-    self.shapes = {path: tuple(array.shape) for path, array in self._flat.items()}
-
-  def dtype(self, path: str) -> np.dtype:
-    return np.dtype(self._flat[path].dtype)
-
-  def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    return np.asarray(self._flat[path])[index]
 
 
 class Mapped:

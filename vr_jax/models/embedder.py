@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from vr_jax.arrays import Array
-from vr_jax.models.layer import DecoderConfig, scaled_by
+from vr_jax.models.layer import DecoderConfig, scaled_by, widened
 from vr_jax.sharding import ActivationRules, shard_act
 
 LOOKUP_CHUNK = 16_384  # rows of the token table that are whole on a device at a time
@@ -71,13 +71,21 @@ class Embedder(nn.Module):
       self.output_embedding = self.param("output_embedding", init, shape)
 
   def encode(self, tokens):
-    x = lookup(self.input_embedding, tokens, self.rules).astype(self.cfg.dtype)
+    table = self.input_embedding
+    if (
+      self.cfg.layout == "fused"
+    ):  # else a CPU's compiler widens all of the table to take a few rows
+      table, tokens = jax.lax.optimization_barrier((table, tokens))
+    x = lookup(table, tokens, self.rules).astype(self.cfg.dtype)
     return x * jnp.asarray(self.cfg.width**0.5, x.dtype) if self.cfg.scale_embedding else x
 
   def decode(self, x, rows=None):
     table = self.input_embedding if self.cfg.tied_head else self.output_embedding
     if rows is not None:
       table = jax.lax.dynamic_slice_in_dim(table, *rows)
+    if self.cfg.layout == "fused" and not self.rules:
+      x = x.astype(self.cfg.dtype)
+      return widened(x, table, self.cfg, columns=0, dtype=jnp.float32)
     table = whole_head(table.astype(self.cfg.dtype), self.rules)
     x = x.astype(self.cfg.dtype)
     return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)

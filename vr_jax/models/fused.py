@@ -9,11 +9,11 @@ one for gate and values, and no layer is sliced out of a stack.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -44,7 +44,7 @@ class FusedProjection(nn.Module):
   def __call__(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
     c = self.cfg
     N, K, H = c.heads, c.kv_heads, c.head_dim
-    y = matmul(x, self.param("w", scaled_by(0), (c.width, (N + 2 * K) * H)))
+    y = matmul(x, self.param("w", scaled_by(0), (c.width, (N + 2 * K) * H)), cfg=c)
     if c.qkv_bias:
       y = y + self.param("b", nn.initializers.zeros, ((N + 2 * K) * H,)).astype(x.dtype)
     y = rearrange(y, "B L (C M H) -> B L C M H", C=c.shards, H=H)  # M heads of q, k and v
@@ -74,7 +74,7 @@ class FusedFeedForward(FeedForward):
 
   def gate_up(self, x: Float[Array, "B L D"]) -> tuple[Array, Array]:
     c = self.cfg
-    both = matmul(x, self.param("gate_up", scaled_by(0), (c.width, 2 * c.mlp_dim)))
+    both = matmul(x, self.param("gate_up", scaled_by(0), (c.width, 2 * c.mlp_dim)), cfg=c)
     both = rearrange(both, "B L (C two F) -> B L C two F", C=c.shards, two=2)
     gate, up = (rearrange(both[..., i, :], "B L C F -> B L (C F)") for i in range(2))
     return gate, up
@@ -118,42 +118,75 @@ def empty(cfg: DecoderConfig, shape: tuple[int, ...]) -> tuple[Float[Array, "B K
 FUSED = Layout(layers, run, empty)
 
 
-def fuse(
-  cfg: DecoderConfig, params: Mapping[str, Any], shards: int = 1
-) -> tuple[DecoderConfig, dict[str, Any]]:
-  """A scanned decoder in the fused layout, for inference: (config, parameters).
+Read = Callable[[str, tuple[int, ...]], Any]
+
+
+def fused_leaves(
+  cfg: DecoderConfig, paths: Iterable[str], read: Read, shards: int = 1
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The parameters of a scanned decoder in the fused layout, one after another: (path, array).
 
   A step then reads every weight once, in few large matmuls, and no layer is sliced out of a stack.
   Heads and MLP columns come in `shards` equal parts, so that each device of a tensor axis holds all
-  of what its part of a fused matmul belongs to. Works on the host: the result is of numpy arrays.
+  of what its part of a fused matmul belongs to. Dtypes are those of what is read.
+
+  Args:
+    paths: of the scanned parameters.
+    read: (path, leading indices) -> a parameter or one layer of it. What lies in one array is read
+      layer after layer, since where a file holds it in one piece, it is then read once.
   """
   if cfg.layout != "scanned":
     raise ValueError(f"layout={cfg.layout!r}: only a scanned decoder can be fused")
   heads = _interleaved((cfg.heads, cfg.kv_heads, cfg.kv_heads), shards)
   columns = _interleaved((cfg.mlp_dim, cfg.mlp_dim), shards)
+  names = [path.removeprefix("layers/") for path in paths if path.startswith("layers/")]
+  projections = ("attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum")
+  projections = tuple(name for name in projections if f"{name}/w" in names)
 
-  def cast(tree):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, w: np.asarray(w, "float32" if path[-1].key == "scale" else jnp.dtype(cfg.dtype)),
-      tree,
-    )
+  def projected(kind: str, i: int, *axes: int) -> np.ndarray:
+    parts = [read(f"layers/{name}/{kind}", (i,)) for name in projections]
+    return np.concatenate([part.reshape(-1, *axes) for part in parts])[heads]
 
-  def layer(i: int) -> dict[str, Any]:
-    weights = cast(jax.tree.map(lambda w: w[i], params["layers"]))
-    attn, mlp = dict(weights["attn"]), weights["mlp"]
-    names = [name for name in ("q_einsum", "kv_einsum", "qkv_einsum") if name in attn]
-    projections = [attn.pop(name) for name in names]
-    w = np.concatenate([p["w"].reshape(-1, cfg.width, cfg.head_dim) for p in projections])
-    attn["qkv"] = {"w": rearrange(w[heads], "N D H -> D (N H)")}
+  for path in paths:
+    if not path.startswith("layers/"):
+      yield path, read(path, ())
+  for i in range(cfg.depth):
+    w = projected("w", i, cfg.width, cfg.head_dim)
+    yield f"layers_{i}/attn/qkv/w", rearrange(w, "N D H -> D (N H)")
     if cfg.qkv_bias:
-      b = np.concatenate([p["b"].reshape(-1, cfg.head_dim) for p in projections])
-      attn["qkv"]["b"] = rearrange(b[heads], "N H -> (N H)")
-    gate_up = np.concatenate(list(mlp["gating_einsum"]), axis=-1)[:, columns]
-    return {**weights, "attn": attn, "mlp": {"gate_up": gate_up, "linear": mlp["linear"]}}
+      b = projected("b", i, cfg.head_dim)
+      yield f"layers_{i}/attn/qkv/b", rearrange(b, "N H -> (N H)")
+  for i in range(cfg.depth):
+    gate_up = np.concatenate(list(read("layers/mlp/gating_einsum", (i,))), axis=-1)
+    yield f"layers_{i}/mlp/gate_up", gate_up if shards == 1 else gate_up[:, columns]
+  for name in names:
+    if not name.startswith((*projections, "mlp/gating_einsum")):
+      for i in range(cfg.depth):
+        yield f"layers_{i}/{name}", read(f"layers/{name}", (i,))
 
-  fused = cast({k: v for k, v in params.items() if k != "layers"})
-  fused |= {f"layers_{i}": layer(i) for i in range(cfg.depth)}
-  return dataclasses.replace(cfg, layout="fused", shards=shards), fused
+
+def fuse(
+  cfg: DecoderConfig, params: Mapping[str, Any], shards: int = 1
+) -> tuple[DecoderConfig, dict[str, Any]]:
+  """A scanned decoder in the fused layout, for inference: (config, parameters, numpy arrays).
+
+  See `fused_leaves`; matrices are in the dtype of the matmuls, the scales of norms in float32.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+
+  def read(path: str, index: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(flat[path][index] if index else flat[path])
+
+  fused = {
+    path: np.asarray(w, "float32" if path.endswith("/scale") else jnp.dtype(cfg.dtype))
+    for path, w in fused_leaves(cfg, flat, read, shards)
+  }
+  return fused_config(cfg, shards), flax.traverse_util.unflatten_dict(fused, sep="/")
+
+
+def fused_config(cfg: DecoderConfig, shards: int = 1) -> DecoderConfig:
+  """The config of a decoder in the fused layout."""
+  return dataclasses.replace(cfg, layout="fused", shards=shards)
 
 
 def _interleaved(sizes: tuple[int, ...], shards: int) -> np.ndarray:

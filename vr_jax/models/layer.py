@@ -143,11 +143,50 @@ def scaled_by(*in_axes: int):
   return init
 
 
-def matmul(x: Float[Array, "... D"], w: Any) -> Float[Array, "... F"]:
+def matmul(x: Float[Array, "... D"], w: Any, *, cfg: DecoderConfig) -> Float[Array, "... F"]:
   """x @ w in the dtype of x; the last axis of w stays. w may be int8, a scale for each column."""
   values, scale = values_and_scale(w)
-  y = x @ values.reshape(x.shape[-1], -1).astype(x.dtype)
+  values = values.reshape(x.shape[-1], -1)
+  y = widened(x, values, cfg, columns=1)
   return y if scale is None else y * scale.reshape(-1).astype(x.dtype)
+
+
+PIECE = 1 << 22  # elements of a matrix that are whole in a wider dtype at a time
+
+
+def widened(
+  x: Float[Array, "... D"], w: Array, cfg: DecoderConfig, columns: int, dtype: Any = None
+) -> Float[Array, "... F"]:
+  """x @ w in the dtype of x (or `dtype`), where `columns` is the axis of w that stays.
+
+  A CPU multiplies in float32. Left to the compiler, it widens every matrix of a decoder before the
+  first step and keeps them: twice the weights in bfloat16, four times those in int8, beside them.
+  Answering (the fused layout, on one device) it widens a piece at a time.
+  """
+  dims = (((x.ndim - 1,), (1 - columns,)), ((), ()))
+
+  def whole(x, w):
+    return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=dtype)
+
+  def by_pieces(x, w):
+    count = -(-w.size // PIECE)
+    width = -(-w.shape[columns] // count)
+    last = w.shape[columns] - width  # where the last piece begins: it may overlap the one before it
+
+    def piece(i, y):
+      # Without the barrier all of w is widened before the loop, as it does not change in it.
+      kept, i = jax.lax.optimization_barrier((w, i))
+      start = jnp.minimum(i * width, last)
+      part = jax.lax.dynamic_slice_in_dim(kept, start, width, columns)
+      return jax.lax.dynamic_update_slice_in_dim(y, whole(x, part), start, y.ndim - 1)
+
+    empty = jnp.zeros((*x.shape[:-1], w.shape[columns]), dtype or x.dtype)
+    return jax.lax.fori_loop(0, count, piece, empty)
+
+  narrow = w.dtype != jnp.float32 and w.size > 2 * PIECE
+  if not narrow or cfg.layout != "fused" or cfg.shards > 1:
+    return whole(x, w)
+  return jax.lax.platform_dependent(x, w, cpu=by_pieces, default=whole)
 
 
 def write_slots(old: Array, new: Array, end: Array, axis: int) -> Array:
@@ -168,7 +207,7 @@ class OutputProjection(nn.Module):
     c = self.cfg
     N, H = x.shape[-2:]
     w = self.param("w", scaled_by(0, 1), (N, H, c.width))
-    y = matmul(rearrange(x, "B L N H -> B L (N H)"), w)
+    y = matmul(rearrange(x, "B L N H -> B L (N H)"), w, cfg=c)
     return y + adapter(self, "w", x, (c.width,), c.lora_rank, c.lora_alpha) if c.lora_rank else y
 
 
@@ -247,7 +286,7 @@ class FeedForward(nn.Module):
     linear = self.param("linear", scaled_by(0), (c.mlp_dim, c.width))
     gate, up = (shard_act(t, self.rules, "batch", None, "mlp") for t in (gate, up))
     hidden = ACTIVATIONS[c.activation](gate) * up
-    y = matmul(hidden, linear)
+    y = matmul(hidden, linear, cfg=c)
     if not c.lora_rank:
       return y
     return y + adapter(self, "linear", hidden, (c.width,), c.lora_rank, c.lora_alpha)

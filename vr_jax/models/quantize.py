@@ -1,7 +1,6 @@
 """Int8 weights: the matrices of a decoder's layers, each with a scale for every column."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +16,17 @@ _SUMMED = (
 )
 
 
+def _matrix(path: str) -> tuple[re.Match | None, list[tuple[int, ...]]]:
+  """The layer and name in a path, and the axes that such a matrix is summed over, if it is one."""
+  matrix = re.search(r"(?:^|/)layers(_\d+)?/(.+)", path)
+  return matrix, [axes for pattern, axes in _SUMMED if matrix and re.fullmatch(pattern, matrix[2])]
+
+
+def is_matrix(path: str) -> bool:
+  """Whether a parameter is a matrix of a decoder's layer, in either layout."""
+  return bool(_matrix(path)[1])
+
+
 def values_and_scale(w: Any) -> tuple[Array, Array | None]:
   """The values of a matrix and, if it is int8, the scales of its columns."""
   return (w.qvalue, w.scale) if is_quantized(w) else (w, None)
@@ -30,8 +40,7 @@ def quantized(path: str, w: Array) -> Any:
   Raises:
     InputError: qwix is not installed.
   """
-  matrix = re.search(r"(?:^|/)layers(_\d+)?/(.+)", path)
-  summed = [axes for pattern, axes in _SUMMED if matrix and re.fullmatch(pattern, matrix[2])]
+  matrix, summed = _matrix(path)
   if not matrix or not summed:
     return w
   try:
@@ -52,12 +61,3 @@ def quantized(path: str, w: Array) -> Any:
 def is_quantized(leaf: Any) -> bool:
   """Whether a leaf of a parameter tree is int8 values with scales (not an array)."""
   return hasattr(leaf, "qvalue")
-
-
-def quantize(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The decoder's parameters with the matrices of its layers in int8; see `quantized`."""
-
-  def leaf(path, w):
-    return quantized(jax.tree_util.keystr(path, simple=True, separator="/"), jnp.asarray(w))
-
-  return jax.tree_util.tree_map_with_path(leaf, params)

@@ -102,7 +102,7 @@ class ScannedFeedForward(FeedForward):
   def gate_up(self, x: Float[Array, "B L D"]) -> tuple[Array, Array]:
     c = self.cfg
     gating = self.param("gating_einsum", scaled_by(1), (2, c.width, c.mlp_dim))
-    gate, up = (matmul(x, gating[i]) for i in range(2))
+    gate, up = (matmul(x, gating[i], cfg=c) for i in range(2))
     if c.lora_rank:
       share = adapter(self, "gating_einsum", x, (c.mlp_dim,), c.lora_rank, c.lora_alpha, stack=(2,))
       gate, up = gate + share[0], up + share[1]
