@@ -62,7 +62,7 @@ COMMANDS: dict[str, Command | Group] = {
   "convert": Command("convert:run", "weights of one format into another, with proof"),
   "parity": Command("parity:run", "run a golden-case folder of the published code"),
   "data": Group(
-    "check, shard, count, show and time annotation files",
+    "import, check, shard, count, show and time annotation files",
     "VERB",
     {
       "check": Command(
