@@ -14,6 +14,7 @@ from pathlib import Path
 import engine_toy
 import pytest
 
+from data_pipes.engine import pipeline
 from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, StopRun, digest
 from data_pipes.engine.job import EngineJob
 from data_pipes.engine.pipeline import run_stages
@@ -284,6 +285,23 @@ def test_an_item_that_hangs_or_kills_costs_itself_alone(tmp_path, where):
 def test_a_stage_that_cannot_be_opened_ends_the_run(tmp_path):
   with pytest.raises(InputError, match="a: what the stage needs crashed: its process ended with"):
     run(tmp_path, shards=1, broken_model="a", where="process", workers=2)
+
+
+class DoneShard:
+  """A shard that an earlier run has done; opening it costs nothing."""
+
+  def __init__(self, store, stage, shard, *_):
+    self.stage, self.shard, self.current, self.total, self.left = stage, shard, True, 1, 0
+    self.counts = Counter(kept=1)
+
+
+def test_the_cost_of_a_shard_does_not_grow_with_their_number(tmp_path, monkeypatch):
+  monkeypatch.setattr(pipeline, "OpenShard", DoneShard)
+  monkeypatch.setattr(Store, "rows", lambda self, stage: iter(()))
+  started = time.process_time()
+  progress = run_stages(engine_toy.ref(tmp_path, items=1), Store(tmp_path / "run", 2000))
+  assert time.process_time() - started < 2
+  assert {counts["shards"] for counts in progress.stages.values()} == {2000}
 
 
 def test_a_changed_stage_is_redone_with_what_follows_and_the_others_kept(tmp_path):

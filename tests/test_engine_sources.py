@@ -201,3 +201,14 @@ def test_a_name_that_is_not_utf8_ends_no_run(tmp_path, frames):
   for name, video in kept.items():
     assert name in ("w.mp4", r"caf\udce9.mp4")
     assert (work / "media" / video).exists()
+
+
+def test_a_trial_does_not_decide_the_plan_of_the_full_run(tmp_path, monkeypatch):
+  clips = tmp_path / "CLIPS"
+  clips.mkdir()
+  for i in range(5):
+    (clips / f"{i}.mp4").touch()
+  monkeypatch.setattr(command, "VIDEOS_A_SHARD", 2)
+  c = config(clips).unlock()
+  c.shards, c.input.limit = 0, 1
+  assert command.open_store(check_settings(c.lock(), tmp_path / "W"), tmp_path / "W").shards == 3

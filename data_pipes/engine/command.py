@@ -65,7 +65,7 @@ def _run(
   check_media(workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
-  store = open_store(settings, workdir, graph)
+  store = open_store(settings, workdir)
   if only and only[1] >= store.shards:
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
   if chosen.runner not in RUNNERS:
@@ -116,12 +116,13 @@ def probe(config: Mapping[str, Any]) -> list[Probed]:
   return probe_backends({role: settings["roles"][role] for role in stages.roles_of(settings)})
 
 
-def open_store(settings: Mapping[str, Any], workdir: str | Path, graph: Graph) -> Store:
+def open_store(settings: Mapping[str, Any], workdir: str | Path) -> Store:
   """The run's folder; the first run fixes the number of shards."""
   stored = Path(workdir) / "run.json"
   shards = settings["shards"] or None
   if not stored.is_file() and shards is None:
-    videos = sum(1 for _ in graph.source())
+    # Of the whole source: a trial must not decide the plan of the full run.
+    videos = len(stages.list_sources({**settings, "input": {**settings["input"], "limit": 0}}))
     shards = max(1, -(-videos // VIDEOS_A_SHARD))
   store = Store(workdir, shards)
   if store.settings().get("config") != json.loads(json.dumps(settings)):

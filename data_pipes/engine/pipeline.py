@@ -10,7 +10,7 @@ import json
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,10 +131,11 @@ class _Run:
     names = [s.name for s in graph.stages] if stages is None else list(stages)
     self.stages: list[Stage] = [s for s in graph.stages if s.name in {graph[n].name for n in names}]
     self.shards = list(range(store.shards)) if shards is None else list(shards)
-    self.waiting: dict[str, deque[int]] = {s.name: deque(self.shards) for s in self.stages}
+    # What has to be done first, by shard; by None what all shards of a stage wait for (surveys).
+    self.missing: Counter[tuple[str, int | None]] = Counter()
+    self.waiting: dict[str, deque[int]] = {s.name: deque() for s in self.stages}  # nothing missing
     self.feeding: dict[str, tuple[OpenShard, Iterator[tuple[Item, str]]]] = {}
     self.open: dict[Place, OpenShard] = {}
-    self.done: set[Place] = set()
     self.in_work = dict.fromkeys((s.name for s in self.stages), 0)
     self.sources: dict[int, list[Row]] | None = None
     self.notes: dict[str, Any] = {}
@@ -147,6 +148,7 @@ class _Run:
     )  # fmt: skip
     self._clock: dict[str, float] = {}
     self.committed: dict[str, Counter[str]] = {s.name: Counter() for s in self.stages}
+    self._plan()
 
   def advance(self) -> bool:
     """Hands out what can be handed out, waits for something to come back; False at the end."""
@@ -178,11 +180,8 @@ class _Run:
   def _open_next(self, stage: Stage) -> bool:
     """Opens the next shard of a stage whose input is there; False if there is none now."""
     waiting = self.waiting[stage.name]
-    for _ in range(len(waiting)):
+    while waiting:
       number = waiting.popleft()
-      if not self._ready(stage, number):
-        waiting.append(number)
-        continue
       sources = self._sources(number) if stage.after is None else ()
       shard = OpenShard(self.store, stage, number, sources, self._survey(stage), self.retry)
       counts = self.progress.stages[stage.name]
@@ -199,20 +198,29 @@ class _Run:
       return True
     return False
 
-  def _ready(self, stage: Stage, shard: int) -> bool:
-    mine = {s.name for s in self.stages}
-    for name in stage.reads:
-      every = range(self.store.shards) if stage.survey and name == stage.after else [shard]
-      for needed in every:
-        if name in mine and needed in self.shards:
-          if (name, needed) not in self.done:
-            return False
-        elif self.store.meta(name, needed) is None:
-          raise InputError(
-            f"{stage.name}, shard {shard}: reads shard {needed} of {name}, which is not done yet; "
-            "run that first"
-          )
-    return True
+  def _plan(self) -> None:
+    """Counts for each shard of each stage what it waits for, and lists those that wait for nothing.
+
+    What a run does not make itself has to be there. Raises InputError: it is not.
+    """
+    mine, shards = {s.name for s in self.stages}, set(self.shards)
+    for stage in self.stages:
+      for name in dict.fromkeys(stage.reads):
+        whole = stage.survey is not None and name == stage.after
+        for number in range(self.store.shards) if whole else self.shards:
+          if name in mine and number in shards:
+            self.missing[stage.name, None if whole else number] += 1
+          elif self.store.meta(name, number) is None:
+            raise InputError(
+              f"{stage.name}, shard {self.shards[0] if whole else number}: reads shard {number} of "
+              f"{name}, which is not done yet; run that first"
+            )
+      self._release(stage, self.shards)
+
+  def _release(self, stage: Stage, shards: Iterable[int]) -> None:
+    """Lets those of the shards begin that wait for nothing any more."""
+    if not self.missing[stage.name, None]:
+      self.waiting[stage.name].extend(n for n in shards if not self.missing[stage.name, n])
 
   def _sources(self, shard: int) -> list[Row]:
     if self.sources is None:
@@ -249,7 +257,12 @@ class _Run:
       self._commit_if_finished(shard)
 
   def _finish(self, shard: OpenShard) -> None:
-    self.done.add((shard.stage.name, shard.shard))
+    name, number = shard.stage.name, shard.shard
+    for stage in self.stages:
+      if name in stage.reads:
+        whole = stage.survey is not None and name == stage.after
+        self.missing[stage.name, None if whole else number] -= 1
+        self._release(stage, self.shards if whole else [number])
     self.progress.stages[shard.stage.name]["shards"] += 1
     self.committed[shard.stage.name].update(shard.counts)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes import isolation
 from data_pipes.engine.agents.sources import belongs_to, lies_in, path_of, videos_below
 from data_pipes.engine.graph import Item, Outcome, Process, Rejected
 from data_pipes.engine.quality import duplicates
@@ -19,6 +20,8 @@ from data_pipes.errors import InputError
 from data_pipes.files import replaced
 from data_pipes.video import Video, open_video
 from data_pipes.video_index import VIDEO_SUFFIXES
+
+INDEXED = 8  # frames of a benchmark's video that are hashed, a second
 
 
 def make_ingest(settings: Mapping[str, Any]) -> Process:
@@ -184,9 +187,10 @@ def survey_duplicates(settings: Mapping[str, Any]):
 
   def survey(clips: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     rules, work = settings["duplicates"], settings["workdir"]
-    videos = (p for p in benchmark_videos(rules["benchmark"], work) if not belongs_to(work, p))
-    benchmark = {str(path): _hashes(path) for path in videos}
-    return duplicates.survey(clips, benchmark, rules["distance"])
+    videos = [p for p in benchmark_videos(rules["benchmark"], work) if not belongs_to(work, p)]
+    benchmark = {str(path): isolation.call(_hashes, path, seconds=None) for path in videos}
+    same = {content_hash(path): str(path) for path in videos}
+    return duplicates.survey(clips, benchmark, rules["distance"], same)
 
   return survey
 
@@ -211,9 +215,14 @@ def benchmark_videos(names: Iterable[str], work: Path | str) -> list[Path]:
 
 
 def _hashes(path: Path) -> list[int]:
+  """Hashes of frames all over a video, INDEXED of a second: a cut of it may show any of them."""
   video = open_video(path)
-  places = np.linspace(0, len(video) - 1, 9).astype(int).tolist()
-  return [perceptual_hash(frame) for frame in video.frames(places)]
+  step = max(1, int((video.fps or 25.0) / INDEXED))
+  hashes: dict[int, None] = {}  # in order, each once
+  for first in range(0, len(video), 64 * step):
+    for frame in video.frames(range(first, min(first + 64 * step, len(video)), step)):
+      hashes[perceptual_hash(frame)] = None
+  return list(hashes)
 
 
 def make_unique(settings: Mapping[str, Any]) -> Process:

@@ -57,25 +57,32 @@ class Index:
 
 
 def survey(
-  clips: Iterable[Mapping[str, Any]], benchmark: Mapping[str, Sequence[int]], limit: int
+  clips: Iterable[Mapping[str, Any]],
+  benchmark: Mapping[str, Sequence[int]],
+  limit: int,
+  same: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
   """{clip key: why it is dropped}: too like a benchmark video, or like a clip with a smaller key.
 
   Args:
-    clips: rows with key, hashes and mirrored (hex).
+    clips: rows with key, video_id (hash of the bytes), hashes and mirrored (hex).
     benchmark: {name: hashes} of videos that must not be trained on.
     limit: Hamming distance up to which two frames count as the same.
+    same: {hash of the bytes: name} of the benchmark's videos: no shot of such a file gets in.
   """
   held_out, seen = Index(limit), Index(limit)
   for name, hashes in benchmark.items():
     held_out.add(name, hashes)
   dropped = {}
   ordered = sorted(
-    ((row["key"], row["hashes"], row["mirrored"]) for row in clips), key=lambda c: c[0]
+    ((row["key"], row["video_id"], row["hashes"], row["mirrored"]) for row in clips),
+    key=lambda c: c[0],
   )
-  for key, straight, mirrored in ordered:
+  for key, video, straight, mirrored in ordered:
     both = [[int(h, 16) for h in hashes] for hashes in (straight, mirrored)]
-    if match := held_out.near(both[0]) or held_out.near(both[1]):
+    if name := (same or {}).get(video):
+      dropped[key] = f"benchmark video: the file is {name}"
+    elif match := held_out.near(both[0]) or held_out.near(both[1]):
       dropped[key] = f"benchmark video: like {match[0]} (distance {match[1]})"
     elif match := seen.near(both[0]) or seen.near(both[1]):
       dropped[key] = f"near-duplicate: like {match[0]} (distance {match[1]})"
