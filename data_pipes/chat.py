@@ -214,8 +214,8 @@ def _read(body: str) -> Completion | None:
     choice = reply["choices"][0]
     message, finish = choice["message"], choice.get("finish_reason") or ""
     text, refusal = message.get("content") or "", message.get("refusal") or ""
-    told = reply.get("usage") or {}
-    usage = {k: v for k, v in told.items() if type(v) is int and v >= 0}  # else it is not told
+    reported = reply.get("usage") or {}
+    usage = {k: v for k, v in reported.items() if type(v) is int and v >= 0}  # else it is not told
     model = reply.get("model")
   except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
     return None

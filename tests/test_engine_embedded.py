@@ -17,7 +17,7 @@ from data_pipes.embedded.make_set import make_set
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
 from data_pipes.engine import command, stages
-from data_pipes.engine.agents.ingest import write_clip
+from data_pipes.engine.agents.ingest import content_hash, survey_duplicates, write_clip
 from data_pipes.engine.backends.builtin import AttributeJudge, NounPhrases, measure_object
 from data_pipes.engine.export import file_paths
 from data_pipes.engine.pipeline import run_stages
@@ -454,6 +454,17 @@ def test_benchmark_videos_never_get_in(videos, tmp_path):
   run_stages(ref, store, stages=["00_ingest", "05_shots", "06_unique"])
   assert manifest(store, ref.build())[2]["reasons"] == {"benchmark video": 1, "near-duplicate": 1}
   assert "7.mp4" not in {row["source"] for row in store.rows("06_unique")}
+
+
+def test_the_benchmarks_own_file_is_dropped_with_all_its_shots(videos, tmp_path):
+  (tmp_path / "two.mp4").write_bytes((videos / "two.mp4").read_bytes())
+  row = {"video_id": content_hash(videos / "two.mp4"), "hashes": ["0"] * 3, "mirrored": ["f"] * 3}
+  settings = {
+    "workdir": str(tmp_path / "w"),
+    "duplicates": {"benchmark": [str(tmp_path / "two.mp4")], "distance": 8},
+  }
+  dropped = survey_duplicates(settings)([row | {"key": key} for key in ("a", "b")])
+  assert dropped == dict.fromkeys("ab", f"benchmark video: the file is {tmp_path}/two.mp4")
 
 
 def test_benchmarks_that_are_not_there_are_no_check(videos, tmp_path):

@@ -125,6 +125,12 @@ def test_the_review_round_trip(workdir, tmp_path, suffix, fill):
   assert sum(k for k, _ in judged) == 4
 
 
+def test_a_run_without_embedded_agents_warns_of_nothing(workdir):
+  settings = Store(workdir).settings()["config"]
+  others = {role: {"kind": "openai"} for role in settings["roles"]}
+  assert stages.warning(settings | {"roles": others}) == ""
+
+
 def test_the_page_is_one_file_and_does_not_tell_the_decision(workdir):
   review.write_sample(workdir, 3)
   page = (workdir / "review" / "review.html").read_text()
@@ -186,6 +192,7 @@ def test_the_data_card_and_plots(workdir):
   assert "Do not train on them" in card
   assert "NONE; name them in duplicates.benchmark" in card
   assert "reviewer" in card  # why the Reviewer dropped some
+  assert "Do not train on them" in page
   for title in ("Samples of each kind", "Words of an answer", "Commonest nouns"):
     assert title in page
   assert sum(numbers["objects"].values()) == numbers["samples"]

@@ -13,7 +13,7 @@ from data_pipes import page
 from data_pipes.engine.agents.assemble import FILES
 from data_pipes.engine.command import status
 from data_pipes.engine.export import file_paths
-from data_pipes.engine.stages import ASSEMBLE
+from data_pipes.engine.stages import ASSEMBLE, warning
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
 
@@ -30,6 +30,7 @@ def write_report(workdir: str | Path) -> tuple[Path, dict[str, Any]]:
     raise InputError(f"{workdir}: no samples yet; accepted: a run that has finished")
   numbers["status"] = status(workdir)
   numbers["config"] = store.settings()["config"]
+  numbers["warning"] = warning(numbers["config"])
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
   )

@@ -19,7 +19,7 @@ from data_pipes import page
 from data_pipes.drawing import FOR_MODELS, data_uri, outline
 from data_pipes.engine.agents.objects import masks_of
 from data_pipes.engine.graph import KEPT, REJECTED, digest
-from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE
+from data_pipes.engine.stages import REVIEW, SEGMENT, UNIQUE, warning
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
 from data_pipes.video import open_video
@@ -58,7 +58,7 @@ def write_sample(workdir: str | Path, n: int = 100, seed: int = 0) -> list[Path]
   tasks = [_label_studio(item) for item in items]
   return [
     store.write("review/sample.json", json.dumps(sample, indent=1)),
-    store.write("review/review.html", _page(items)),
+    store.write("review/review.html", _page(items, warning(store.settings()["config"]))),
     store.write("review/label_studio.json", json.dumps(tasks, indent=1)),
     _write_cvat(store, folder, items),
   ]
@@ -95,7 +95,7 @@ def _with_pictures(store: Store, items: list[dict[str, Any]]) -> list[dict[str, 
   return out
 
 
-def _page(items: list[dict[str, Any]]) -> str:
+def _page(items: list[dict[str, Any]], warning: str) -> str:
   """One file without outside parts; verdicts stay in the browser until they are saved as a file."""
   cards = [
     {
@@ -106,7 +106,7 @@ def _page(items: list[dict[str, Any]]) -> str:
     }
     for item in items
   ]
-  return page.render("engine_review.html.j2", items=cards)
+  return page.render("engine_review.html.j2", items=cards, warning=warning)
 
 
 def _label_studio(item: Mapping[str, Any]) -> dict[str, Any]:

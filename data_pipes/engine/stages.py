@@ -33,6 +33,10 @@ from data_pipes.errors import InputError
 PATHS = ("short", "detailed", "qa")
 ORDERS = ("mask_first", "paper")
 VERSION = 1  # of the stages' own code; a change redoes all
+EMBEDDED = (
+  "Embedded agents took part: their masks and texts show that the engine runs. "
+  "Do not train on them."
+)
 INGEST, SHOTS, UNIQUE = "00_ingest", "05_shots", "06_unique"
 ANALYZE, SEGMENT, MASKS = "10_analyze", "20_segment", "25_masks"
 ANNOTATE, TEXTS, REVIEW, REFINE = "30_annotate", "35_texts", "40_review", "50_refine"
@@ -148,6 +152,12 @@ _ROLES_OF_PATH = {
 def roles_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
   """The roles that a path needs."""
   return _ROLES_OF_PATH[settings["path"]]
+
+
+def warning(settings: Mapping[str, Any]) -> str:
+  """What every page about a run must say; "" for nothing."""
+  kinds = {settings["roles"][role].get("kind", "builtin") for role in roles_of(settings)}
+  return EMBEDDED if "builtin" in kinds else ""
 
 
 def make_graph(settings: Mapping[str, Any]) -> Graph:

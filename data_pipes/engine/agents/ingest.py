@@ -188,7 +188,7 @@ def survey_duplicates(settings: Mapping[str, Any]):
   def survey(clips: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     rules, work = settings["duplicates"], settings["workdir"]
     videos = [p for p in benchmark_videos(rules["benchmark"], work) if not belongs_to(work, p)]
-    benchmark = {str(path): isolation.call(_hashes, path, seconds=None) for path in videos}
+    benchmark = {str(path): _hashes_apart(path) for path in videos}
     same = {content_hash(path): str(path) for path in videos}
     return duplicates.survey(clips, benchmark, rules["distance"], same)
 
@@ -212,6 +212,13 @@ def benchmark_videos(names: Iterable[str], work: Path | str) -> list[Path]:
       raise InputError(f"duplicates.benchmark: {root}: found no videos; accepted: files or folders")
     out += videos
   return out
+
+
+def _hashes_apart(path: Path) -> list[int]:
+  try:
+    return isolation.call(_hashes, path, seconds=None)
+  except isolation.Ended as error:
+    raise InputError(f"duplicates.benchmark: {path}: the decoder {error}") from None
 
 
 def _hashes(path: Path) -> list[int]:

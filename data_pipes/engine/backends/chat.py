@@ -99,12 +99,12 @@ class ChatClient:
     """
     messages = list(messages)
     wrong = ""
-    asked: list[str] = []
+    requests: list[str] = []
     for _ in range(self.endpoint.asks):
-      answer = self.once(messages, schema, name, asked)
+      answer = self.once(messages, schema, name, requests)
       text = answer["text"]
       if answer["refusal"] or refused(text):
-        self._calls().give_up(asked)
+        self._calls().give_up(requests)
         raise Unanswered(f"model refused: {(answer['refusal'] or text)[:120]!r}")
       value, wrong = self.read(text, schema, name, answer["finish"])
       if not wrong:
@@ -117,7 +117,7 @@ class ChatClient:
         {"role": "user", "content": f"That answer cannot be used: {wrong}. Answer again, with "
                                     "nothing but JSON that fits the schema."},
       ]  # fmt: skip
-    self._calls().give_up(asked)
+    self._calls().give_up(requests)
     raise Unanswered(f"answer unusable after {self.endpoint.asks} tries: {wrong}")
 
   def once(
@@ -125,9 +125,9 @@ class ChatClient:
     messages: Sequence[Mapping[str, Any]],
     schema: Mapping[str, Any],
     name: str,
-    asked: list[str] | None = None,
+    requests: list[str] | None = None,
   ) -> dict[str, Any]:
-    """The answer as it came: {"text", "refusal", "finish"}; the request's key is added to `asked`.
+    """The answer as it came: {"text", "refusal", "finish"}; adds the request to `requests`.
     Raises as `ask`."""
     endpoint, calls = self.endpoint, self._calls()
     body = {
@@ -143,8 +143,8 @@ class ChatClient:
       }
     raw = canonical(body)  # once: with images it is large
     request = request_key(raw)
-    if asked is not None:
-      asked.append(request)
+    if requests is not None:
+      requests.append(request)
     if (stored := calls.answer(request)) is not None:
       return stored
     size = len(raw) // 4  # tokens, roughly; images cost less than their base64
@@ -162,7 +162,7 @@ class ChatClient:
       except BaseException as error:
         calls.end(number, None, note=one_line(error))
         raise
-      told = {"prompt_tokens", "completion_tokens"} <= completion.usage.keys()
+      complete = {"prompt_tokens", "completion_tokens"} <= completion.usage.keys()
       tokens_in = completion.usage.get("prompt_tokens", 0)
       tokens_out = completion.usage.get("completion_tokens", 0)
       self._pace.spent(tokens_in + tokens_out)
@@ -176,7 +176,7 @@ class ChatClient:
         answer,
         input_tokens=tokens_in,
         output_tokens=tokens_out,
-        usd=endpoint.price.usd(tokens_in, tokens_out) if told else most,
+        usd=endpoint.price.usd(tokens_in, tokens_out) if complete else most,
       )
     return answer
 
