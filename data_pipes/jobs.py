@@ -312,25 +312,34 @@ def _room(ray: Any, cpus: float, gpus: float) -> int:
 
 
 def _run_stage(ray: Any, actors: Sequence[Any], job: Job, stage: str, progress: Progress) -> None:
-  """Gives every free actor the next shard until all are done."""
+  """Gives every free actor the next shard until all are done.
+
+  An actor that died for good (Ray has started it again a few times) leaves its shard to the others.
+  """
   total = job.shards(stage)
   left = [shard for shard in range(total) if not job.done(stage, shard)][::-1]
   done = total - len(left)
   progress(stage, done, total)
   free: list[Any] = list(actors)
-  at_work: dict[Any, Any] = {}
+  at_work: dict[Any, tuple[Any, int]] = {}  # and which shard
   failure: Any = None
   while at_work or (left and not failure):
     while free and left and not failure:
-      actor = free.pop()
-      at_work[actor.run.remote(stage, left.pop())] = actor
+      actor, shard = free.pop(), left.pop()
+      at_work[actor.run.remote(stage, shard)] = actor, shard
+    if not at_work:
+      raise InputError(f"--runner ray: all actors died, at last with shard {left[-1]} of {stage}")
     (ready,), _ = ray.wait(list(at_work))
-    free.append(at_work.pop(ready))
+    actor, shard = at_work.pop(ready)
     try:
       ray.get(ready)
     except ray.exceptions.RayTaskError as error:
       failure = failure or error
+      free.append(actor)
+    except ray.exceptions.RayActorError:
+      left.append(shard)
     else:
+      free.append(actor)
       done += 1
       progress(stage, done, total)
   if failure:

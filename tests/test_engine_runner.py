@@ -14,6 +14,7 @@ from pathlib import Path
 import engine_toy
 import pytest
 
+from data_pipes import jobs
 from data_pipes.engine import pipeline
 from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, StopRun, digest
 from data_pipes.engine.job import EngineJob
@@ -156,6 +157,49 @@ def test_processes_of_a_job_keep_what_they_opened(tmp_path):
   run_local(EngineJob(engine_toy.ref(tmp_path), store.folder), workers=2)
   assert set(opened(tmp_path).values()) == {1}
   assert len(list(store.rows("a"))) == 40
+
+
+class DyingRay:
+  """What `_run_stage` needs of Ray: calls that are done when they are waited for."""
+
+  class exceptions:
+    class RayTaskError(Exception):
+      pass
+
+    class RayActorError(Exception):
+      pass
+
+  @staticmethod
+  def wait(calls):
+    return calls[:1], calls[1:]
+
+  @staticmethod
+  def get(call):
+    return call()
+
+
+class DyingActor:
+  def __init__(self, dies: bool, shards: list[int]):
+    self.dies, self.shards, self.run = dies, shards, self
+
+  def remote(self, stage, shard):
+    def call():
+      if self.dies:
+        raise DyingRay.exceptions.RayActorError
+      self.shards.append(shard)
+
+    return call
+
+
+def test_an_actor_that_died_for_good_leaves_its_shard_to_the_others(tmp_path):
+  store, ran = Store(tmp_path / "run", 4), []
+  store.write_settings({})
+  job = EngineJob(engine_toy.ref(tmp_path), store.folder)
+  actors = [DyingActor(dies, ran) for dies in (False, True, True)]
+  jobs._run_stage(DyingRay, actors, job, "1", lambda *_: None)
+  assert sorted(ran) == [0, 1, 2, 3]
+  with pytest.raises(InputError, match="all actors died"):
+    jobs._run_stage(DyingRay, actors[1:], job, "1", lambda *_: None)
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
