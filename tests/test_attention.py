@@ -195,3 +195,30 @@ def test_splash_compiles_for_a_tpu(sizes, is_causal, soft_cap):
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes, segments).compile()
   assert compiled.as_text().count("custom-call") >= 2
   assert compiled.memory_analysis().temp_size_in_bytes < L * L * 4  # less than one head's scores
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+@pytest.mark.parametrize(
+  ("sizes", "is_causal"), [((4, 1536, 28, 4, 128), True), ((1, 729, 16, 16, 72), False)]
+)
+def test_splash_compiles_for_inference_on_several_chips(axis, sizes, is_causal):
+  """As the programs of inference call it: without rules, on a mesh of one axis."""
+  from vr_jax.hardware import parse_target, target_devices
+
+  mesh = make_mesh([(axis, 4)], target_devices(parse_target("tpu:v5e:2x2")))
+  B, L, N, K, H = sizes
+  names = {} if is_causal else {"names": ("frame", None, None)}
+
+  def run(q, k, v, segments):
+    causal = Causal(segments) if is_causal else None
+    return attention(q, k, v, scale=H**-0.5, causal=causal, **names)
+
+  whole = jax.NamedSharding(mesh, jax.P())
+  shapes = [
+    jax.ShapeDtypeStruct((B, L, heads, H), jnp.bfloat16, sharding=whole) for heads in (N, K, K)
+  ]
+  segments = jax.ShapeDtypeStruct((B, L), jnp.int32, sharding=whole)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(run).lower(*shapes, segments).compile()
+  assert "tpu_custom_call" in compiled.as_text()

@@ -105,7 +105,8 @@ def attention(
   Args:
     causal: what `mask` says in a form that every kernel takes; padding queries then give anything.
       An `Inside` needs no mask beside it.
-    rules: placement of activations; the kernels run on each device's part of them.
+    rules: placement of activations; the kernels run on each device's part of them. (): rows over
+      the mesh axis `data` and heads over `tensor`, as far as there are such axes.
     names: the activation axes of B, N and K in the rules, None for one that stays whole.
   """
   call = describe(q, k, mask, causal, soft_cap, rules, names)
@@ -164,10 +165,18 @@ def _say(call: Call) -> None:
   log.info("attention: %s for %s%s", taken, shape, why)
 
 
+# Of a mesh of inference, where no rules are given: the compiler places all else (see
+# inference/placement.py), and must be told of the kernels alone, which it cannot cut.
+_INFERENCE = {"batch": "data", "frame": "data", "heads": "tensor", "kv_heads": "tensor"}
+
+
 def _specs(q, k, rules, names):
   """Partitions of q and of k, v."""
-  if not rules or jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return jax.P(None, None, None, None), jax.P(None, None, None, None)
+  if not rules:
+    rules = tuple((n, a if a in mesh.axis_names else None) for n, a in _INFERENCE.items())
   batch, heads, kv_heads = names
   return (
     act_spec(q.shape, rules, batch, None, heads, None),
@@ -268,7 +277,7 @@ def _splash(q, k, v, mask, causal, scale, soft_cap, rules, names, interpret=Fals
     soft_cap=soft_cap,
     interpret=interpret,
   )
-  if rules and not jax.sharding.get_abstract_mesh().empty:
+  if not jax.sharding.get_abstract_mesh().empty:
     q_spec, k_spec = _specs(q, k, rules, names)
     segments_spec = jax.P(q_spec[0], None)
     run = jax.shard_map(

@@ -75,7 +75,7 @@ class Model:
     self.pad_id = int(tokenizer.pad_id or 0) if pad is None else int(pad)
     self.sampling = Sampling(repetition_penalty=settings.get("repetition_penalty") or 1.0)
     self._module = VideoRefer(self.cfg)
-    self._programs = Programs()
+    self._programs = Programs(mesh)
     self._engines: dict[Sizes, Engine] = {}
     self.visual = Visual(self._module, self.params, self._programs, self._placement)
 

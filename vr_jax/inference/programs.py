@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 
 class Programs:
@@ -16,7 +17,9 @@ class Programs:
   Threads may ask at once: the first compiles, the others wait for it.
   """
 
-  def __init__(self):
+  def __init__(self, mesh: Mesh | None = None):
+    """`mesh`: what the arguments are placed on, which kernels must know; None: one device."""
+    self._mesh = mesh
     self._compiled: dict[Hashable, Any] = {}
     self._locks: dict[Hashable, threading.Lock] = {}
 
@@ -34,7 +37,9 @@ class Programs:
       if name not in self._compiled:
         shardings = {} if out is None else {"out_shardings": out}
         jitted = jax.jit(function, donate_argnums=donate, **shardings)
-        self._compiled[name] = jitted.lower(*jax.tree.map(shape_of, arguments)).compile()
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+          lowered = jitted.lower(*jax.tree.map(shape_of, arguments))
+        self._compiled[name] = lowered.compile()
         _give_back()
     return self._compiled[name]
 
