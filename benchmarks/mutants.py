@@ -13,6 +13,7 @@ list, hours for 200.
 import argparse
 import ast
 import dataclasses
+import functools
 import os
 import random
 import shutil
@@ -185,50 +186,48 @@ def draw(count: int) -> list[Mutant]:
   return random.Random(commit).sample(every, min(count, len(every)))
 
 
-def tests_of(mutant: Mutant) -> list[str]:
+def tests_of(mutant: Mutant) -> tuple[str, ...]:
   """The tests that should notice: those listed, else the files that name the module or its room."""
   if mutant in LISTED:
-    return list(mutant.tests or NOTICED)
+    return mutant.tests or NOTICED
   module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
   tests = {p: p.read_text(encoding="utf-8") for p in sorted((ROOT / "tests").glob("test_*.py"))}
   while module:
     named = [p for p, text in tests.items() if module in text]
     if named:
-      return [p.relative_to(ROOT).as_posix() for p in named]
+      return tuple(p.relative_to(ROOT).as_posix() for p in named)
     module = module.rpartition(".")[0]
-  return ["tests"]
+  return ("tests",)
+
+
+def passes(tests: tuple[str, ...], copy: Path) -> bool:
+  """Runs tests in the copy. Raises subprocess.TimeoutExpired."""
+  command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+  environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+  done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=TIMEOUT)
+  return done.returncode == 0
+
+
+@functools.cache
+def pass_unchanged(tests: tuple[str, ...], copy: Path) -> bool:
+  return passes(tests, copy)
 
 
 def fate(mutant: Mutant, copy: Path) -> str:
   """Runs the tests on the mutant in a copy of the checkout, which is as it was afterwards."""
   if str(mutant) in EQUIVALENT:
     return "equivalent"
-  path = copy / mutant.file
+  path, tests = copy / mutant.file, tests_of(mutant)
   before = path.read_bytes()
-  command = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-x",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    *tests_of(mutant),
-  ]
   try:
+    if not pass_unchanged(tests, copy):
+      raise SystemExit(f"{' '.join(tests)}: fails without any change")
     mutant.apply(copy)
-    done = subprocess.run(
-      command,
-      cwd=copy,
-      env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-      capture_output=True,
-      timeout=TIMEOUT,
-    )
+    return "lived" if passes(tests, copy) else "killed"
   except subprocess.TimeoutExpired:
     return "timed out"
   finally:
     path.write_bytes(before)
-  return "lived" if done.returncode == 0 else "killed"
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import pytest
 from data_pipes.embedded.captions import scene_caption
 from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import make_scene
-from data_pipes.engine import command, report, review, stages
+from data_pipes.engine import command, licences, report, review, stages
 from data_pipes.engine.graph import KEPT, StopRun
 from data_pipes.engine.roles import Verdict
 from data_pipes.engine.store import Store
@@ -190,6 +190,7 @@ def test_the_data_card_and_plots(workdir):
   assert numbers["files"] == {"detailed-caption": numbers["samples"] // 2,
                               "short-caption": numbers["samples"] // 2}  # fmt: skip
   assert "Do not train on them" in card
+  assert "| unknown |" in card  # nobody said under which licence the videos are
   assert "NONE; name them in duplicates.benchmark" in card
   assert "reviewer" in card  # why the Reviewer dropped some
   assert "Do not train on them" in page
@@ -315,3 +316,26 @@ def test_the_engine_needs_no_jax():
     "assert 'jax' not in sys.modules and 'torch' not in sys.modules and 'cv2' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_licences_are_what_folders_say_or_unknown(tmp_path):
+  model, videos = tmp_path / "model", tmp_path / "videos"
+  model.mkdir()
+  videos.mkdir()
+  (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+  (videos / "LICENSE.txt").write_text("CC BY 4.0")
+  (tmp_path / "captions.json").write_text("[]")
+  config = {
+    "input": {"videos": str(videos), "files": [str(tmp_path / "captions.json")]},
+    "roles": {
+      "annotator": {"kind": "python", "checkpoint": str(model)},
+      "judge": {"kind": "openai", "model": "gpt-x"},
+      "analyzer": {"kind": "builtin"},
+    },
+  }
+  assert licences.of_run(config) == {
+    str(videos): f"see {videos / 'LICENSE.txt'}",
+    str(tmp_path / "captions.json"): "unknown",
+    str(model): "apache-2.0",
+    "gpt-x": "unknown",
+  }

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from data_pipes import page
+from data_pipes.engine import licences
 from data_pipes.engine.agents.assemble import FILES
 from data_pipes.engine.command import status
 from data_pipes.engine.export import file_paths
@@ -31,6 +32,7 @@ def write_report(workdir: str | Path) -> tuple[Path, dict[str, Any]]:
   numbers["status"] = status(workdir)
   numbers["config"] = store.settings()["config"]
   numbers["warning"] = warning(numbers["config"])
+  numbers["licences"] = licences.of_run(numbers["config"])
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
   )

@@ -10,12 +10,12 @@ from typing import Any
 from PIL import Image
 
 from data_pipes.drawing import FOR_MODELS, data_uri
+from data_pipes.engine import licences
 from data_pipes.engine.backends.chat import ChatClient, Unanswered
 from data_pipes.engine.calls import Calls, ledger
 from data_pipes.engine.graph import StopRun
 from data_pipes.engine.roles import Context, identity, make_backend
 
-_MODELS = ("detector", "tracker", "model", "checkpoint")  # options that name models of this machine
 _SEES = ("annotator", "describer")  # roles that show pictures, whatever the input
 _SIDE = 64  # of the probe's picture, pixels
 
@@ -46,7 +46,7 @@ def probe(roles: Mapping[str, Mapping[str, Any]]) -> list[Probed]:
     if options.get("kind") == "openai":
       out.append(_endpoint(tuple(members), options))
       continue
-    known = [options[key] for key in _MODELS if isinstance(options.get(key), str)]
+    known = [options[key] for key in licences.MODEL_OPTIONS if isinstance(options.get(key), str)]
     findings = {f"licence of {model}": licence(model) for model in known}
     out.append(Probed(tuple(members), name, True, findings))
   return out
@@ -127,12 +127,8 @@ def licence(model: str) -> str:
   """What the folder of a model, or its page on the hub, says of its licence."""
   folder = Path(model)
   if folder.is_dir():
-    card = folder / "README.md"
-    for line in card.read_text("utf-8").splitlines() if card.is_file() else ():
-      if line.startswith("license:"):
-        return line.partition(":")[2].strip()
-    texts = sorted(p for p in folder.iterdir() if p.name.upper().startswith(("LICENSE", "LICENCE")))
-    return f"see {texts[0]}" if texts else "unknown: the folder names none"
+    text = licences.of_folder(folder)
+    return text if text != licences.UNKNOWN else f"{text}: the folder names none"
   try:
     from huggingface_hub import model_info
 

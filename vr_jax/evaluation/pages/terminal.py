@@ -11,7 +11,7 @@ from vr_jax.evaluation.scoring.comparison import Comparison
 def table(result: Result) -> Iterator[str]:
   """The result as lines of text."""
   yield f"{benchmark(result.benchmark).title}: {result.label}"
-  counts = {k: v for k, v in result.counts.items() if v or k in ("total", "missing_media")}
+  counts = {k: str(v) for k, v in result.counts.items() if v or k in ("total", "missing_media")}
   counts["total"] = result.items_text
   yield "  " + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in counts.items())
   rows = by_slice(result)

@@ -64,11 +64,16 @@ _GROUP = (  # "A", "A and B", "A, C and D", "A, B" where nothing is said of B al
   rf"(?P<g>{_M}(?:(?:\s*,\s*{_M}){{0,12}}{AND}{_M}|(?:\s*,\s*{_M}){{1,12}}(?=\s*(?:[.!?\n]|$|are\b|were\b))"
   rf"|[^\S\n]*{_M}){{0,12}}+)"
 )
+# "among A, B, C and D" names what there is to choose from.
+_ALL_OF_THEM = (
+  rf"\b(?:among|out\s+of|from|of)\s+(?:the\s+)?(?:options?\s+|choices?\s+)?"
+  rf"{_LABEL}(?:\s*,?\s*(?:and|or|,)?\s*{_LABEL}){{2,}}"
+)
 _CLAUSE = re.compile(
   r"[.;!?\n,:()—]|\s[-–]\s|"
   + any_of(
     "but however so because since although though while whereas therefore hence aber weil sondern "
-    "mais car pero sino porque mas ma но а 但 但是 所以 因为 因为 因此"
+    "mais pero sino porque mas ma но а 但 但是 所以 因为 因为 因此"
   ),
   re.I,
 )
@@ -174,6 +179,7 @@ def _mentions(text: str, labels: Sequence[str], texts: Sequence[str]) -> str:
   text = re.sub(rf"{LABEL_NOUN}\s*[:=]?\s*(?={_M})", " ", text, flags=re.I)
   text = re.sub(rf"({_M})(?:[^\S\n]+\1)+", r"\1", text)  # said again and again
   text = re.sub(rf"({_M})\s*(?:选项|選項|番|번|が(?=正))", r"\1 ", text)
+  text = re.sub(rf"{_ALL_OF_THEM}", " ", text, flags=re.I)
   return re.sub(r"[^\S\n]+", " ", _without_glosses(text)).strip()
 
 
@@ -186,7 +192,7 @@ def _text_pattern(text: str) -> re.Pattern[str]:
   right = r"(?![^\W_])" if text[-1].isalnum() and not re.match(f"[{CJK}]", text[-1]) else ""
   if text.casefold() in _SINGLE:
     cue = r"(?:^|(?<=[.,;:!?\n()\]])|(?<=is)|(?<=\s[A-Z]))\s*"
-    return re.compile(rf"(?m){cue}{body}(?=\s*(?:[.,;!?\n)]|$))", re.I)
+    return re.compile(rf"(?m){cue}{body}(?=\s*(?:[.,;!?\n)—–]|$))", re.I)
   if text.isdecimal():
     left, right = r"(?<![\w.])", r"(?![\w]|[.)]\s|\.\d)" if len(text) < 3 else r"(?!\w|\.\d)"
   return re.compile(f"{left}{body}{right}", re.I)
@@ -223,7 +229,7 @@ _STATED = (
     rf"{NOUN}{FILL}{_GROUP}",
     _I,
   ),
-  re.compile(rf"(?P<bad>{NOT}\s*(?:\w+\s+){{0,2}})?{PICK}{FILL}{_GROUP}", _I),
+  re.compile(rf"{PICK}{FILL}{_GROUP}", _I),
   re.compile(
     rf"(?:{any_of('it this that there ce c est es das esto isso questo he she they')}\s*"
     rf"{BE}|{any_of('''it's that's c'est its''')}){FILL}{_GROUP}",
@@ -241,7 +247,7 @@ _STATED = (
     _I,
   ),
   re.compile(
-    rf"{_GROUP}\s*(?:best\s+)?(?:fits|matches|describes|answers|does(?={_END})|stimmt|trifft\s+zu|"
+    rf"{_GROUP}\s*(?:best\s+)?(?:fits|matches|describes|answers|(?:does|is|was)(?={_END})|stimmt|trifft\s+zu|"
     rf"passt|convient|corresponde)(?!\w)",
     _I,
   ),
@@ -254,7 +260,7 @@ _STATED = (
     _I,
   ),
   re.compile(rf"(?:=+>|[→⇒∴])\s*{_GROUP}{_END}"),
-  re.compile(rf"{_GROUP}\s+(?:right|correct|true)(?=\s*(?:{_M}|[.,;\n]|$))", _I),
+  re.compile(rf"{_GROUP}\s+(?:right|correct|true|selected|chosen)(?=\s*(?:{_M}|[.,;\n]|$))", _I),
   re.compile(rf"{_GROUP}\s+it\s+is{_END}", _I),
   re.compile(rf"(?<![还還不非而])是\s*{_GROUP}"),
   re.compile(rf"{any_of('only nur seulement solo somente только 只有')}\s+{_GROUP}", _I),
@@ -281,6 +287,7 @@ _REJECTED = (
     rf"(?<![\ue000-\ue07f]\s){BAD}[^\S\n]*(?:{NOUN}|{LABEL_NOUN})?{_LIGHT}[^\S\n]*{_GROUP}",
     _I,
   ),
+  re.compile(rf"{NOT}\s*(?:\w+\s+){{0,2}}{PICK}{_LIGHT}\s*{_GROUP}", _I),
   re.compile(rf"{_GROUP}\s*[:=–—→-]\s*(?:no|nein|non|nope)(?!\w)", _I),
   re.compile(rf"(?m)^{_NOTHING}[❌✗✘✖❎]\s*{_GROUP}"),
   re.compile(rf"{THAN}\s+(?:the\s+)?(?P<g>{_LABEL})", _I),
@@ -288,7 +295,7 @@ _REJECTED = (
 _PREDICATE = re.compile(rf"\s+{BE}", _I)  # without a verdict: "(D) is a stretch"
 _DISCUSSED = (
   re.compile(rf"{_GROUP}\s+(?:{SAYS}|would(?!\s+be\b))", _I),
-  re.compile(rf"{_M}\s*(?:-|–|to|through|~|bis)\s*{_GROUP}", _I),
+  re.compile(rf"(?P<g>{_M}[^\S\n]*(?:-|–|to|through|~|bis)[^\S\n]*{_M})", _I),
 )
 _SECOND_THOUGHT = re.compile(
   r"(?im)(?:(?:^|[.!?…\n\u0001—-]\s*)(?:(?:oh|no|hmm+|but)[,.]?\s+)?"

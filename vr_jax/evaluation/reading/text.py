@@ -54,7 +54,7 @@ _CLOSED = re.compile(r"^(.*?)<\s*/\s*(?:final[_ -]?)?(?:answer|choice|option)\s*
 _BOX = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\\boxed\s+([A-Za-z])\b")
 _JSON_KEYS = re.compile(
   r"(?:(?:the|my|final|correct|best|predicted|selected|chosen|model)_?)*(?:answer|choice|option"
-  r"|letter|selection|selected|prediction|response|result|pick|label|answer_?(?:letter|choice"
+  r"|letter|selection|selected|prediction|response|result|pick|label|output|answer_?(?:letter|choice"
   r"|option|key|label))|答案|答え|正解|réponse|antwort|respuesta|resposta|risposta|정답",
   re.I,
 )

@@ -35,6 +35,7 @@ NOUN = any_of(
   "richtig korrekt correcta correcte corretta"
 )
 PICK = any_of(
+  "应为 應為 应是 應是 "
   "meant choose chose choosing pick picked select selected selecting go_with going_with went_with "
   "go_for going_for opt_for opting_for vote_for settle_on settling_on answer say guess think "
   "believe conclude suggest stick_with bet_on lean_toward lean_towards leaning_toward "
@@ -49,6 +50,7 @@ COPULAS = (
   "son sería é são è sono это 是 为 為 は が 은 는 이 가"
 )
 FILLERS = (
+  "fully completely entirely absolutely totally perfectly number "
   "it's that's a o il giusta "
   "it that this the to be would should must will has have here for me my question in case only "
   "just simply clearly definitely therefore thus hence then so most likely probably indeed "
@@ -62,6 +64,7 @@ FILLERS = (
 BE = any_of(COPULAS)
 FILL = rf"(?:\s*(?:{any_of(FILLERS + ' ' + COPULAS)}|[:=,>\-–—→\]])){{0,12}}+\s*"
 RIGHT = any_of(
+  "the_only_one only_one the_only_option the_only supported consistent selected chosen "
   "choice pick what_i one_i option_i choice_i closer_to_the_truth closer_to_what "
   "correct right true accurate the_answer answer best_answer best_choice best_option best_match "
   "best_fit best most_likely most_plausible most_probable most_accurate most_appropriate "
@@ -108,6 +111,7 @@ SOME = any_of(
   "andere autre otra outra altra 另一个 另一個 別の"
 )
 SO = any_of(
+  "ergo "
   "so therefore thus hence consequently accordingly finally overall ultimately but instead "
   "rather daher deshalb somit folglich sondern donc ainsi mais sino luego entonces portanto mas "
   "quindi ma perciò следовательно поэтому а 因此 所以 故 而是 故此 よって したがって 따라서"
@@ -138,7 +142,8 @@ FIRM_IF = re.compile(
 )
 BECAUSE = any_of(
   "because since as while whereas than like unlike for given due although though where when "
-  "that which weil da während car parce puisque tandis porque ya_que pois perché потому 因为 "
+  "that which weil da während "
+  "car_il car_elle car_on car_l' car_la car_le car_les parce puisque tandis porque ya_que pois perché потому 因为 "
   "因為 由于 なぜなら から 왜냐하면"
 )
 NEGATION = any_of(
