@@ -102,13 +102,15 @@ _OTHER_THINGS = any_of(
   "vitamin plan player team person group section grade class type part point step figure fig table "
   "channel room gate level phase scene camera mr mrs ms dr speaker model vehicle man woman actor"
 )
-_VERB = (
-  r"(?:is|was|isn't|wasn't|would|must|should|can\s+be|can\s+only|cannot|can't|could|may\s+be|might|"
-  r"does|doesn't|seems|appears|fits|matches|describes|because|since|as\s+(?:it|the|he|she|they)|"
-  r"rather\s+than|instead\s+of|remains|no\s+es|n'est|non\s+è|não|nicht|ist|est|es\s|è|é|weil|car|parce|porque)(?![\w'])"
+_VERB = (  # what follows a label and not an article
+  r"(?:is|was|are|were|isn't|wasn't|aren't|would|must|should|can\s+be|can\s+only|cannot|can't|could|"
+  r"may\s+be|might|does|doesn't|seems|appears|fits|matches|describes|makes|looks|selected|chosen|"
+  r"because|since|as\s+(?:it|the|he|she|they)|rather\s+than|instead\s+of|over\s+[B-Z\ue000-\ue05f]|"
+  r"remains|it\s+is|definitely|clearly|obviously|for\s+sure|no\s+es|n'est|non\s+è|não|nicht|ist|est|"
+  r"es\s|è|é|weil|parce|porque|stimmt|richtig|wäre|sagen|und\s+nicht|A)(?![\w'])"
 )
 _BARE_A = re.compile(
-  rf"(?<![\w'.&-])A(?=\s*(?:$|[.,:;!?()\]\n—–/&{CJK}\ue000-\ue05f✅✓✔❌✗✘]|[-=→])|\s+{_VERB}"
+  rf"(?<![\w'.&-])A(?=\s*(?:$|[^\w\s'\-]|\n|[{CJK}]|[-=→])|\s+{_VERB}"
   rf"|\s*(?:,\s*)?(?:and|or|nor|not|but|und|oder|et|ou|y|o|e|vs)\s+(?:option\s+|choice\s+|not\s+)?"
   rf"(?:[B-Z](?![\w'])|[\ue000-\ue05f]))"
 )

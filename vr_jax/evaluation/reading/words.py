@@ -132,7 +132,7 @@ HEDGE = any_of(
 )
 SAYS = any_of(
   "says say states mentions describes shows suggests implies refers claims involves talks "
-  "depicts contains includes focuses would might could may also"
+  "depicts contains includes focuses might could may also"
 )
 IF = any_of("if unless assuming depending depends suppose wenn falls 如果 假如 もし")
 FIRM_IF = re.compile(
@@ -143,8 +143,8 @@ FIRM_IF = re.compile(
 BECAUSE = any_of(
   "because since as while whereas than like unlike for given due although though where when "
   "that which weil da während "
-  "car_il car_elle car_on car_l' car_la car_le car_les parce puisque tandis porque ya_que pois perché потому 因为 "
-  "因為 由于 なぜなら から 왜냐하면"
+  "car_il car_elle car_on car_l' car_la car_le car_les parce puisque tandis porque ya_que "
+  "pois perché потому 因为 因為 由于 なぜなら から 왜냐하면"
 )
 NEGATION = any_of(
   "not no never without neither nor none nothing n't cannot isn't wasn't aren't don't doesn't "
