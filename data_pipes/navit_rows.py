@@ -57,7 +57,7 @@ class Picture:
   def positions(self) -> np.ndarray:
     """(row, column) of each patch, int32 [h*w, 2], in the order of the patches."""
     (h, w), s = self.grid, self.merge
-    at = np.stack(np.mgrid[:h, :w], axis=-1).reshape(h // s, s, w // s, s, 2)
+    at = np.moveaxis(np.indices((h, w)), 0, -1).reshape(h // s, s, w // s, s, 2)
     return at.transpose(0, 2, 1, 3, 4).reshape(h * w, 2).astype(np.int32)
 
 

@@ -46,7 +46,7 @@ from vr_jax.inference.picture_reading import PictureQuestion, PictureReader, pic
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import KEPT, ObjectTokens, Prefix
 from vr_jax.inference.programs import Programs
-from vr_jax.inference.reading import Group
+from vr_jax.inference.reading import Group, Question
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.navit import NavitConfig
 from vr_jax.models.videorefer import VideoRefer
@@ -273,20 +273,18 @@ class PictureModel(Model):
     last = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else first
     return last if last <= first else min(first, int(np.argmax(is_image)))
 
-  def _lane(self, question: PictureQuestion, more: int = 0) -> tuple[int, int]:
+  def _lane(self, question: Question, more: int = 0) -> tuple[int, int]:
     """Slots of the prefix, and of what follows it."""
-    sample = question.sample
+    sample = _sample(question)
     split = self._split(sample)
     return bucket(split), classes(len(sample.ids) - split + more)[-1]
 
   def _sizes_of_lane(self, options: Options, lane: tuple[int, int]) -> Sizes:
     return self._row_sizes(options, *lane)
 
-  def _see(
-    self, group: Group, questions: Sequence[PictureQuestion]
-  ) -> tuple[Prefix, list[ObjectTokens]]:
+  def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
     (question,) = questions
-    sample = question.sample
+    sample = _sample(question)
     split = self._split(sample)
     slots, _ = self._lane(question)
     share = group.video is not None
@@ -296,13 +294,14 @@ class PictureModel(Model):
 
   def _prompt(
     self,
-    question: PictureQuestion,
+    question: Question,
     prefix: Prefix,
     objects: Sequence[ObjectTokens],
     call: Call,
   ) -> Prompt:
     """What follows the prefix: text, object tokens, and scene tokens that come behind objects."""
-    tail = question.sample.ids[self._split(question.sample) :]
+    sample = _sample(question)
+    tail = sample.ids[self._split(sample) :]
     is_image, is_region = tail == self.ids.image, tail == self.ids.region
     later = getattr(prefix, "later", None)
     is_visual = is_region if later is None else is_region | is_image
@@ -322,3 +321,8 @@ class PictureModel(Model):
     for name, frames, seen in zip(question.names, question.objects, entry.objects, strict=True):
       tokens.setdefault(name, []).extend([list(frames)] * len(seen.tokens))
     yield from ({"name": name, "tokens": of_name} for name, of_name in tokens.items())
+
+
+def _sample(question: Question) -> Sample:
+  assert isinstance(question, PictureQuestion)  # this model's reader makes no others
+  return question.sample

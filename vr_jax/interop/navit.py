@@ -245,7 +245,7 @@ def _tower(tensors, prefix, fields, where, files, notes: list[str]) -> NavitConf
   """The tower's sizes: of its own folder, of plain VideoLLaMA3's config, else of the tensors."""
   merge = size(fields, where, "spatial_merge_size", 2)
   most = size(fields, where, "mm_max_length", 9477 // merge**2)
-  settings = {"merge": merge, "max_tokens": most}
+  settings: dict[str, Any] = {"merge": merge, "max_tokens": most}
   if "config.json" in files:
     return tower_config(files["config.json"], f"{files['name']}/config.json", **settings)
   if inside := section(fields, where, "vision_encoder_config"):

@@ -97,7 +97,7 @@ PARTS = {
 }
 
 
-def part_config(part: str, fields: dict[str, Any]) -> Any:
+def part_config(part: str, fields: Mapping[str, Any]) -> Any:
   """The config of one part from its JSON fields."""
 
   def frozen(value):

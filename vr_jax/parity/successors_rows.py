@@ -253,7 +253,7 @@ def _generate(golden: Golden, case: Case) -> Produced:
       "input_ids": sample.ids,
       "generated_ids": np.array(ids, np.int32),
       "first_logits": logits[0],
-      "margins": best[:, 0] - best[:, 1],
+      "margins": np.asarray(best[:, 0] - best[:, 1]),
     },
     atol={"margins": limit},
   )
