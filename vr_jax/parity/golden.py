@@ -116,6 +116,10 @@ class Case:
     self._inputs.add(name)
     return self.reference(name)
 
+  def get(self, name: str) -> np.ndarray | None:
+    """An input array, None where the case has none of this name."""
+    return self[name] if name in self else None
+
   def allowed(self, name: str) -> Mapping[str, Any]:
     """The limits of one array: its own, or where the arrays have none those of the case."""
     if not self.own_limits:
