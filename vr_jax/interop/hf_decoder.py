@@ -249,7 +249,7 @@ def _rotary(fields: Mapping[str, Any], where: Path | str) -> tuple[float, float 
   factor = _factor(named[1], where, named[0])
   if _factor(local, where, "rope_parameters of sliding_attention") != 1:
     raise InputError(f"{where}: rope_parameters of sliding_attention are scaled; accepted: default")
-  base = positive(fields | (scaling or full), where, "rope_theta", 10_000.0)
+  base = positive({**fields, **(scaling or full)}, where, "rope_theta", 10_000.0)
   if scaling and positive(full, where, "rope_theta", base) != base:
     raise InputError(
       f"{where}: rope_scaling beside rope_parameters, which have another rope_theta "

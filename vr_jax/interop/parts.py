@@ -40,7 +40,7 @@ def read_part(part: str, fields: Any, where: Path | str, *, adapters: bool = Fal
   _check(part_class(part, fields), fields, where_part)
   if not adapters:
     require(fields, f"{where}: {part}", "lora_rank", (0,), 0)
-  return checked(part_config(part, fields), f"{where}: {part}")
+  return checked(part_config(part, dict(fields)), f"{where}: {part}")
 
 
 def read_settings(fields: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
