@@ -274,11 +274,11 @@ def _send(connection: Connection, answer: tuple[bool, Any]) -> None:
 
 def _receive(connection: Connection, first: bytes, room: Iterable[np.ndarray]) -> tuple[bool, Any]:
   pickled, sizes = pickle.loads(first)
-  free = deque(memoryview(array).cast("B") for array in room)
+  free = deque(array.data.cast("B") for array in room)
   buffers: list[Any] = []
   for size in sizes:
     fits = free and free[0].nbytes == size
-    buffer = free.popleft() if fits else memoryview(np.empty(size, np.uint8))
+    buffer = free.popleft() if fits else np.empty(size, np.uint8).data
     connection.recv_bytes_into(buffer)
     buffers.append(buffer)
   return pickle.loads(pickled, buffers=buffers)

@@ -312,10 +312,12 @@ class Prepare:
   def _identify(self, record: Record) -> dict[str, Any] | None:
     """What tells later whether a record's media is the same; None for text."""
     try:
-      file = media_path(self.settings.media, record.path) if record.media else None
+      file = media_path(self.settings.media, record.path)
     except Defect:
-      file = None
-    return file and {"path": record.path, "stat": _stat(file), "hash": _hash_media(file)}
+      return None
+    if record.media is None:
+      return None
+    return {"path": record.path, "stat": _stat(file), "hash": _hash_media(file)}
 
   def _decode_clip(
     self, entries: list[tuple[int, int, int, int]], media: Mapping[str, Any] | None

@@ -153,12 +153,12 @@ class ChatClient:
       self._pace.wait(size, calls.halted)
       number = calls.begin(request, self.stage, endpoint.model, most)
 
-      def failed(error: NoCompletion) -> None:
+      def settle(error: NoCompletion) -> None:
         if error.paid:
           calls.try_again(number, most)
 
       try:
-        completion = self._complete(raw.encode("utf-8"), failed, calls.halted)
+        completion = self._complete(raw.encode("utf-8"), settle, calls.halted)
       except BaseException as error:
         calls.end(number, None, note=one_line(error))
         raise
@@ -191,12 +191,12 @@ class ChatClient:
     return _parse(text, self._validators[name], finish)
 
   def _complete(
-    self, body: bytes, failed: Callable[[NoCompletion], None], halted: threading.Event
+    self, body: bytes, settle: Callable[[NoCompletion], None], halted: threading.Event
   ) -> Completion:
     """One answer, and whether the endpoint is still there. Raises as `ask`."""
     where = f"{self.endpoint.base_url} ({self.endpoint.model})"
     try:
-      completion = self._client.complete(body, failed, halted)
+      completion = self._client.complete(body, settle, halted)
     except NoCompletion as error:
       reason = one_line(error, 120)
       if error.kind == "status":

@@ -80,8 +80,8 @@ def survey(
   )
   for key, video, straight, mirrored in ordered:
     both = [[int(h, 16) for h in hashes] for hashes in (straight, mirrored)]
-    if name := (same or {}).get(video):
-      dropped[key] = f"benchmark video: the file is {name}"
+    if file := (same or {}).get(video):
+      dropped[key] = f"benchmark video: the file is {file}"
     elif match := held_out.near(both[0]) or held_out.near(both[1]):
       dropped[key] = f"benchmark video: like {match[0]} (distance {match[1]})"
     elif match := seen.near(both[0]) or seen.near(both[1]):
