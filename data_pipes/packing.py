@@ -148,10 +148,23 @@ class PackedSamples(RowSource):
   A sample that cannot be read is left out of its row and counted; the others of the row stay.
   """
 
-  def __init__(self, sets: Sequence[Samples], plan: Plan, failures: Failures):
-    """`plan` numbers the samples of `sets` through, one set after another."""
+  def __init__(
+    self,
+    sets: Sequence[Samples],
+    plan: Plan,
+    failures: Failures,
+    first: int = 0,
+    total: int | None = None,
+  ):
+    """`plan` numbers the samples of `sets` through, one set after another.
+
+    Args:
+      first: number of the first of these samples among all of the run.
+      total: samples of the run; None: these are all.
+    """
     self.shape = plan.shape
     self._plan, self._failures = plan, failures
+    self._first, self._total = first, total
     self._sets, self._ends = sets, np.cumsum([len(s) for s in sets])
 
   def __len__(self) -> int:
@@ -171,7 +184,8 @@ class PackedSamples(RowSource):
         used = place(row, text, clip, self.shape, samples.tokenizer.region_id, where, used)
       except InputError as error:
         room[:] = 0  # what was decoded of it
-        self._failures.add(int(number), str(error), int(self._ends[-1]))
+        total = int(self._ends[-1]) if self._total is None else self._total
+        self._failures.add(self._first + int(number), str(error), total)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,6 +188,9 @@ def test_a_sample_that_cannot_be_read_leaves_the_others(samples, golden, tmp_pat
   assert np.bincount(row["segments"][row["valid"]]).tolist() == lengths
   assert len(failures) == 1
   assert "none.mp4" in failures.messages[0]
+  # The same place in another set of the run is another sample.
+  _ = PackedSamples([broken], plan, failures, len(items), 2 * len(items))[0]
+  assert failures.known() == {1, 1 + len(items)}
 
 
 def rows_of(dataset, start=0):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
+from data_pipes.failures import Failures, TooManyFailures
 from vr_jax.checkpoint import export, load_for_inference, make_meta, read_tokenizer_files
 from vr_jax.configs import base_config, to_json
 from vr_jax.interop import videorefer as published
@@ -148,6 +149,25 @@ def test_too_many_unreadable_samples_end_the_run(config_of):
   task = videorefer_task(config_of([0, 1], [LOST]))
   with pytest.raises(InputError, match=r"1 of 3 samples could not be read.*not_there.mp4"):
     list(task.batches(0, 1))
+
+
+def test_a_task_knows_its_files_by_their_content(config_of):
+  config = config_of([0, 1, 2])
+  (file,) = map(Path, config.input.files)
+  before = videorefer_task(config).data
+  file.write_text(json.dumps(json.loads(file.read_text())[:2]))
+  after = videorefer_task(config).data
+  assert [*before] == [*after] == ["input.files[0]"]
+  assert before != after
+
+
+def test_failures_of_other_processes_and_of_before_count(caplog):
+  failures = Failures(max_share=0.5)
+  failures.add_known([3, 4])
+  failures.add(3, "again", 4)
+  assert len(failures) == 2
+  with pytest.raises(TooManyFailures, match="3 of 4 samples"):
+    failures.add(5, "one more", 4)
 
 
 def test_whole_epochs_end_with_them_and_empty_rows_fill_up(config_of):

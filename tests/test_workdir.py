@@ -14,8 +14,9 @@ import toy_task
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.checkpoint import export, load_meta, load_params, make_meta
-from vr_jax.configs import load_config
-from vr_jax.training import processes, workdir
+from vr_jax.configs import load_config, to_json
+from vr_jax.training import digests, processes, workdir
+from vr_jax.training.digests import digest_of_data
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import agree_on_data, together
@@ -103,6 +104,54 @@ def test_the_newest_checkpoint_that_can_be_read_counts(tmp_path, caplog):
   (tmp_path / "checkpoints" / "10" / "meta" / "metadata").write_text("{")
   assert read_before(tmp_path).meta["model"] == {"name": "2"}
   assert "checkpoints/10" in caplog.text
+
+
+def test_data_are_known_by_their_content_wherever_they_lie(tmp_path):
+  for name, content in {"a": b"[1, 2]", "b": b"[1, 2]", "c": b"[1, 3]", "d": b"[1]"}.items():
+    (tmp_path / name).write_bytes(content)
+  a, b, c, d = (digest_of_data(tmp_path / name) for name in "abcd")
+  assert a == b
+  assert len({a, c, d}) == 3
+  assert a.startswith("6 bytes ")
+
+
+def test_shards_are_known_by_their_index_and_sizes(tmp_path):
+  for name in ("a", "b", "c"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "manifest.json").write_text('{"sha256": 1}')
+    (tmp_path / name / "frames-0.array_record").write_bytes(b"abc"[: 2 if name == "c" else 3])
+    (tmp_path / name / f"needs-{name}.npy").write_text("a cache")
+  a, b, c = (digest_of_data(tmp_path / name) for name in "abc")
+  assert a == b != c
+  (tmp_path / "b" / "manifest.json").write_text('{"sha256": 2}')
+  assert digest_of_data(tmp_path / "b") != a
+
+
+def test_weights_of_any_size_are_known_by_pieces(tmp_path, monkeypatch):
+  monkeypatch.setattr(digests, "WHOLE", 10)
+  monkeypatch.setattr(digests, "PIECE", 2)
+  (tmp_path / "a").write_bytes(bytes(range(200)))
+  (tmp_path / "b").write_bytes(bytes(range(199)) + b"x")
+  assert digests.digest_of_weights(tmp_path / "a") != digests.digest_of_weights(tmp_path / "b")
+  assert digests.digest_of_weights(tmp_path / "none") == "nothing"
+  assert digests.digest_of_weights("vr-mini").endswith(digests.digest_of_weights("vr-mini")[-16:])
+
+
+def test_weights_that_moved_are_the_same_and_others_are_refused(run, tmp_path):
+  for name in ("old", "new", "other"):
+    (tmp_path / name).write_text("other" if name == "other" else "weights")
+  config = load_config(CONFIG, [f"model_init=(('', '{tmp_path / 'old'}'),)"])
+  (run / "config.json").write_text(to_json(config))
+  before = read_before(run)
+  before = before._replace(meta={**before.meta, "start": workdir.weights_of(config)})
+  (tmp_path / "old").unlink()
+  check_same_run(run, config, before)
+  moved, other = (
+    load_config(CONFIG, [f"model_init=(('', '{tmp_path / name}'),)"]) for name in ("new", "other")
+  )
+  check_same_run(run, moved, before)
+  with pytest.raises(InputError, match="model_init was"):
+    check_same_run(run, other, before)
 
 
 def test_other_data_are_refused(tmp_path):

@@ -49,6 +49,7 @@ from vr_jax.training.workdir import (
   check_shared,
   make_workdir,
   read_before,
+  weights_of,
 )
 
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
@@ -99,7 +100,10 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
   check_keys(config, [*base_config(), *task.fields], "config")
   check_keys(config.input, base_config().input, "config.input")
   check_data(workdir, before.meta.get("data", {}), task.data)
-  agree_on_data(task.data)
+  start = before.meta.get("start")
+  if start is None:  # what the run begins with; one that goes on needs it no more
+    start = together(lambda: weights_of(config)) if before.checkpoint is None else {}
+  agree_on_data({**task.data, **start})
   total = total_steps(config, task.data_size)
   mesh = make_mesh(config.mesh)
   check_rules(config.sharding_rules, mesh)
@@ -129,7 +133,7 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
       meta = make_meta(
         task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
       )
-      meta |= {"data": dict(task.data), "counts": report.counts()}
+      meta |= {"data": dict(task.data), "start": start, "counts": report.counts()}
       checkpoints.save(state, position, meta)
 
     batches = task.batches(position, total) if first < total else iter(())

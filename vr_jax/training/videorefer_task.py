@@ -45,6 +45,7 @@ from vr_jax.models.lora import is_factor
 from vr_jax.models.variants import get_variant
 from vr_jax.models.videorefer import PARTS, VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import Params, path_names
+from vr_jax.training.digests import digest_of_data
 from vr_jax.training.feature_cache import tower_hash
 from vr_jax.training.loss import LossSums, model_loss
 from vr_jax.training.navit_data import navit_dataset, navit_work_of
@@ -119,6 +120,11 @@ def videorefer_task(config: ConfigDict) -> Task:
     start=start,
     tokenizer_files=files,
     generation=generation(config, tokenizer),
+    data={
+      f"input.{name}[{i}]": digest_of_data(path)
+      for name in ("files", "features")
+      for i, path in enumerate(config.input[name])
+    },
     failures=failures,
     counts=lambda: {"unreadable": len(failures)},
     work=functools.partial(
@@ -305,7 +311,12 @@ def _packed(sets: _Sets, failures: Failures) -> Made:
   plans = [dataclasses.replace(plan, shape=sets.finished(plan.shape)) for plan in plans]
   for plan, (needs, _) in zip(plans, groups, strict=True):
     log.info(fill_line(plan, len(needs)))
-  rows = [PackedSamples(s, p, failures) for (_, s), p in zip(groups, plans, strict=True)]
+  counts = [len(needs) for needs, _ in groups]
+  firsts = [0, *itertools.accumulate(counts)]
+  rows = [
+    PackedSamples(s, p, failures, first, sum(counts))
+    for (_, s), p, first in zip(groups, plans, firsts, strict=False)
+  ]
   made = functools.partial(make_dataset, rows, drop_remainder=False, weights=weights)
   return sum(map(len, rows)), made
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import load_meta, tokenizer_files_of
 from vr_jax.configs import MISSING, base_config, diff, from_json, leaves
+from vr_jax.training.digests import digest_of_weights
 from vr_jax.training.processes import gather
 from vr_jax.training.task import task_name
 
@@ -45,8 +46,8 @@ MAY_CHANGE = (
 )
 # How long a run is: may change too where it is told to.
 LENGTH = ("total_steps", "total_examples", "total_epochs")
-# Where the data lie and what it began with; `Task.data` has the digests of what is there.
-PLACES = ("input.files", "input.features", "model_init", "tokenizer")
+# Where the data lie; `Task.data` has the digests of what is there.
+PLACES = ("input.files", "input.features")
 SECONDS = 10.0  # in which a new file is seen on every host that shares a folder
 
 
@@ -114,6 +115,8 @@ def check_same_run(
   for key, (old, new) in diff(stored, config).items():
     if new is MISSING:
       log.warning("%s: config.%s=%r is not a field any more; left out", workdir, key, old)
+    elif key == "model_init" and new and before.meta.get("start") == weights_of(config):
+      continue  # moved
     elif key not in free and (old is not MISSING or new != defaults.get(key, MISSING)):
       changed[key] = (old, new)
   if "task" in changed and len({task_name(name) for name in changed["task"]}) == 1:
@@ -124,6 +127,13 @@ def check_same_run(
     if set(changed) <= set(LENGTH):
       hint = "use another workdir, or go on for longer with --extend"
     raise InputError(f"{workdir} was made with another config: {listed}; {hint}")
+
+
+def weights_of(config: ConfigDict) -> dict[str, str]:
+  """ "size digest" of each of the weights in `model_init`."""
+  return {
+    f"model_init[{i}]": digest_of_weights(path) for i, (_, path) in enumerate(config.model_init)
+  }
 
 
 def check_data(workdir: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
