@@ -140,10 +140,6 @@ class Case:
   def __contains__(self, name: str) -> bool:
     return name in self._keys
 
-  def get(self, name: str) -> np.ndarray | None:
-    """An input array, or None where the case has none of the name."""
-    return self[name] if name in self else None
-
   def reference(self, name: str) -> np.ndarray:
     """An array of the case, without making it an input."""
     if name not in self._keys:
