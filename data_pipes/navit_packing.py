@@ -171,6 +171,8 @@ class NavitRows(RowSource):
   A sample that cannot be read is left out of its row and counted; the others of the row stay.
   """
 
+  shape: Shape
+
   def __init__(self, sets: Sequence[NavitSamples], plan: NavitPlan, ids: Ids, failures: Failures):
     self.shape = plan.shape
     self._sets, self._plan, self._ids, self._failures = sets, plan, ids, failures

@@ -148,6 +148,8 @@ class PackedSamples(RowSource):
   A sample that cannot be read is left out of its row and counted; the others of the row stay.
   """
 
+  shape: RowShape
+
   def __init__(
     self,
     sets: Sequence[Samples],
@@ -198,6 +200,8 @@ class Bucket:
 
 class BucketSamples(RowSource):
   """Random access to the rows of one bucket."""
+
+  shape: RowShape
 
   def __init__(self, sets: Sequence[Samples], bucket: Bucket):
     self.shape, self.numbers = bucket.shape, bucket.numbers

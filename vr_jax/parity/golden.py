@@ -118,7 +118,9 @@ class Case:
 
   def get(self, name: str) -> np.ndarray | None:
     """An input array, None where the case has none of this name."""
-    return self[name] if name in self else None
+    if name not in self:
+      return None
+    return self[name]
 
   def allowed(self, name: str) -> Mapping[str, Any]:
     """The limits of one array: its own, or where the arrays have none those of the case."""
