@@ -62,13 +62,8 @@ NOTICED = ("tests/test_noticed.py",)  # what the list's mutants gave rise to
 LISTED = (
   Mutant(
     "data_pipes/engine/calls.py",
-    "self._reserved += guess",
-    "self._reserved += 0.0",
-  ),
-  Mutant(
-    "data_pipes/engine/calls.py",
-    "guess = max(guess_usd, self._dearest.get(model, 0.0))",
-    "guess = guess_usd",
+    "self._reserved[cursor.lastrowid] = most_usd",
+    "self._reserved[cursor.lastrowid] = 0.0",
   ),
   Mutant(
     "data_pipes/engine/stages.py",

@@ -19,7 +19,7 @@ from data_pipes.prompts import LETTER_ONLY
 from vr_jax.evaluation.answers import FALLBACK, without_answer
 from vr_jax.evaluation.benchmark import Benchmark, Published, Row, Source
 from vr_jax.evaluation.items import Item, Prediction
-from vr_jax.evaluation.reading.strict import letter_at
+from vr_jax.evaluation.reading.text import letter_at
 from vr_jax.evaluation.scoring.choice import CHOICE
 
 # Task -> folder of its media; the file is the task's name in lower case with underscores.

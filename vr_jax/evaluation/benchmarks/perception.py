@@ -16,7 +16,7 @@ from vr_jax.evaluation.answers import FALLBACK, without_answer
 from vr_jax.evaluation.benchmark import Benchmark, Row, Source, in_videos, one_file
 from vr_jax.evaluation.benchmarks.mvbench import multiple_choice_prompt
 from vr_jax.evaluation.items import Item, Prediction
-from vr_jax.evaluation.reading.strict import letter_at
+from vr_jax.evaluation.reading.text import letter_at
 from vr_jax.evaluation.scoring.choice import CHOICE
 
 ACCEPTED = "mc_question_*.json, {video_id: {metadata, mc_question: [...]}}"

@@ -30,7 +30,7 @@ from vr_jax.evaluation.benchmark import (
   one_file,
 )
 from vr_jax.evaluation.items import MISSING, Item, Prediction
-from vr_jax.evaluation.reading.strict import letter_at
+from vr_jax.evaluation.reading.text import letter_at
 from vr_jax.evaluation.scoring.choice import CHOICE
 
 KEYS = (

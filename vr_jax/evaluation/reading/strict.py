@@ -16,7 +16,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from vr_jax.evaluation.reading.text import CJK, after_reasoning, clean, forms
+from vr_jax.evaluation.reading.text import CJK, after_reasoning, clean, forms, letter_at
 from vr_jax.evaluation.reading.words import (
   AND,
   BAD,
@@ -590,10 +590,6 @@ def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:
     labels.append(match[1] or match[2] if match else letter_at(i))
     texts.append(option[match.end() :] if match else option)
   return labels, texts
-
-
-def letter_at(index: int) -> str:
-  return chr(ord("A") + index)
 
 
 def _plain(text: str) -> str:

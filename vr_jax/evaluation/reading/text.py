@@ -96,3 +96,8 @@ def _values(record: object) -> Iterator[str]:
         yield from _values(inner)
       else:
         yield inner if isinstance(inner, str) else ""
+
+
+def letter_at(index: int) -> str:
+  """The label of the option at a place in a list."""
+  return chr(ord("A") + index)
