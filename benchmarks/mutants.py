@@ -76,11 +76,6 @@ LISTED = (
     'decides = ("frames"',
   ),
   Mutant(
-    "data_pipes/engine/quality/duplicates.py",
-    "both = [[int(h, 16) for h in hashes] for hashes in (straight, mirrored)]",
-    "both = [[int(h, 16) for h in hashes] for hashes in (straight, straight)]",
-  ),
-  Mutant(
     "data_pipes/engine/agents/texts.py",
     "if not question.answer.strip():",
     "if False:",
@@ -110,11 +105,6 @@ LISTED = (
     "vr_jax/evaluation/scoring/comparison.py",
     "return (low > 0 or high < 0) and (p is None or p < 0.05)",
     "return low > 0 or high < 0",
-  ),
-  Mutant(
-    "data_pipes/engine/quality/duplicates.py",
-    "if 2 * len(distances) > len(hashes)",
-    "if 3 * len(distances) >= len(hashes)",
   ),
   Mutant(
     "data_pipes/engine/review.py",

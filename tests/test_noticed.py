@@ -9,7 +9,6 @@ from data_pipes.engine import review, stages
 from data_pipes.engine.agents.texts import QUESTION_TYPES, question_fault
 from data_pipes.engine.backends.chat_agents import ChatJudge
 from data_pipes.engine.calls import Calls, StopRun
-from data_pipes.engine.quality.duplicates import survey
 from data_pipes.engine.roles import Question
 from data_pipes.feature_shards import sample_key
 from vr_jax.evaluation.metrics import Interval
@@ -57,18 +56,6 @@ def test_a_difference_needs_its_p_value(p, p_holm, verdict):
 )
 def test_run_lengths_begin_with_zeros_also_where_the_corner_is_filled(mask, rle):
   assert review._cvat_rle(np.array(mask))["rle"] == rle
-
-
-def clips(*hashes):
-  rows = [{"key": f"k{i}", "hashes": h, "mirrored": m} for i, (h, m) in enumerate(hashes)]
-  return survey(rows, {}, limit=4)
-
-
-def test_a_mirrored_clip_is_a_duplicate_and_one_frame_of_three_makes_none():
-  a, b = ["00ff00ff00ff00ff"] * 3, ["f0f00f0f12345678"] * 3
-  assert list(clips((a, b), (b, a))) == ["k1"]
-  other = ["123456789abcdef0", "0fedcba987654321"]
-  assert not clips((a, b), ([a[0], *other], [b[0], *other[::-1]]))
 
 
 def test_a_question_without_an_answer_says_so():
