@@ -106,13 +106,21 @@ class Workers:
     group: object = None,
   ) -> Any:
     """See `call`. `group`: for `end`."""
-    worker = self._take(group)
-    try:
-      worker.send((os.getcwd(), ready, function, args, seconds))
-      raised, value = worker.receive(seconds, room)
-    except BaseException:
-      self._drop(worker)
-      raise
+    while True:
+      worker = self._take(group)
+      try:
+        worker.send((os.getcwd(), ready, function, args, seconds))
+        raised, value = worker.receive(seconds, room)
+        break
+      except Ended as error:
+        self._drop(worker)
+        # One that died while it was idle, and was not quite gone when it was taken, costs nothing.
+        if error.begun or not worker.was_used or worker.is_ended:
+          raise
+      except BaseException:
+        self._drop(worker)
+        raise
+    worker.was_used = True
     with self._lock:
       self._all[worker] = None
       self._idle.append(worker)
@@ -125,6 +133,7 @@ class Workers:
     with self._lock:
       workers = [worker for worker, at_work in self._all.items() if at_work is group]
     for worker in workers:
+      worker.is_ended = True
       worker.kill()
 
   def close(self) -> None:
@@ -132,6 +141,7 @@ class Workers:
     with self._lock:
       workers, self._all, self._idle = list(self._all), {}, []
     for worker in workers:
+      worker.is_ended = True
       worker.end()
 
   def _take(self, group: object) -> "_Worker":
@@ -169,6 +179,7 @@ class _Worker:
         stdin=subprocess.PIPE, stdout=2, pass_fds=[theirs.fileno()],
       )  # fmt: skip
     self._connection = Connection(ours.detach())
+    self.was_used, self.is_ended = False, False  # is_ended: by us
 
   def is_alive(self) -> bool:
     return self._process.poll() is None

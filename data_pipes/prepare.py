@@ -142,11 +142,12 @@ class Prepare:
   ) -> "Prepare":
     """Begins in an empty folder, or goes on in one that was begun with the same settings."""
     job = cls(Path(out), settings, item_seconds)
-    fields = json.loads(json.dumps(asdict(settings)))
+    fields = json.loads(json.dumps(_fields(settings)))
     path = job.out / SETTINGS
     if path.exists():
       # A folder of an earlier version lacks what came later, and had its default.
       before = json.loads(json.dumps(asdict(Settings()))) | json.loads(path.read_text())
+      fields = json.loads(json.dumps(asdict(settings)))
       changed = [k for k in fields if before[k] != fields[k]]
       if changed:
         listed = "; ".join(f"{k} was {before.get(k)!r}, is {fields[k]!r}" for k in changed)
@@ -490,7 +491,7 @@ class Prepare:
         totals.update(counts)
     manifest = {
       "format": 1,
-      "settings": asdict(self.settings),
+      "settings": _fields(self.settings),
       "items": totals["items"],
       "samples": totals["samples"],
       "clips": totals["clips"],
@@ -508,6 +509,14 @@ class Prepare:
       part.write_text(json.dumps(manifest, indent=2) + "\n")
     for path in (self.out / JOURNALS).glob("*.[ms]*"):
       path.unlink()  # the folder is complete: nothing is gone on with
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+  """The settings as a folder holds them.
+
+  Without the successors' rate where it is not used: such folders are as they ever were.
+  """
+  return {k: v for k, v in asdict(settings).items() if k != "scene_fps" or v}
 
 
 def summary(manifest: Mapping[str, Any], out: Path) -> str:

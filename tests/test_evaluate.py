@@ -333,4 +333,4 @@ def test_the_command(model, golden, data, tmp_path, capsys, monkeypatch):
   assert cli.main(["score", "bench-d", str(tmp_path / "out")]) == 2
   assert "is a run of bench-q" in capsys.readouterr().err
   assert cli.main(["score", "bench-q", str(tmp_path / "out")]) == 0
-  assert "2 total" in capsys.readouterr().out
+  assert "2 of 4 (--limit)" in capsys.readouterr().out

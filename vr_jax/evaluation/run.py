@@ -301,8 +301,8 @@ def _describe(
       "prompt_template": benchmark.prompt_template,
       "prompt_sha": questions,
       "decoding": "greedy" if settings.by == "generation" else None,
-      # None is generation, as in runs before there was another way.
-      "by": None if settings.by == "generation" else settings.by,
+      # Runs of before there was another way say nothing either.
+      **({} if settings.by == "generation" else {"by": settings.by}),
       "max_new_tokens": settings.max_new_tokens,
       "subtitles": settings.subtitles if benchmark.subtitles else None,
       "seed": None,
