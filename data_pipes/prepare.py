@@ -142,12 +142,11 @@ class Prepare:
   ) -> "Prepare":
     """Begins in an empty folder, or goes on in one that was begun with the same settings."""
     job = cls(Path(out), settings, item_seconds)
-    fields = json.loads(json.dumps(_fields(settings)))
+    fields = json.loads(json.dumps(asdict(settings)))
     path = job.out / SETTINGS
     if path.exists():
       # A folder of an earlier version lacks what came later, and had its default.
       before = json.loads(json.dumps(asdict(Settings()))) | json.loads(path.read_text())
-      fields = json.loads(json.dumps(asdict(settings)))
       changed = [k for k in fields if before[k] != fields[k]]
       if changed:
         listed = "; ".join(f"{k} was {before.get(k)!r}, is {fields[k]!r}" for k in changed)
@@ -156,7 +155,7 @@ class Prepare:
       raise InputError(f"{out} is not empty and holds no {SETTINGS}; use another folder")
     else:
       with refused_if_full(path), replaced(path) as part:
-        part.write_text(json.dumps(fields, indent=2) + "\n")
+        part.write_text(json.dumps(_fields(settings), indent=2) + "\n")
     return job
 
   @classmethod
