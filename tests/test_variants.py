@@ -107,7 +107,13 @@ def test_sizes_equal_transformers(name):
   import transformers
 
   cfg = DECODERS[name]
-  family = {"qwen2": "qwen2", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+  family = {
+    "qwen2": "qwen2",
+    "qwen2.5": "qwen2",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+  }
   config = transformers.AutoConfig.for_model(
     family[name.split("-")[0]],
     hidden_size=cfg.width,
