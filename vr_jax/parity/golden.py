@@ -88,7 +88,7 @@ class CaseResult:
     rms = against("rms", self.rms_error, self.rms_tolerance)
     unknown = f"not known here, so not compared: {', '.join(self.unknown)}" if self.unknown else ""
     note = "; ".join(filter(None, [self.note, unknown]))
-    return f"{self.stage:16}{self.case:28}{self.status:19}{errors:26}{rms:26}{note}".rstrip()
+    return f"{self.stage:16}{self.case:31} {self.status:19}{errors:26}{rms:26}{note}".rstrip()
 
 
 class Refused(Exception):
