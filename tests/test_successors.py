@@ -240,9 +240,9 @@ def test_formats_that_do_not_know_the_tower_are_refused(folder, tmp_path):
 # --- Answers ----------------------------------------------------------------------------------
 
 
+# One kind: each costs seconds of compiling, and the golden set answers with all three.
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
 def test_an_answer_is_that_of_the_model_alone(folder, tmp_path):
-  if folder.name != "placed_cells":
-    pytest.skip("each costs seconds of compiling, and the golden set answers with all three")
   rng = np.random.default_rng(3)
   image, mask = rng.integers(0, 256, (40, 60, 3)).astype(np.uint8), np.zeros((40, 60), np.uint8)
   mask[8:30, 12:40] = 1
@@ -266,9 +266,8 @@ def test_an_answer_is_that_of_the_model_alone(folder, tmp_path):
   assert [set(map(tuple, o["tokens"])) for o in answer.objects] == [{(0,)}]
 
 
+@pytest.mark.parametrize("folder", ["cells_in_context"], indirect=True)
 def test_a_model_without_scene_needs_an_object(folder, tmp_path, capsys):
-  if folder.name != "cells_in_context":
-    pytest.skip("the others see the scene")
   Image.new("RGB", (40, 60)).save(tmp_path / "image.png")
   command = ["ask", "--checkpoint", str(folder), "--video", str(tmp_path / "image.png")]
   assert cli.main([*command, "--question", "What is it?"]) == 2
