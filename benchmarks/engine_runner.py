@@ -1,8 +1,10 @@
 """The data engine's runner and client, alone.
 
-    python benchmarks/engine_runner.py [overhead[:ITEMS]] [requests] [kills]
+    python benchmarks/engine_runner.py [overhead[:ITEMS]] [shards] [requests] [kills]
 
 overhead  100 000 synthetic items through three stages: ms an item-stage (goal <= 3), memory (flat)
+shards    4 000 items through three stages, of which one surveys all, in 20, 400 and 2 000 shards:
+          CPU of an item-stage, and what a shard-stage adds to it
 requests  64 calls in flight against a loopback server with 200 ms latency (goal >= 95 % of ideal)
 kills     a run on an endpoint, killed 10 times at random: same bytes, no answered call repeated
 """
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +31,7 @@ from data_pipes.engine.store import Store
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 ITEMS, ITEMS_A_SHARD = 100_000, 1000
+FEW_ITEMS, SHARDS = 4000, (20, 400, 2000)
 LATENCY, IN_FLIGHT, CALLS, KILLS = 0.2, 64, 6400, 10
 
 
@@ -93,6 +96,35 @@ def overhead(items: int = ITEMS) -> None:
   wall, cpu = (1e3 * seconds / (3 * items) for seconds in (wall, cpu))
   row("engine_ms_an_item", wall, "<= 3", detail=f"{items} items, 3 stages; CPU {cpu:.3f} ms")
   row("engine_memory_growth", late / early, "<= 1.1", detail=f"{early:.0f} to {late:.0f} MiB")
+
+
+def surveyed(settings: dict) -> Graph:
+  """The three stages; the third looks at all rows of the second before it begins."""
+
+  def survey(rows):
+    return dict.fromkeys(row["key"] for row in rows if row["number"] < 0)
+
+  graph = synthetic(settings)
+  *others, last = graph.stages
+  return Graph((*others, replace(last, survey=survey)), graph.source)
+
+
+def shards() -> None:
+  seconds = {}
+  for number in SHARDS:
+    with tempfile.TemporaryDirectory() as folder:
+      settings = {"items": FEW_ITEMS}
+      cpu = time.process_time()
+      ref = GraphRef("engine_runner:surveyed", settings)
+      run_stages(ref, Store(folder, number), graph=surveyed(settings))
+      seconds[number] = time.process_time() - cpu
+    detail = f"{FEW_ITEMS} items, 3 stages; CPU {seconds[number]:.2f} s"
+    row(
+      f"engine_us_an_item_{number}_shards", 1e6 * seconds[number] / (3 * FEW_ITEMS), detail=detail
+    )
+  few, *_, many = SHARDS
+  added = 1e3 * (seconds[many] - seconds[few]) / (3 * (many - few))
+  row("engine_ms_a_shard", added, detail="CPU that a shard of a stage costs beside its items")
 
 
 def requests() -> None:
@@ -169,7 +201,7 @@ def kills() -> None:
 
 
 if __name__ == "__main__":
-  parts = {"overhead": overhead, "requests": requests, "kills": kills}
+  parts = {"overhead": overhead, "shards": shards, "requests": requests, "kills": kills}
   for part in sys.argv[1:] or parts:
     name, _, items = part.partition(":")
     if name not in parts:

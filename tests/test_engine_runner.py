@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import engine_toy
@@ -16,10 +17,10 @@ import pytest
 
 from data_pipes import jobs
 from data_pipes.engine import pipeline
-from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, StopRun, digest
+from data_pipes.engine.graph import KEPT, QUARANTINED, REJECTED, Stage, StopRun, digest
 from data_pipes.engine.job import EngineJob
 from data_pipes.engine.pipeline import run_stages
-from data_pipes.engine.store import Store, manifest
+from data_pipes.engine.store import Record, Store, manifest
 from data_pipes.errors import InputError
 from data_pipes.jobs import run_local
 
@@ -346,6 +347,56 @@ def test_the_cost_of_a_shard_does_not_grow_with_their_number(tmp_path, monkeypat
   progress = run_stages(engine_toy.ref(tmp_path, items=1), Store(tmp_path / "run", 2000))
   assert time.process_time() - started < 2
   assert {counts["shards"] for counts in progress.stages.values()} == {2000}
+
+
+def test_shards_of_this_run_are_read_from_memory_as_from_their_files(tmp_path, monkeypatch):
+  import pyarrow.parquet
+
+  def opened_file(*_, **__):
+    raise AssertionError("a shard that was just written is read from its file")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pyarrow.parquet, "ParquetFile", opened_file)
+    store = run(tmp_path)
+    remembered = [list(store.records(stage, i)) for stage in "abcd" for i in range(2)]
+  fresh = Store(store.folder)
+  assert remembered == [list(fresh.records(stage, i)) for stage in "abcd" for i in range(2)]
+  store.path("a", 0).write_bytes(store.path("a", 1).read_bytes())  # another file in its place
+  assert list(store.records("a", 0)) == list(store.records("a", 1))
+
+
+def test_numbers_in_memory_are_those_of_the_columns(tmp_path):
+  @dataclass(frozen=True)
+  class Measured:
+    key: str
+    fps: float
+    frames: int | None
+    more: dict
+
+  stage = Stage("m", Measured, lambda: None, {})
+  rows = [
+    {"key": "a", "fps": 25, "frames": None, "more": {"x": 1, "y": [1.5, "é"]}},
+    {"key": "b", "fps": 0.1, "frames": 2**40, "more": {}},
+  ]
+  records = [Record(r["key"], r["key"], "f", KEPT, "", r, {"backend": "b"}) for r in rows]
+  store = Store(tmp_path, 1)
+  meta = {"columns": {"key": "str", "fps": "float", "frames": "int", "more": "json"}}
+  store.commit(stage, 0, records, meta)
+  remembered, read = list(store.records("m", 0)), list(Store(tmp_path, 1).records("m", 0))
+  assert repr(remembered) == repr(read)  # 25.0, not 25
+  assert [r.content() for r in remembered] == [r.content() for r in read]
+
+
+def test_a_job_surveys_once_for_all_its_shards(tmp_path, monkeypatch):
+  store = Store(tmp_path / "run", 8)
+  store.write_settings({})
+  job = EngineJob(engine_toy.ref(tmp_path, items=8), store.folder)
+  run_local(job)
+  surveyed = []
+  monkeypatch.setattr(Store, "rows", lambda self, *which: surveyed.append(which) or iter(()))
+  for shard in range(8):
+    job.run("2", shard)
+  assert all(len(which) == 2 for which in surveyed)  # of its own shard, none of all
 
 
 def test_a_changed_stage_is_redone_with_what_follows_and_the_others_kept(tmp_path):

@@ -116,7 +116,7 @@ class Stage:
     """The stages whose shard must be there first."""
     return tuple(filter(None, (self.after, *self.joins)))
 
-  @property
+  @cached_property
   def columns(self) -> dict[str, type]:
     """Fields of the row type and their Python types; what is not a scalar is `object`."""
     hints = typing.get_type_hints(self.row)

@@ -54,9 +54,15 @@ class EngineJob:
     self.line, self.retry_quarantined = line, retry_quarantined
     self.name, self.budget_usd, self.item_seconds = name, budget_usd, item_seconds
     self._opened: tuple[Graph, Pools] | None = None
+    # A survey's stage begins a phase, before which all that it looks at is done.
+    self._notes: dict[str, Any] = {}
 
   def __getstate__(self) -> dict[str, Any]:
-    return {**vars(self), "_opened": None}  # models and graphs belong to their process
+    return {
+      **vars(self),
+      "_opened": None,
+      "_notes": {},
+    }  # models and graphs belong to their process
 
   def _open(self) -> tuple[Graph, Pools]:
     if self._opened is None:
@@ -93,6 +99,7 @@ class EngineJob:
       retry_quarantined=self.retry_quarantined,
       name=self.name,
       pools=pools,
+      notes=self._notes,
     )
 
   def command(self, stage: str, shard: int) -> str:

@@ -16,8 +16,7 @@ from data_pipes.engine.graph import (
   canonical,
   digest,
 )
-from data_pipes.engine.store import Record, Store, stop_if_full, write_parquet
-from data_pipes.files import replaced
+from data_pipes.engine.store import Record, Store, stop_if_full
 from data_pipes.jobs import Journal, JsonRows
 
 
@@ -187,8 +186,7 @@ class OpenShard:
     ordered = sorted((r for some in records.values() for r in some), key=lambda r: (r.key, r.input))
     ordered = list(_one_row_a_key(ordered))
     self.counts = Counter(r.status for r in ordered)
-    with stop_if_full(self.path), replaced(self.path) as part:
-      write_parquet(part, self.stage, ordered, self._meta(ordered, len(records)))
+    self.store.commit(self.stage, self.shard, ordered, self._meta(ordered, len(records)))
     self._journal.close(delete=True)
     self._journal = None
 

@@ -71,6 +71,7 @@ def run_stages(
   pools: Pools | None = None,
   item_seconds: float = ITEM_SECONDS,
   set_up: Callable[[str], None] | None = None,
+  notes: dict[str, Any] | None = None,
 ) -> Progress:
   """Does what is left of the given stages and shards (default: all).
 
@@ -81,6 +82,8 @@ def run_stages(
     name: of the progress file, progress/<name>.json.
     pools: workers that stay open for the next call; None opens some for this one.
     item_seconds, set_up: of those `Pools`.
+    notes: what surveys say, by stage; those made here are added for the next call, whose shards
+      then cost no look at all the others.
 
   Raises:
     InputError: a shard that a stage reads is not there, or another run has one in work.
@@ -88,7 +91,13 @@ def run_stages(
   """
   graph = graph or ref.build()
   run = _Run(
-    graph, store, stages, shards, retry_quarantined, pools or Pools(ref, item_seconds, set_up)
+    graph,
+    store,
+    stages,
+    shards,
+    retry_quarantined,
+    pools or Pools(ref, item_seconds, set_up),
+    {} if notes is None else notes,
   )
   shown = -_PROGRESS_SECONDS
 
@@ -126,6 +135,7 @@ class _Run:
     shards: Sequence[int] | None,
     retry: bool,
     pools: Pools,
+    notes: dict[str, Any],
   ):
     self.graph, self.store, self.retry, self.pools = graph, store, retry, pools
     names = [s.name for s in graph.stages] if stages is None else list(stages)
@@ -138,7 +148,7 @@ class _Run:
     self.open: dict[Place, OpenShard] = {}
     self.in_work = dict.fromkeys((s.name for s in self.stages), 0)
     self.sources: dict[int, list[Row]] | None = None
-    self.notes: dict[str, Any] = {}
+    self.notes = notes
     self.progress = Progress(
       {
         s.name: {"shards": 0, "of": len(self.shards), "done": 0, "reused": 0, "total": 0,
@@ -207,6 +217,8 @@ class _Run:
     for stage in self.stages:
       for name in dict.fromkeys(stage.reads):
         whole = stage.survey is not None and name == stage.after
+        if whole and stage.name in self.notes:
+          continue  # what was surveyed was there
         for number in range(self.store.shards) if whole else self.shards:
           if name in mine and number in shards:
             self.missing[stage.name, None if whole else number] += 1

@@ -17,8 +17,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipes.engine.graph import (
   KEPT,
@@ -34,8 +35,13 @@ from data_pipes.engine.graph import (
 from data_pipes.errors import InputError, one_line
 from data_pipes.files import DiskFull, refused_if_full, replaced
 
+if TYPE_CHECKING:
+  import pyarrow as pa
+
 FORMAT = 1
 _META = b"vr_engine"
+_REMEMBERED = 8 << 20  # bytes of committed shards that are also kept in memory
+_SMALL = 1 << 16  # bytes of a shard below which to compress costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Store:
     self.shards: int = stored["shards"] if stored else int(shards or 0)
     if self.shards < 1:
       raise InputError(f"shards={self.shards}; accepted: 1 or more")
+    self._recent = _Recent()
 
   def settings(self) -> dict[str, Any]:
     """What run.json holds; {} before the first run."""
@@ -121,13 +128,22 @@ class Store:
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return number % self.shards
 
+  def commit(self, stage: Stage, shard: int, records: list[Record], meta: dict[str, Any]) -> None:
+    """Writes a shard by one rename. Raises StopRun: the disk is full."""
+    path = self.path(stage.name, shard)
+    with stop_if_full(path), replaced(path) as part:
+      write_parquet(part, stage, records, meta)
+    self._recent.add(path, stage, records, meta)
+
   def meta(self, stage: str, shard: int) -> dict[str, Any] | None:
     """The footer of a committed shard: task, digest, counts, reasons; None if not committed."""
-    import pyarrow.parquet as pq
-
     path = self.path(stage, shard)
+    if recent := self._recent.get(path):
+      return recent.meta
     if not path.is_file():
       return None
+    import pyarrow.parquet as pq
+
     try:
       return json.loads(pq.read_metadata(path).metadata[_META])
     except Exception as error:
@@ -137,9 +153,13 @@ class Store:
 
   def records(self, stage: str, shard: int) -> Iterator[Record]:
     """The records of a committed shard in key order."""
+    path = self.path(stage, shard)
+    if recent := self._recent.get(path):
+      yield from map(_parse_record, recent.lines)
+      return
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(self.path(stage, shard))
+    file = pq.ParquetFile(path)
     columns = json.loads(file.schema_arrow.metadata[_META])["columns"]
     for batch in file.iter_batches(256, use_threads=False):
       for line in batch.to_pylist():
@@ -163,23 +183,115 @@ class Store:
         yield from (r.row for r in self.records(stage, shard) if r.status == KEPT and r.row)
 
 
+@dataclass(frozen=True)
+class _Shard:
+  """A committed shard in memory; its file is still the one that was written if `state` is its."""
+
+  state: tuple[int, ...]
+  meta: dict[str, Any]
+  lines: list[str]
+  size: int
+
+
+class _Recent:
+  """The shards that this process committed last: the next stage reads them without their files.
+
+  To open a Parquet file costs as much as a hundred rows, so small shards would cost more than their
+  items. Rows are kept as text and read anew each time: no reader changes what another gets.
+  """
+
+  def __init__(self) -> None:
+    self._shards: dict[Path, _Shard] = {}  # the oldest first
+    self._size = 0
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"_shards": {}, "_size": 0}  # another process reads the files
+
+  def add(self, path: Path, stage: Stage, records: list[Record], meta: dict[str, Any]) -> None:
+    self._drop(path)
+    casts = {name: kind for name, kind in stage.columns.items() if kind in (int, float)}
+    lines = [_record_line(record, casts) for record in records]
+    size = sum(map(len, lines))
+    if size > _REMEMBERED:
+      return
+    self._shards[path] = _Shard(_state(path), meta, lines, size)
+    self._size += size
+    while self._size > _REMEMBERED:
+      self._drop(next(iter(self._shards)))
+
+  def get(self, path: Path) -> _Shard | None:
+    """The shard of a file; None once the file is another."""
+    shard = self._shards.get(path)
+    if shard is None:
+      return None
+    try:
+      if _state(path) == shard.state:
+        return shard
+    except FileNotFoundError:
+      pass
+    self._drop(path)
+    return None
+
+  def _drop(self, path: Path) -> None:
+    shard = self._shards.pop(path, None)
+    self._size -= shard.size if shard else 0
+
+
+def _state(path: Path) -> tuple[int, ...]:
+  stat = os.stat(path)
+  return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _record_line(record: Record, casts: Mapping[str, type]) -> str:
+  """A record as text; its numbers become what the columns of the file would give back."""
+  row = record.row
+  if row is not None:
+    row = {n: casts[n](v) if n in casts and v is not None else v for n, v in row.items()}
+  return canonical(vars(record) | {"row": row, "agent": dict(record.agent)})
+
+
+def _parse_record(line: str) -> Record:
+  return Record(**json.loads(line))
+
+
 def write_parquet(path: Path, stage: Stage, records: list[Record], meta: dict[str, Any]) -> None:
   """Writes the records of a stage, their fields as its columns and `meta` in the footer."""
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
-  names = ("key", "input", "fp", "status", "reason")
-  columns = {f"_{n}": pa.array([getattr(r, n) for r in records], pa.string()) for n in names}
-  columns["_agent"] = pa.array([canonical(dict(r.agent)) for r in records], pa.string())
-  columns["_row"] = pa.array([r.row is not None for r in records], pa.bool_())
+  columns: list[list[Any]] = [
+    [getattr(r, n) for r in records] for n in ("key", "input", "fp", "status", "reason")
+  ]
+  columns.append([canonical(dict(r.agent)) for r in records])
+  columns.append([r.row is not None for r in records])
   for name, kind in stage.columns.items():
     values = [None if r.row is None else r.row[name] for r in records]
     if kind is object:
       values = [None if v is None else canonical(v) for v in values]
-    columns[name] = pa.array(values, arrow.get(kind, pa.string()))
-  table = pa.table(columns).replace_schema_metadata({_META: canonical(meta)})
-  pq.write_table(table, path, compression="zstd", row_group_size=1024)
+    columns.append(values)
+  schema = _schema(tuple(stage.columns.items()))
+  arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+  table = pa.table(arrays, schema=schema.with_metadata({_META: canonical(meta)}))
+  small = table.nbytes < _SMALL
+  with pa.OSFile(str(path), "wb") as file:
+    pq.write_table(
+      table,
+      file,
+      compression="none" if small else "zstd",
+      use_dictionary=not small,
+      row_group_size=1024,
+    )
+
+
+@cache
+def _schema(columns: tuple[tuple[str, type], ...]) -> "pa.Schema":
+  """Of a stage's files: what every record has, then the fields of the stage's rows."""
+  import pyarrow as pa
+
+  arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+  names = ("key", "input", "fp", "status", "reason", "agent")
+  fields = [(f"_{name}", pa.string()) for name in names] + [("_row", pa.bool_())]
+  return pa.schema(fields + [(name, arrow.get(kind, pa.string())) for name, kind in columns])
 
 
 @contextlib.contextmanager
