@@ -1,6 +1,8 @@
 """`vr doctor` and `vr --version`: what is here, read from the installation itself."""
 
 import json
+import os
+import sys
 from importlib import metadata
 
 import pytest
@@ -50,3 +52,33 @@ def test_the_version_is_the_installed_one(capsys):
 
 def test_the_face_shows_what_users_import():
   assert set(vr_jax.__all__) <= set(dir(vr_jax))
+
+
+def unread(monkeypatch, words) -> int | str | None:
+  """The exit code of a command whose stdout is a pipe that nobody reads."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as stdout:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    try:
+      return cli.main(words)
+    except SystemExit as end:
+      return end.code
+
+
+@pytest.mark.parametrize(
+  "words",
+  [["--version"], ["--help"], ["data", "--help"], ["config", "show", "stage1_align"], ["doctor"]],
+)
+def test_output_that_nobody_reads_ends_a_command_quietly(monkeypatch, capsys, words):
+  assert unread(monkeypatch, words) == 141
+  assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_our_fault(monkeypatch):
+  def broken(*_):
+    raise BrokenPipeError("of a worker")
+
+  monkeypatch.setattr(doctor, "run", broken)
+  with pytest.raises(BrokenPipeError, match="of a worker"):
+    cli.main(["doctor"])

@@ -6,18 +6,20 @@ line of COMMANDS. A command's file is imported when it is called, and imports ja
 its function: no --help waits for it.
 
 Exit codes: 0 done, 1 our fault (a traceback), 2 the user's input is wrong (one line on stderr), 3
-it does not fit or cannot go on, 130 Ctrl-C, 143 training was stopped and has saved.
+it does not fit or cannot go on, 130 Ctrl-C, 141 nobody reads what is printed any more (`| head`),
+143 training was stopped and has saved.
 """
 
 import argparse
 import itertools
 import os
 import pkgutil
+import select
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from data_pipes.errors import InputError, nearest
 from vr_jax.commands.options import (
@@ -113,12 +115,38 @@ DESCRIPTION = "VideoRefer in JAX: ask about objects in a video; train and check 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one `vr` command and returns its exit code."""
+  try:
+    try:
+      return _run(argv)
+    finally:
+      sys.stdout.flush()  # here, not when the interpreter ends, a reader that is gone is known
+  except BrokenPipeError:
+    if not (gone := [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]):
+      raise
+    for stream in gone:  # the interpreter flushes what is left at its end
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 141
+
+
+def _is_unread(stream: IO[str]) -> bool:
+  """Whether a stream is a pipe whose other end is closed."""
+  try:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+  except (AttributeError, OSError, ValueError):  # no such call on this system, no file of it
+    return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
   args = parse(sys.argv[1:] if argv is None else argv)
   try:
     return call(args) or 0
   except InputError as error:
     print(f"vr {args.command}: {error}", file=sys.stderr)
     return 2
+  except BrokenPipeError:
+    raise
   except Exception:
     if _has_devices():
       raise
