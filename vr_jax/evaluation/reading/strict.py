@@ -11,11 +11,10 @@ An answer is read like this (docs/evaluation.md has the grammar with examples):
 The patterns are lists of words in ten languages; none knows a benchmark. In doubt nothing is read.
 """
 
-import bisect
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from vr_jax.evaluation.reading.sentences import Parts
 from vr_jax.evaluation.reading.text import CJK, after_reasoning, clean, forms, letter_at
 from vr_jax.evaluation.reading.words import (
   AND,
@@ -26,9 +25,6 @@ from vr_jax.evaluation.reading.words import (
   FILL,
   FILLERS,
   FINAL,
-  FIRM_IF,
-  HEDGE,
-  IF,
   LABEL_NOUN,
   NEGATED,
   NEGATION,
@@ -69,15 +65,6 @@ _ALL_OF_THEM = (
   rf"\b(?:among|out\s+of|from|of)\s+(?:the\s+)?(?:options?\s+|choices?\s+)?"
   rf"{_LABEL}(?:\s*,?\s*(?:and|or|,)?\s*{_LABEL}){{2,}}"
 )
-_CLAUSE = re.compile(
-  r"[.;!?\n,:()—]|\s[-–]\s|"
-  + any_of(
-    "but however so because since although though while whereas therefore hence aber weil sondern "
-    "mais pero sino porque mas ma но а 但 但是 所以 因为 因为 因此"
-  ),
-  re.I,
-)
-_SENTENCE = re.compile(r"[.;!?\n\u0001]")
 _END = r"(?=\s*(?:[.,;:!?)\]\n—]|\s[-–]|$))"
 _SINGLE = frozenset(
   "yes no none true false not i it both neither one correct incorrect right maybe unknown "
@@ -212,7 +199,7 @@ def _without_glosses(text: str) -> str:
 
   label, other = rf"(?P<label>{_LABEL})", "(?P<text>[\ue060-\ue07f])"
   text = re.sub(rf"{label}[\s\u0001.:,)(=–—-]*{other}\)?", join, text)
-  text = re.sub(rf"{other}\s*[(,]?\s*{label}\s*\)?", join, text)
+  text = re.sub(rf"{other}\s*[(,–—-]?\s*{label}\s*\)?", join, text)
   return re.sub(rf"(?m)(?:^|(?<=:))\s*{label}[\s\u0001:)-]*{other}", clash, text)
 
 
@@ -232,6 +219,12 @@ _STATED = (
     _I,
   ),
   re.compile(rf"{PICK}{FILL}{_GROUP}", _I),
+  re.compile(
+    r"(?<!not\s)(?<!n't\s)\b(?:best|correct|right|true|actual|closest|likeliest|most\s+\w+)"
+    r"(?:\s+(?!(?:that|if|whether|not|never|wrong|incorrect|false)\b)[a-z-]+){1,8}?"
+    rf"\s+(?:is|was|must\s+be|would\s+be|should\s+be){FILL}{_GROUP}{_END}",
+    _I,
+  ),
   re.compile(
     rf"(?:{any_of('it this that there ce c est es das esto isso questo he she they')}\s*"
     rf"{BE}|{any_of('''it's that's c'est its''')}){FILL}{_GROUP}",
@@ -254,7 +247,7 @@ _STATED = (
     _I,
   ),
   re.compile(
-    rf"{_GROUP}\s*(?:比较|比較|最|更|才|都|是)*\s*(?:合适|合適|符合|正确|正確|对(?!应)|對(?!應))"
+    rf"{_GROUP}\s*(?:比较|比較|最|更|才|都|是)*\s*(?:合适|合適|合理|贴切|貼切|恰当|恰當|准确|準確|吻合|符合|正确|正確|对(?!应)|對(?!應))"
   ),
   re.compile(
     rf"{any_of('corresponds_to matches agrees_with supports indicates consistent_with entspricht')}"
@@ -275,7 +268,7 @@ _STATED = (
     rf"{_GROUP}\s*(?:です|だ|である|と思い|を選|になり|입니다|이다|를\s*선택|을\s*선택)", _I
   ),
 )
-_IT_IS, _AGREES = _STATED[2], _STATED[7]
+_IT_IS, _AGREES = _STATED[3], _STATED[8]
 _REJECTED = (
   re.compile(rf"{NOT}(?:\s*{any_of(f'{FILLERS} {COPULAS} either')})*+\s*{_GROUP}", _I),
   re.compile(
@@ -294,9 +287,23 @@ _REJECTED = (
   re.compile(rf"(?m)^{_NOTHING}[❌✗✘✖❎]\s*{_GROUP}"),
   re.compile(rf"{THAN}\s+(?:the\s+)?(?P<g>{_LABEL})", _I),
 )
+_WELL = (
+  r"(?:best|most|(?:[^.,;\n]{0,80}\s)?(?:correctly|accurately|exactly|perfectly|best)"
+  r"\s*(?:[.\n]|$))"
+)
+_SHARE = r"\s*[\u0001:=(]+\s*(?:\d*\.\d+\s*%?|\d+\s*%)\)?[,;\s]*"
+_NEGATED, _VERDICT = _REJECTED[:2]
+# "D: the ball isn't kicked" says why D, where "D: it isn't" says no.
+_SUBJECT = re.compile(
+  r"\s*[:–—-]\s*(?:the|his|her|their|there|no|a|an|he|she|they)\s"
+  r"(?!(?:option|answer|choice|statement|description)\b)",
+  _I,
+)
 _PREDICATE = re.compile(rf"\s+{BE}", _I)  # without a verdict: "(D) is a stretch"
 _DISCUSSED = (
-  re.compile(rf"{_GROUP}\s+(?:{SAYS}|would(?!\s+be\b))", _I),
+  re.compile(rf"{_GROUP}\s+(?!describes\s{_WELL})(?:{SAYS}|would(?!\s+be\b))", _I),
+  # Shares of all options: "A: 5 %, B: 90 %".
+  re.compile(rf"(?P<g>(?:{_M}{_SHARE}){{2,26}})"),
   re.compile(rf"(?P<g>{_M}[^\S\n]*(?:-|–|to|through|~|bis)[^\S\n]*{_M})", _I),
 )
 _SECOND_THOUGHT = re.compile(
@@ -305,6 +312,11 @@ _SECOND_THOUGHT = re.compile(
   r"let me (?:reconsider|rethink|re-?check|re-?watch|correct)|i mean|sorry|"
   r"actually)|,\s*(?:i mean|or rather|wait|sorry))\b"
   rf"|[,.…]\s*no[,.]\s*(?={_M})"
+)
+# Behind an answer: what else it might be.
+_RUNNER_UP = re.compile(
+  r"(?i)(?<=\S)\s*\n\s*(?:alternatives?|runner[- ]up|second\s+(?:choice|best|guess)"
+  r"|other\s+(?:options|candidates))\s*[:=].*"
 )
 _NEXT_TURN = re.compile(r"(?im)\n\s*(?:question|user|human|q)\s*\d*\s*:")
 
@@ -339,7 +351,7 @@ def _read(
   if parts is not None:
     letters = {_read(part, labels, options, texts, nested - 1) for part in dict.fromkeys(parts)}
     return letters.pop() if len(letters) == 1 else None
-  text = _ALL_BUT.sub("except", _NO_DOUBT.sub(" ", clean(text)))
+  text = _ALL_BUT.sub("except", _NO_DOUBT.sub(" ", _RUNNER_UP.sub("", clean(text))))
   turn = _NEXT_TURN.search(text)
   if turn and (letter := _choice(text[: turn.start()], labels, texts)):
     return letter
@@ -411,7 +423,9 @@ def _decide(text: str) -> tuple[str | None, bool]:
 def _marks(text: str) -> dict[int, set[str]]:
   """What is said of every mention, by its place in the text."""
   marks: dict[int, set[str]] = {m.start(): set() for m in re.finditer(_M, text)}
-  parts = _Parts(text)
+  alone = len({_letter(text[i]) for i in marks}) == 1
+  # "B, not A": the negation is A's alone.
+  parts = Parts(_NEGATED.sub(lambda match: " " * len(match[0]), text))
 
   def put(match: re.Match[str], *names: str) -> None:
     for i in range(match.start("g"), match.end("g")):
@@ -420,7 +434,8 @@ def _marks(text: str) -> dict[int, set[str]]:
 
   for pattern in _REJECTED:
     for match in pattern.finditer(text):
-      put(match, "rejected")
+      if not (pattern is _VERDICT and alone and _SUBJECT.match(text, match.end("g"))):
+        put(match, "rejected")
   for pattern in _DISCUSSED:
     for match in pattern.finditer(text):
       put(match, "discussed")
@@ -528,58 +543,11 @@ def _mark_items(text: str, marks: dict[int, set[str]]) -> None:
       marks[i].add("discussed")
 
 
-def _mark_doubts(text: str, marks: dict[int, set[str]], parts: "_Parts") -> None:
+def _mark_doubts(text: str, marks: dict[int, set[str]], parts: Parts) -> None:
   """Mentions in a question, a condition, or a clause that only weighs them."""
   for i, names in marks.items():
-    if parts.sentence(i).condition or parts.clause(i).hedged:
+    if parts.sentence(i).question or parts.thought(i).condition or parts.clause(i).hedged:
       names.add("discussed")
-
-
-class _Part:
-  """A sentence or clause, and what is said in it; a text may hold thousands of mentions."""
-
-  def __init__(self, text: str, after: str):
-    self._text, self._after = text, after
-
-  @functools.cached_property
-  def negated(self) -> bool:
-    return bool(re.search(NEGATION, self._text, _I))
-
-  @functools.cached_property
-  def hedged(self) -> bool:
-    return bool(re.search(HEDGE, self._text, _I))
-
-  @functools.cached_property
-  def condition(self) -> bool:
-    """A question or a condition."""
-    condition = re.search(IF, self._text, _I) and not FIRM_IF.search(self._text)
-    return self._after == "?" or bool(condition)
-
-
-class _Parts:
-  """The sentences and clauses of a text, by the place of a mention in them."""
-
-  def __init__(self, text: str):
-    self._sentences, self._clauses = (
-      self._cut(text, boundary) for boundary in (_SENTENCE, _CLAUSE)
-    )
-
-  @staticmethod
-  def _cut(text: str, boundary: re.Pattern[str]) -> tuple[list[int], list[_Part]]:
-    ends, parts, start = [], [], 0
-    for match in boundary.finditer(text):
-      ends.append(match.start())
-      parts.append(_Part(text[start : match.start()], match[0]))
-      start = match.end()
-    return ends, [*parts, _Part(text[start:], "")]
-
-  def sentence(self, i: int) -> _Part:
-    ends, parts = self._sentences
-    return parts[bisect.bisect(ends, i)]
-
-  def clause(self, i: int) -> _Part:
-    ends, parts = self._clauses
-    return parts[bisect.bisect(ends, i)]
 
 
 def labelled(options: Sequence[str]) -> tuple[list[str], list[str]]:

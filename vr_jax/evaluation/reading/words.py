@@ -28,21 +28,25 @@ LABEL_NOUN = any_of(
 )
 NOUN = any_of(
   "description letter answer answers ans choice option solution response selection pick guess bet "
-  "vote verdict conclusion prediction 选项 選項 antwort lösung auswahl wahl réponse reponse "
-  "choix respuesta solución opción resposta opção alternativa risposta soluzione opzione scelta "
-  "ответ вариант antwoord odpowiedź cevap jawaban 答案 答え 正解 回答 解答 答 "
-  "选择 選擇 정답 답 답변 correct_one right_one best_one correct "
-  "richtig korrekt correcta correcte corretta"
+  "vote verdict conclusion prediction 选项 選項 antwort lösung auswahl wahl réponse reponse choix "
+  "respuesta solución opción resposta opção alternativa risposta soluzione opzione scelta ответ "
+  "вариант antwoord odpowiedź cevap jawaban 答案 答え 正解 回答 解答 答 选择 選擇 정답 답 답변 "
+  "correct_one right_one best_one correct richtig korrekt correcta correcte corretta correcto "
+  "certo esatto giusto juist верно правильно правильный правильная"
 )
 PICK = any_of(
-  "应为 應為 应是 應是 "
-  "meant choose chose choosing pick picked select selected selecting go_with going_with went_with "
-  "go_for going_for opt_for opting_for vote_for settle_on settling_on answer say guess think "
-  "believe conclude suggest stick_with bet_on lean_toward lean_towards leaning_toward "
-  "leaning_towards prefer take leaves leaving left_with points_to narrows_down_to wähle nehme "
-  "denke glaube tippe_auf entscheide_mich_für entscheide_mich_fuer würde choisis choisirais "
-  "pense crois opte_pour dirais elijo escojo selecciono creo diría opto_por escolho acho scelgo "
-  "penso direi выбираю думаю 选择 選擇 应选 應選 故选 故選 选 選 认为 認為 觉得 覺得"
+  "应为 應為 应是 應是 meant choose chose choosing pick picked select selected selecting go_with "
+  "going_with went_with go_for going_for opt_for opting_for vote_for settle_on settling_on answer "
+  "say guess think believe conclude suggest stick_with bet_on lean_toward lean_towards "
+  "leaning_toward leaning_towards prefer take leaves leaving left_with leaves_us_with "
+  "leaves_me_with leaving_us_with leaving_me_with tip_me_toward lean push_me_toward "
+  "push_me_towards pushes_me_toward pushes_me_towards steers_me_to nudges_me_toward "
+  "nudges_me_towards tip_me_towards tips_me_toward tips_me_towards lean_me_toward leans_toward "
+  "leans_towards points_toward points_towards points_me_to brings_me_to leads_me_to favors "
+  "favours leaves_only leaving_only points_to narrows_down_to wähle nehme denke glaube tippe_auf "
+  "entscheide_mich_für entscheide_mich_fuer würde choisis choisirais pense crois opte_pour dirais "
+  "elijo escojo selecciono creo diría opto_por escolho acho scelgo penso direi выбираю думаю 选择 "
+  "選擇 应选 應選 故选 故選 选 選 认为 認為 觉得 覺得"
 )
 COPULAS = (
   "is are was were be 's isn’t would_be will_be must_be should_be has_to_be have_to_be "
@@ -50,30 +54,39 @@ COPULAS = (
   "son sería é são è sono это 是 为 為 は が 은 는 이 가"
 )
 FILLERS = (
-  "fully completely entirely absolutely totally perfectly number "
-  "it's that's a o il giusta "
-  "it that this the to be would should must will has have here for me my question in case only "
-  "just simply clearly definitely therefore thus hence then so most likely probably indeed "
-  "really actually certainly surely obviously undoubtedly option choice letter answer one "
-  "correct right best final i we you its can safely confidently die der das den dem antwort "
-  "richtige korrekte klar wohl also daher sicher dass es la le les l' un une bonne réponse "
-  "correcte que qu' c'est donc clairement el lo respuesta correcta opción la_opción claramente "
-  "por_tanto a_opção a_alternativa resposta certa correta la_risposta corretta che вариант "
-  "правильный 应该 應該 应 應 就 只能 最も 一番 选项 選項 最 明显 明確 的 に なり ます 选 選"
+  "fully completely entirely absolutely totally perfectly number it's that's a o il giusta it "
+  "that this the to be would should must will has have here for me my question in case only just "
+  "simply clearly definitely therefore thus hence then so most likely probably indeed really "
+  "actually certainly surely obviously undoubtedly option choice letter answer one correct right "
+  "best final i we you its can safely confidently die der das den dem antwort richtige korrekte "
+  "klar wohl also daher sicher dass es la le les l' un une bonne réponse correcte que qu' c'est "
+  "donc clairement el lo respuesta correcta opción esatta giusta exacte adéquate acertada exacta "
+  "adecuada exata juiste goede верный верная правильная la_opción claramente por_tanto a_opção "
+  "a_alternativa resposta certa correta la_risposta corretta che вариант правильный 应该 應該 应 "
+  "應 就 只能 最も 一番 选项 選項 最 明显 明確 的 に なり ます 选 選"
 )
 BE = any_of(COPULAS)
 FILL = rf"(?:\s*(?:{any_of(FILLERS + ' ' + COPULAS)}|[:=,>\-–—→\]])){{0,12}}+\s*"
-RIGHT = any_of(
-  "the_only_one only_one the_only_option the_only supported consistent selected chosen "
-  "choice pick what_i one_i option_i choice_i closer_to_the_truth closer_to_what "
-  "correct right true accurate the_answer answer best_answer best_choice best_option best_match "
-  "best_fit best most_likely most_plausible most_probable most_accurate most_appropriate "
-  "likeliest closest the_closest the_one valid yes better more_accurate more_likely "
-  "more_plausible richtig korrekt zutreffend wahr die_richtige_antwort die_antwort die_beste "
-  "juste vraie vrai exacte exact bonne la_bonne_réponse la_réponse correcta correcto verdadera "
-  "cierta la_respuesta acertada certa correta verdadeira giusta corretta esatta верно верный "
-  "правильный правильно 正确 正確 对的 對的 最合适 最合適 最符合 符合 最佳 正しい 正解 適切 "
-  "です だ 맞 정답 입니다 ✅ ✓ ✔ ☑"
+# "(B) is what the frames show", and what is said to be right in a word.
+RIGHT = (
+  r"(?:what\s+(?:(?!not\b)[a-z]+\s+){1,4}?(?:supports?|shows?|suggests?|indicates?)(?![\w'])|"
+  + any_of(
+    "the_only_one only_one the_only_option the_only supported consistent selected chosen choice "
+    "pick what_i one_i option_i choice_i closer_to_the_truth closer_to_what correct right true "
+    "accurate the_answer answer best_answer best_choice best_option best_match best_fit best "
+    "most_likely most_plausible most_probable most_accurate most_appropriate most_reasonable "
+    "most_sensible most_suitable most_fitting most_logical most_consistent most_convincing "
+    "most_natural most_relevant most_precise most_correct most_credible more_reasonable "
+    "more_sensible more_suitable more_fitting more_logical more_convincing safest best_supported "
+    "likeliest closest the_closest the_one valid yes better more_accurate more_likely "
+    "more_plausible richtig korrekt zutreffend wahr die_richtige_antwort die_antwort die_beste "
+    "juste vraie vrai exacte exact bonne la_bonne_réponse la_réponse correcta correcto verdadera "
+    "cierta la_respuesta acertada certa correta verdadeira giusta corretta esatta верно верный "
+    "верен верна верная правильна правильная esatto giusto corretto correto certo juist "
+    "правильный правильно 正确 正確 对的 對的 最合适 最合適 最符合 符合 最佳 正しい 正解 適切 "
+    "です だ 맞 정답 입니다 ✅ ✓ ✔ ☑"
+  )
+  + ")"
 )
 NOT = any_of(
   "no_way not never none_of neither nor isn't wasn't aren't can't cannot can_not couldn't "
@@ -88,18 +101,20 @@ NOT = any_of(
 )
 THAN = any_of("than other_than opposed_to over unlike als que più_di чем")
 WRONG = any_of(
-  "정답이_아 답이_아 正解では "
-  "wrong incorrect false untrue inaccurate invalid unlikely less_likely implausible impossible "
-  "out excluded eliminated rejected discarded dismissed unsupported irrelevant mistaken "
-  "misleading inconsistent neither a_distractor distractor n't isn't wasn't aren't weren't "
-  "won't wouldn't can't cannot can_not doesn't don't didn't couldn't shouldn't does_not do_not "
-  "did_not has_no have_no lacks lack fails fail contradicts contradict conflicts misses ignores "
-  "ruled_out falsch inkorrekt unzutreffend scheidet kann_nicht faux fausse incorrecte inexacte "
-  "exclue n'est incorrecta incorrecto falsa falso errónea erronea descartada errada incorreta "
-  "sbagliata errata scorretta неверно неверный неправильно неправильный 错误 錯誤 错的 錯的 错 "
-  "不正确 不正確 不对 不對 不符 不可能 有误 有誤 排除 不成立 ではなく ではない じゃない "
-  "ではありません では_ありません 誤り 間違い 間違って 違います 違う 不正解 正しくない "
-  "正しくありません 不適切 아니 아닙 틀 오답 ❌ ✗ ✘ ✖ ❎"
+  "정답이_아 답이_아 正解では wrong incorrect false untrue inaccurate invalid unlikely "
+  "less_likely implausible impossible out excluded eliminated rejected discarded dismissed "
+  "unsupported irrelevant mistaken misleading inconsistent neither a_distractor distractor n't "
+  "isn't wasn't aren't weren't won't wouldn't can't cannot can_not doesn't don't didn't couldn't "
+  "shouldn't does_not do_not did_not has_no have_no lacks lack fails fail contradicts contradict "
+  "conflicts misses ignores ruled_out falsch inkorrekt unzutreffend scheidet kann_nicht faux "
+  "fausse incorrecte inexacte exclue n'est incorrecta incorrecto falsa falso errónea erronea "
+  "descartada errada incorreta sbagliata errata scorretta неверно неверный неправильно "
+  "неправильный неверен неверна неверная неправильна неправильная ошибочен ошибочна ошибочный "
+  "errato scorretto sbagliato erronée erroné errónea erróneo errado incorreto onjuist fout 错误 "
+  "錯誤 错的 錯的 错 不正确 不正確 不合理 不合适 不合適 不准确 不準確 不恰当 不恰當 不对 不對 "
+  "不符 不可能 有误 有誤 排除 不成立 ではなく ではない じゃない ではありません では_ありません "
+  "誤り 間違い 間違って 違います 違う 不正解 正しくない 正しくありません 不適切 아니 아닙 틀 오답 "
+  "❌ ✗ ✘ ✖ ❎"
 )
 NEGATED = any_of("not never nicht pas no_es non_è não не 不是 没有 沒有")
 BAD = any_of(
@@ -121,14 +136,17 @@ AND = (
   + any_of("and or nor und oder et ou y o e и или 和 或 与 と や か 还是 還是")
   + r"|\s*[&/+、])\s*)"
 )
-HEDGE = any_of(
-  "most_people many_people many_would others_would "
-  "otherwise might may could perhaps maybe possibly plausible possible potentially whether "
-  "between tempting tempted thought almost initially at_first first_glance partially partly "
-  "some_people some_would one_might some_say also considered considering consider compare "
-  "comparing versus vs torn unsure könnte vielleicht möglicherweise zwischen peut-être pourrait "
-  "entre quizás quizá podría talvez poderia forse potrebbe может возможно 可能 也许 也許 或许 "
-  "介于 かもしれ 可能性"
+HEDGE = (
+  any_of(
+    "most_people many_people many_would others_would "
+    "otherwise might may could perhaps maybe possibly plausible possible potentially whether "
+    "between tempting tempted thought almost initially at_first first_glance partially partly "
+    "some_people some_would one_might some_say also considered considering consider compare "
+    "comparing versus vs torn unsure könnte vielleicht möglicherweise zwischen peut-être pourrait "
+    "entre quizás quizá podría talvez poderia forse potrebbe может возможно 可能 也许 也許 或许 "
+    "介于 かもしれ 可能性"
+  )
+  + r"(?<!most\splausible)"
 )
 SAYS = any_of(
   "says say states mentions describes shows suggests implies refers claims involves talks "
@@ -137,7 +155,7 @@ SAYS = any_of(
 IF = any_of("if unless assuming depending depends suppose wenn falls 如果 假如 もし")
 FIRM_IF = re.compile(
   r"\b(?:even|as)\s+if\b|\bif\s+(?:i|we|you|one)\s+(?:had|have|must|were|was|am|need|look|watch"
-  r"|consider|see|observe|examine)\b|\bif\s+(?:forced|anything|necessary|pressed)\b",
+  r"|consider|see|observe|examine)\b|\bif\s+(?:forced|anything|necessary|pressed|you(?:'re|\s+are)\s+asking)\b",
   re.I,
 )
 BECAUSE = any_of(
