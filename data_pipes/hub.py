@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5")
 _WEIGHTS = (".safetensors", ".npz", ".ocdbt")
 _NOT_FETCHED = (
@@ -33,6 +34,13 @@ _NOT_FETCHED = (
   "*.gif",
   "*.mp4",
 )
+
+
+class Pinned(NamedTuple):
+  """What an address stands for now: OWNER/NAME@COMMIT, and the licence its page names, if any."""
+
+  address: str
+  licence: str | None
 
 
 class HubFolder(NamedTuple):
@@ -82,6 +90,30 @@ def fetch(name: str) -> HubFolder:
       _refuse_large(name, files, Path(constants.HF_HUB_CACHE))
   folder = Path(_snapshot(name, repo, revision, **chosen))
   return HubFolder(folder, f"{repo}@{folder.name}")
+
+
+@cache
+def pin(name: str) -> Pinned | None:
+  """The commit of an address, and nothing fetched; None where neither Hub nor cache knows it."""
+  from huggingface_hub import HfApi, constants
+
+  parsed = parse_address(name)
+  if parsed is None:
+    return None
+  repo, revision = parsed
+  commit, licence = revision if _COMMIT.fullmatch(revision or "") else None, None
+  if not constants.HF_HUB_OFFLINE:
+    try:
+      page = HfApi(library_name="vr_jax").model_info(repo, revision=revision, timeout=10)
+      card = page.card_data or {}
+      commit, licence = page.sha, card.get("license_name") or card.get("license")
+    except Exception:  # no network, no such page: what is cached may serve
+      pass
+  if commit is None:
+    cached = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = cached / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else None
+  return Pinned(f"{repo}@{commit}", licence) if commit else None
 
 
 def _snapshot(name: str, repo: str, revision: str | None, **options: Any) -> Any:

@@ -339,3 +339,17 @@ def test_licences_are_what_folders_say_or_unknown(tmp_path):
     str(model): "apache-2.0",
     "gpt-x": "unknown",
   }
+
+
+def test_models_stand_with_their_versions_and_prices():
+  roles = {
+    "judge": {"kind": "openai", "model": "gpt-x", "usd_per_million": [2.5, 10]},
+    "refiner": {"kind": "openai", "model": "gpt-y"},
+    "annotator": {"kind": "transformers", "model": f"lab/m@{'c' * 40}"},
+    "analyzer": {"kind": "builtin"},
+  }
+  assert [tuple(m.values()) for m in licences.models_of_run({"roles": roles})] == [
+    ("judge", "gpt-x", "unknown", "2.5 in, 10 out"),
+    ("refiner", "gpt-y", "unknown", "unknown"),
+    ("annotator", f"lab/m@{'c' * 40}", "c" * 40, "runs here"),
+  ]

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipes import hub
 from data_pipes.embedded import render as embedded
 from data_pipes.embedded.scenes import make_scene
-from data_pipes.engine import command, stages
+from data_pipes.engine import command, licences, stages
 from data_pipes.engine.agents.ingest import benchmark_videos
 from data_pipes.engine.agents.sources import list_sources
-from data_pipes.engine.stages import check_settings
+from data_pipes.engine.roles import model_version
+from data_pipes.engine.stages import check_settings, make_graph
 from data_pipes.engine.store import Store
 from data_pipes.errors import InputError
 from data_pipes.files import LOCK
@@ -211,4 +213,52 @@ def test_a_trial_does_not_decide_the_plan_of_the_full_run(tmp_path, monkeypatch)
   monkeypatch.setattr(command, "VIDEOS_A_SHARD", 2)
   c = config(clips).unlock()
   c.shards, c.input.limit = 0, 1
-  assert command.open_store(check_settings(c.lock(), tmp_path / "W"), tmp_path / "W").shards == 3
+  store, _ = command.open_store(check_settings(c.lock(), tmp_path / "W"), tmp_path / "W")
+  assert store.shards == 3
+
+
+class AnyModel:
+  """A backend with a model of the Hub."""
+
+  hub_models = ("checkpoint",)
+
+  def __init__(self, context, checkpoint: str):
+    pass
+
+  @staticmethod
+  def identity(options, context):
+    return {"backend": f"any {options['checkpoint']}", "version": model_version(*options.values())}
+
+
+def test_a_run_keeps_the_commit_of_a_hubs_model_that_it_began_with(tmp_path, monkeypatch):
+  commits = {"lab/m": "a" * 40}
+  monkeypatch.setattr(
+    hub,
+    "pin",
+    lambda name: hub.Pinned(f"{name}@{commits[name]}", "mit") if name in commits else None,
+  )
+
+  def opened(model: str, workdir: str = "W"):
+    c = config(tmp_path).unlock()
+    c.roles.analyzer = {"kind": "python", "target": f"{__name__}:AnyModel", "checkpoint": model}
+    settings = check_settings(c.lock(), tmp_path / workdir)
+    store, settings = command.open_store(settings, tmp_path / workdir)
+    return store, settings["roles"]["analyzer"]["checkpoint"], settings
+
+  first = f"lab/m@{'a' * 40}"
+  store, name, settings = opened("lab/m")
+  assert name == first
+  (stage,) = [s for s in make_graph(settings).stages if s.name == "10_analyze"]
+  assert stage.agent["backend"] == f"any {first}"
+  assert store.settings()["licences"] == {first: "mit"}
+  (model,) = licences.models_of_run(store.settings()["config"])
+  assert (model["version"], model["price"]) == ("a" * 40, "runs here")
+  assert licences.of_run(settings, store.settings()["licences"])[first] == "mit"
+  commits["lab/m"] = "b" * 40  # the branch moves on
+  assert opened("lab/m")[1] == opened(first)[1] == first
+  assert store.settings()["licences"] == {first: "mit"}
+  assert opened("lab/m", "other")[1] == f"lab/m@{'b' * 40}"
+  store, name, _ = opened("lab/gone", "third")  # no such model, or no network
+  assert name == "lab/gone"
+  (model,) = licences.models_of_run(store.settings()["config"])
+  assert model["version"] == "unknown"

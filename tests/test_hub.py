@@ -127,3 +127,27 @@ print(facts["name"], facts["checkpoint_sha256"] == model_facts(model, None)["che
 def test_a_model_is_loaded_by_its_address_and_recorded_with_its_commit(environment, tmp_path):
   done = python(LOAD, environment=environment, folder=tmp_path)
   assert done.stdout.split() == [f"lab/mini@{COMMIT}", "True"], done.stderr
+
+
+PIN = """
+import sys
+from data_pipes.hub import pin
+print(*(pin(name) for name in sys.argv[1:]), sep="\\n")
+"""
+
+
+def test_the_commit_of_an_address_is_known_without_its_files(hub, environment, tmp_path):
+  def pins(*names, **more):
+    done = python(PIN, *names, environment=environment | more, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+  pinned = f"Pinned(address='lab/small@{COMMIT}', licence=None)"
+  assert pins("lab/small", "lab/absent", "vr-mini") == [pinned, "None", "None"]
+  assert not any("resolve" in request for request in hub.requests)
+  assert pins("lab/small", HF_HUB_OFFLINE="1") == ["None"]
+  fetch("lab/small", environment, tmp_path)
+  assert pins("lab/small", f"lab/x@{COMMIT}", HF_HUB_OFFLINE="1") == [
+    pinned,
+    f"Pinned(address='lab/x@{COMMIT}', licence=None)",
+  ]

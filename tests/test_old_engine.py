@@ -71,9 +71,10 @@ def test_status_is_what_it_was(run, capsys):
 def test_the_report_is_what_it_was(run, capsys):
   card = (run / "w/out/card.md").read_text()
   report = json.loads(vr(capsys, "report", f"{HERE}/w", "--json"))
-  # What has come since: why not to train on such data, and whose licences hold.
+  # What has come since: why not to train on such data, whose licences hold, models and prices.
   assert "Do not train on them" in report.pop("warning")
   assert set(report.pop("licences").values()) == {"unknown"}
+  assert report.pop("models") == []
   assert report == json.loads((run / "report.json").read_text())
   written = (run / "w/out/card.md").read_text().splitlines()
   changed = [line for line in card.splitlines() if line not in written]

@@ -30,6 +30,7 @@ class VideoReferAgent:
   """
 
   needs_masks = True
+  hub_models = ("checkpoint",)
 
   def __init__(self, context: Context, checkpoint: str | None = None, max_new_tokens: int = 128):
     with _loading:

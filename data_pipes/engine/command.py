@@ -63,9 +63,9 @@ def _run(
 ) -> dict[str, Any]:
   only = parse_only(chosen.only) if chosen.only else None
   check_media(workdir)
+  store, settings = open_store(settings, workdir)
   ref = stages.graph_ref(settings)
   graph = ref.build()
-  store = open_store(settings, workdir)
   if only and only[1] >= store.shards:
     raise InputError(f"--only {only[0]}:{only[1]}: no such shard; this run has {store.shards}")
   if chosen.runner not in RUNNERS:
@@ -116,8 +116,11 @@ def probe(config: Mapping[str, Any]) -> list[Probed]:
   return probe_backends({role: settings["roles"][role] for role in stages.roles_of(settings)})
 
 
-def open_store(settings: Mapping[str, Any], workdir: str | Path) -> Store:
-  """The run's folder; the first run fixes the number of shards."""
+def open_store(settings: dict[str, Any], workdir: str | Path) -> tuple[Store, dict[str, Any]]:
+  """The run's folder, and the settings as it keeps them.
+
+  The first run fixes the number of shards and the commits of models of the Hub.
+  """
   stored = Path(workdir) / "run.json"
   shards = settings["shards"] or None
   if not stored.is_file() and shards is None:
@@ -125,9 +128,12 @@ def open_store(settings: Mapping[str, Any], workdir: str | Path) -> Store:
     videos = len(stages.list_sources({**settings, "input": {**settings["input"], "limit": 0}}))
     shards = max(1, -(-videos // VIDEOS_A_SHARD))
   store = Store(workdir, shards)
-  if store.settings().get("config") != json.loads(json.dumps(settings)):
-    store.write_settings({"config": settings})
-  return store
+  before = store.settings()
+  settings, licences = stages.pin_models(settings, before.get("config") or {})
+  if before.get("config") != json.loads(json.dumps(settings)):
+    licences = {**before.get("licences", {}), **licences}
+    store.write_settings({"config": settings, **({"licences": licences} if licences else {})})
+  return store, settings
 
 
 def _array(job: EngineJob) -> list[str]:

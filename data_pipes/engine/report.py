@@ -30,9 +30,11 @@ def write_report(workdir: str | Path) -> tuple[Path, dict[str, Any]]:
   if not numbers["samples"]:
     raise InputError(f"{workdir}: no samples yet; accepted: a run that has finished")
   numbers["status"] = status(workdir)
-  numbers["config"] = store.settings()["config"]
+  settings = store.settings()
+  numbers["config"] = settings["config"]
   numbers["warning"] = warning(numbers["config"])
-  numbers["licences"] = licences.of_run(numbers["config"])
+  numbers["licences"] = licences.of_run(numbers["config"], settings.get("licences"))
+  numbers["models"] = licences.models_of_run(numbers["config"])
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
   )

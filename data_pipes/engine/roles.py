@@ -1,7 +1,8 @@
 """The five agents as typed roles: one input and one output each, whatever does the work.
 
 A backend is a class made from its options (a dict of the config) and a `Context`. Its static
-`identity(options, context)` says, without loading anything, what decides its results.
+`identity(options, context)` says, without loading anything, what decides its results. Options that
+`hub_models` names take a model of the Hub at a commit, OWNER/NAME@COMMIT.
 """
 
 import importlib
@@ -14,11 +15,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from data_pipes import hub
 from data_pipes.engine.calls import Calls
 from data_pipes.engine.graph import digest
 from data_pipes.errors import InputError
 from data_pipes.video import Video, open_video
 
+UNPINNED = "hub"  # the version of a model of the Hub whose commit is not known
 QUESTION_TYPES = ("basic", "reasoning", "future")
 
 
@@ -267,10 +270,12 @@ def make_backend(role: str, options: Mapping[str, Any], context: Context) -> Any
 
 
 def model_version(name: str | os.PathLike) -> str:
-  """Of a local folder, a hash of its configuration and the sizes of its files; else "hub"."""
+  """Of a local folder, a hash of its configuration and the sizes of its files; of a model of the
+  Hub, the commit that its name ends with, UNPINNED if it has none."""
   folder = Path(name)
   if not folder.is_dir():
-    return "hub"
+    parsed = hub.parse_address(str(name))
+    return (parsed and parsed[1]) or UNPINNED
   config = folder / "config.json"
   text = config.read_text(encoding="utf-8") if config.is_file() else ""
   files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -10,10 +10,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipes import hub
 from data_pipes.engine.agents import assemble, ingest, objects, texts
 from data_pipes.engine.agents.sources import list_sources
 from data_pipes.engine.calls import Calls
 from data_pipes.engine.graph import Graph, GraphRef, Process, Stage, digest
+from data_pipes.engine.licences import UNKNOWN
 from data_pipes.engine.quality import masks as mask_quality
 from data_pipes.engine.roles import Context, backend_class, identity, make_backend
 from data_pipes.engine.rows import (
@@ -122,6 +124,33 @@ def check_settings(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
   settings["workdir"] = str(Path(workdir).absolute())
   settings["input"]["videos"] = str(Path(settings["input"]["videos"]).absolute())
   return settings
+
+
+def pin_models(
+  settings: dict[str, Any], stored: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The settings with the commit of each model of the Hub, and the licences that the Hub names.
+
+  A run keeps the commits that it began with: `stored` is its config of before, whose names stay as
+  they are, and the network is not asked again. A model that the Hub does not know, or that cannot
+  be looked up now, stays without a commit.
+  """
+  roles, licences = {}, {}
+  for role, options in settings["roles"].items():
+    before = stored.get("roles", {}).get(role, {})
+    roles[role] = dict(options)
+    if role not in roles_of(settings):
+      continue
+    for key in getattr(backend_class(role, options), "hub_models", ()):
+      name, earlier = options.get(key), before.get(key)
+      if not isinstance(name, str):
+        continue
+      if earlier and name.removeprefix(hub.PREFIX) in (earlier, earlier.rpartition("@")[0]):
+        roles[role][key] = earlier
+      elif pinned := hub.pin(name):
+        roles[role][key] = pinned.address
+        licences[pinned.address] = pinned.licence or UNKNOWN
+  return {**settings, "roles": roles}, licences
 
 
 def _needs_masks(backend: type, settings: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipes import hub
 from data_pipes.drawing import outline, shrunk
 from data_pipes.engine.prompts import prompt_hash, render
 from data_pipes.engine.quality.masks import iou
@@ -44,6 +45,8 @@ class DinoSam2:
     cycle: track back from both ends and store how much of the mask is found again.
   """
 
+  hub_models = ("detector", "tracker")
+
   def __init__(
     self,
     context: Context,
@@ -72,8 +75,8 @@ class DinoSam2:
     with _named("detector", detector):
       self.detector = _eval(GroundingDinoForObjectDetection, detector, self.device)
       self.processor = GroundingDinoProcessor(
-        GroundingDinoImageProcessorPil.from_pretrained(detector),
-        AutoTokenizer.from_pretrained(detector),
+        _pretrained(GroundingDinoImageProcessorPil, detector),
+        _pretrained(AutoTokenizer, detector),
       )
     with _named("tracker", tracker):
       self.tracker = _eval(Sam2VideoModel, tracker, self.device)
@@ -243,6 +246,7 @@ class _LocalCaptioner:
     model: folder or hub name. frames: pictures shown. size: their longer side in pixels.
   """
 
+  hub_models = ("model",)
   prompts: tuple[str, ...] = ()
 
   def __init__(
@@ -293,7 +297,7 @@ def _captioner(model: str, device: str) -> tuple[Any, Any, threading.Lock]:
   """Processor, model and whose turn it is: all roles of a process share one."""
   from transformers import AutoModelForImageTextToText, AutoProcessor
 
-  processor = AutoProcessor.from_pretrained(model)
+  processor = _pretrained(AutoProcessor, model)
   return processor, _eval(AutoModelForImageTextToText, model, device), threading.Lock()
 
 
@@ -323,8 +327,14 @@ class LocalDescriber(_LocalCaptioner):
     return self._ask([picture], render(self.prompts[0]))
 
 
+def _pretrained(kind: Any, name: str) -> Any:
+  """A class of transformers from a folder, or from the Hub at the revision in its name."""
+  repo, revision = hub.parse_address(name) or (name, None)
+  return kind.from_pretrained(repo, **({"revision": revision} if revision else {}))
+
+
 def _eval(kind: Any, name: str, device: Any) -> Any:
-  return kind.from_pretrained(name).eval().to(device)
+  return _pretrained(kind, name).eval().to(device)
 
 
 class _named:
