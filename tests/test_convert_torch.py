@@ -263,7 +263,6 @@ def test_siglip_goes_in_and_out_with_equal_features(kind, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
-  import torch
   import transformers
 
   vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48}
@@ -275,51 +274,32 @@ def test_paligemma_goes_in_and_out_with_equal_logits(family, tmp_path):
     projection_dim=32,
     image_token_index=95,
   )
-  eager = {"attn_implementation": "eager"}  # the others leave out Gemma 2's soft cap
-  kind = transformers.AutoModelForImageTextToText
-  module = randomised(kind.from_config(config, **eager))
+  module = randomised(transformers.AutoModelForImageTextToText.from_config(config))
   module.save_pretrained(tmp_path / "theirs")
-  convert(tmp_path / "theirs", tmp_path / "vr", "vr", logits="never", **QUIET)
+  parity = convert(tmp_path / "theirs", tmp_path / "vr", "vr", **QUIET)
+  assert parity["passed"] is True
+  assert parity["logits"]["source"]["relative"] < TOLERANCE
   source = open_source(tmp_path / "vr")
   assert list(source.parts) == ["img", "connector", "llm"]
   assert source.parts["llm"].prefix_lm
-  pixels = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
-  words = np.random.default_rng(1).integers(0, 90, (1, 14))
-  prefix = 16 + 4  # of 30 slots; Gemma 2's window here is 8
-  ours = paligemma_logits(source, pixels, words, prefix)
-  convert(tmp_path / "vr", tmp_path / "out", "hf", logits="never", **QUIET)
-  again = kind.from_pretrained(tmp_path / "out", **eager)
-  ids = torch.cat([torch.full((1, 16), 95), torch.from_numpy(words)], 1)
-  for theirs in (module, again.eval()):
-    with torch.no_grad():
-      logits = theirs(
-        input_ids=ids,
-        pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2)),
-        attention_mask=torch.ones_like(ids),
-        token_type_ids=(torch.arange(ids.shape[1]) >= prefix).long()[None],
-      ).logits
-    np.testing.assert_allclose(ours, logits.numpy(), atol=TOLERANCE)
+  parity = convert(tmp_path / "vr", tmp_path / "out", "hf", **QUIET)
+  assert parity["passed"] is True
+  assert parity["logits"]["paligemma"]["relative"] < TOLERANCE
 
 
-def paligemma_logits(source, pixels, words, prefix):
-  """The three parts of a PaliGemma, run by our modules."""
-  import jax.numpy as jnp
+def test_the_decoder_of_a_multimodal_gemma_3_has_the_logits_of_its_library(tmp_path):
+  import transformers
 
-  from vr_jax.models.connector import Connector
-  from vr_jax.models.decoder import Decoder
-  from vr_jax.models.siglip import Siglip
-
-  params = nested(arrays(source.params, "float32"))
-  decoder = Decoder(source.parts["llm"])
-  llm = {"params": params["llm"]}
-  features, _ = Siglip(source.parts["img"]).apply({"params": params["img"]}, pixels)
-  connector = Connector(source.parts["connector"])
-  image = connector.apply({"params": params["connector"]}, features[:, None])
-  text = decoder.apply(llm, jnp.asarray(words), method="embed")
-  x = jnp.concatenate([image, text], 1)
-  positions = jnp.arange(x.shape[1])[None]
-  hidden, _ = decoder.apply(llm, x, positions, prefix=jnp.array([prefix]))
-  return np.asarray(decoder.apply(llm, hidden, method="logits"))
+  vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+  vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+  text = DECODER_CONFIGS["gemma3_text"] | {"model_type": "gemma3_text"}
+  config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+  config.text_config.rope_theta = 10_000.0
+  module = randomised(transformers.Gemma3ForConditionalGeneration(config))
+  module.save_pretrained(tmp_path / "theirs")
+  parity = convert(tmp_path / "theirs", tmp_path / "vr", "vr", **QUIET)
+  assert parity["passed"] is True
+  assert parity["logits"]["source"]["relative"] < TOLERANCE
 
 
 def test_the_files_of_a_published_stage(golden, tmp_path):

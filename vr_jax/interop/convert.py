@@ -413,10 +413,9 @@ def summary(parity: dict[str, Any], dst: str | Path) -> str:
     if isinstance(part, dict):
       more = ""
       if "kl" in part:
-        more = (
-          f", KL {part['kl']:.2g}, top-1 {part['top1_agreement']:.4g}, "
-          f"{part['greedy_equal']} of {part['greedy_tokens']} greedy tokens equal"
-        )
+        more = f", KL {part['kl']:.2g}, top-1 {part['top1_agreement']:.4g}"
+      if "greedy_tokens" in part:
+        more += f", {part['greedy_equal']} of {part['greedy_tokens']} greedy tokens equal"
       lines.append(
         f"{name}: max abs {part['max_abs']:.2g}{more}: "
         f"{'passed' if part['passed'] else 'OVER TOLERANCE'}"

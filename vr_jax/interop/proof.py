@@ -28,7 +28,7 @@ from vr_jax.inference.generate import Generator
 from vr_jax.interop import torch_folder, videorefer
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import Part, arrays, nested, outputs
-from vr_jax.models.connector import scene_token_count
+from vr_jax.models.connector import Connector, scene_token_count
 from vr_jax.models.decoder import Decoder
 from vr_jax.models.siglip import Siglip
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
@@ -62,6 +62,8 @@ def logits(
       "tower": tower_features(source, result / "tower"),
       "decoder": decoder_logits(source, result / "decoder"),
     }
+  elif to == "hf" and _is_paligemma(source):
+    parts = {"paligemma": paligemma_logits(source, result)}
   from_library = _of_library(source, to, result, adapter)
   if adapter and not from_library:
     return {"skipped": "a merge is compared over a decoder folder of transformers alone"}
@@ -80,9 +82,15 @@ def _of_library(source: Source, to: str, result: Path, adapter: str | None) -> d
     return {}
   if source.kind == "SigLIP folder":
     return {"source": tower_features(open_source(result), source.path)}
-  if source.kind == "decoder folder" and "text_config" not in source.origin["config.json"]:
+  if source.kind == "decoder folder":
     return {"source": decoder_logits(open_source(result), source.path, adapter)}
+  if source.kind == "PaliGemma folder" and not adapter:
+    return {"source": paligemma_logits(open_source(result), source.path)}
   return {}
+
+
+def _is_paligemma(source: Source) -> bool:
+  return set(source.parts) == {"img", "connector", "llm"} and source.parts["llm"].prefix_lm
 
 
 def cannot(source: Source, mode: str, adapter: str | None = None) -> str | None:
@@ -292,6 +300,54 @@ def tower_features(source: Source, folder: Path) -> dict[str, Any]:
     pooled = differences(np.asarray(more["pooled"]), out.pooler_output.numpy(), tolerance)
     return max(compared, pooled, key=lambda part: part["relative"])
   return compared
+
+
+def paligemma_logits(source: Source, folder: Path) -> dict[str, Any]:
+  """Logits of a picture, a prefix that sees itself whole and a suffix, against
+  PaliGemmaForConditionalGeneration."""
+  import torch
+  import transformers
+
+  from vr_jax.interop.sources import open_source
+
+  module = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder,
+    dtype=torch.float32,
+    attn_implementation="eager",  # the others drop Gemma 2's soft cap
+  ).eval()
+  img, connector, llm = (source.parts[part] for part in ("img", "connector", "llm"))
+  llm = dataclasses.replace(llm, dtype="float32")
+  params = nested(arrays(source.params, "float32"))
+  rng = np.random.default_rng(0)
+  pixels = rng.uniform(-1, 1, (1, img.image_size, img.image_size, 3)).astype(np.float32)
+  picture = module.config.image_token_id
+  words = rng.integers(0, llm.vocab_size - 1, (1, 14))
+  words += words >= picture  # no word is the picture's id
+  slots, prefix = img.grid**2, img.grid**2 + 4
+
+  @jax.jit
+  def forward(params, pixels, words):
+    decoder = Decoder(llm)
+    features, _ = Siglip(img).apply({"params": params["img"]}, pixels)
+    scene = Connector(connector).apply({"params": params["connector"]}, features[:, None])
+    text = decoder.apply({"params": params["llm"]}, words, method="embed")
+    x = jnp.concatenate([scene, text], 1)
+    positions = jnp.arange(x.shape[1])[None]
+    seen = jnp.array([prefix])
+    hidden, _ = decoder.apply({"params": params["llm"]}, x, positions, prefix=seen)
+    return decoder.apply({"params": params["llm"]}, hidden, method="logits")
+
+  with jax.default_matmul_precision("highest"):
+    ours = np.asarray(forward(params, jnp.asarray(pixels), jnp.asarray(words)))
+  ids = torch.cat([torch.full((1, slots), picture), torch.from_numpy(words).long()], 1)
+  with torch.no_grad():
+    theirs = module(
+      input_ids=ids,
+      pixel_values=torch.from_numpy(rearrange(pixels, "b h w c -> b c h w")),
+      attention_mask=torch.ones_like(ids),
+      token_type_ids=(torch.arange(ids.shape[1]) >= prefix).long()[None],
+    ).logits.numpy()
+  return logit_differences(ours, theirs, _tolerance(source, open_source(folder)))
 
 
 def decoder_logits(source: Source, folder: Path, adapter: str | None = None) -> dict[str, Any]:
