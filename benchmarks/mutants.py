@@ -1,32 +1,42 @@
 """Changes of one place of the product that some test must notice.
 
     python benchmarks/mutants.py                  the list below: changes that once no test noticed
-    python benchmarks/mutants.py --draw 200       as many drawn over all product lines; the seed is
+    python benchmarks/mutants.py --draw 200 --map MAP [--within PATHS --] [TESTS …]
+                                                  as many drawn over all product lines; the seed is
                                                   the commit's hash, so anyone draws the same
 
-Each change is made in a copy of the checkout, and the tests that should notice run there: those
-listed, else every test file that names the module. Prints each mutant with its fate (killed, lived,
-timed out, or equivalent, from EQUIVALENT), then the share killed. Takes a core; minutes for the
-list, hours for 200.
+Each change is made in a copy of the checkout, and the tests that should notice run there until one
+fails: those listed; else the quickest that run the changed line, for a minute in all. Which those
+are stands in MAP. Where there is no such file it is made first by one pass over TESTS (default: all
+of the default run) with the lines that each test runs, which needs the package `coverage`. Prints
+each mutant with its fate: killed, lived, timed out, equivalent (from EQUIVALENT), or unseen (no
+test of the map runs the line), then the share killed. The list takes minutes, a drawn one some
+seconds.
 """
 
 import argparse
 import ast
 import dataclasses
 import functools
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("vr_jax", "data_pipes")
-TIMEOUT = 600  # seconds for the tests of one mutant
+TIMEOUT = 600  # seconds for the tests of a listed mutant
+MOST_SECONDS = 60.0  # that the tests of a drawn one took without a change
+MOST_OF_A_FILE = 20  # tests of a line that runs at import
+
+Map = Mapping[str, Mapping[str, Mapping[str, float]]]  # file -> line -> test -> seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,37 +170,82 @@ def places(file: str) -> Iterator[Mutant]:
       yield Mutant(file, old, new, offset=at)
 
 
-def draw(count: int) -> list[Mutant]:
-  """Mutants of all product files, the same for everyone who has this commit."""
+def draw(count: int, within: Sequence[str]) -> list[Mutant]:
+  """Mutants of the product's files at or below `within`, the same for who has this commit."""
   commit = subprocess.run(
     ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
   ).stdout.strip()
   files = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
-  every = [m for path in files for m in places(path.relative_to(ROOT).as_posix())]
+  names = [path.relative_to(ROOT).as_posix() for path in files]
+  every = [m for name in names if name.startswith(tuple(within)) for m in places(name)]
   print(f"{count} of {len(every)} places, seed {commit}", flush=True)
   return random.Random(commit).sample(every, min(count, len(every)))
 
 
-def tests_of(mutant: Mutant) -> tuple[str, ...]:
-  """The tests that should notice: those listed, else the files that name the module or its room."""
+def make_map(tests: Sequence[str], copy: Path) -> Map:
+  """Which tests run which lines, and how long each takes; tests that fail are left out."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    packages = ",".join(PACKAGES)
+    settings = f"[run]\ndynamic_context = test_function\nsource = {packages}\n"
+    (folder / "settings").write_text(settings + f"data_file = {folder / 'data'}\n")
+    options = [f"--rcfile={folder / 'settings'}"]
+    run = [*options, "-m", "pytest", "-n0", "-p", "no:cacheprovider", f"--junitxml={folder / 'x'}"]
+    for command in (["run", *run, *tests], ["json", "--show-contexts", *options]):
+      command += [] if command[0] == "run" else ["-q", "-o", str(folder / "json")]
+      subprocess.run([sys.executable, "-m", "coverage", *command], cwd=copy, env=_environment(copy))
+    seconds: dict[str, float] = defaultdict(float)
+    failed = set()
+    for case in ElementTree.parse(folder / "x").iter("testcase"):
+      name = f"{case.get('classname', '').removeprefix('tests.')}.{case.get('name')}".split("[")[0]
+      seconds[name] += float(case.get("time", 0))
+      if len(case):
+        failed.add(name)
+    files = json.loads((folder / "json").read_text())["files"]
+  return {
+    file: {
+      line: {test: seconds[test] for test in tests if test in seconds and test not in failed}
+      for line, tests in entry["contexts"].items()
+    }
+    for file, entry in files.items()
+  }
+
+
+def _node(test: str) -> str:
+  """A test's name for pytest, from its module, class and function."""
+  module, *rest = test.split(".")
+  return "::".join([f"tests/{module}.py", *rest])
+
+
+def tests_of(mutant: Mutant, seen: Map) -> tuple[tuple[str, ...], float]:
+  """The tests that should notice, the quickest first, and their time-out in seconds."""
   if mutant in LISTED:
-    return mutant.tests or NOTICED
-  module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-  tests = {p: p.read_text(encoding="utf-8") for p in sorted((ROOT / "tests").glob("test_*.py"))}
-  while module:
-    named = [p for p, text in tests.items() if module in text]
-    if named:
-      return tuple(p.relative_to(ROOT).as_posix() for p in named)
-    module = module.rpartition(".")[0]
-  return ("tests",)
+    return mutant.tests or NOTICED, TIMEOUT
+  lines = seen.get(mutant.file, {})
+  text = (ROOT / mutant.file).read_text(encoding="utf-8")
+  at = str(text[: mutant.place(text)].count("\n") + 1)
+  tests, most = lines.get(at, {}), None
+  if not tests and at in lines:  # it runs at import
+    tests, most = {test: s for some in lines.values() for test, s in some.items()}, MOST_OF_A_FILE
+  chosen, total = [], 0.0
+  for test in sorted(tests, key=tests.__getitem__)[:most]:
+    if chosen and total + tests[test] > MOST_SECONDS:
+      break
+    chosen.append(_node(test))
+    total += tests[test]
+  return tuple(chosen), 60 + 5 * total
 
 
-def passes(tests: tuple[str, ...], copy: Path) -> bool:
+def _environment(copy: Path) -> dict[str, str]:
+  paths = [str(copy), *filter(None, [os.environ.get("PYTHONPATH")])]
+  return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def passes(tests: tuple[str, ...], copy: Path, seconds: float = TIMEOUT) -> bool:
   """Runs tests in the copy. Raises subprocess.TimeoutExpired."""
-  command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-  environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-  done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=TIMEOUT)
-  return done.returncode == 0
+  command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider", *tests]
+  options = {"cwd": copy, "env": _environment(copy), "capture_output": True, "timeout": seconds}
+  return subprocess.run(command, **options).returncode == 0
 
 
 @functools.cache
@@ -198,17 +253,19 @@ def pass_unchanged(tests: tuple[str, ...], copy: Path) -> bool:
   return passes(tests, copy)
 
 
-def fate(mutant: Mutant, copy: Path) -> str:
+def fate(mutant: Mutant, copy: Path, seen: Map) -> str:
   """Runs the tests on the mutant in a copy of the checkout, which is as it was afterwards."""
   if str(mutant) in EQUIVALENT:
     return "equivalent"
-  path, tests = copy / mutant.file, tests_of(mutant)
+  path, (tests, seconds) = copy / mutant.file, tests_of(mutant, seen)
+  if not tests:
+    return "unseen"
   before = path.read_bytes()
   try:
-    if not pass_unchanged(tests, copy):
+    if mutant in LISTED and not pass_unchanged(tests, copy):
       raise SystemExit(f"{' '.join(tests)}: fails without any change")
     mutant.apply(copy)
-    return "lived" if passes(tests, copy) else "killed"
+    return "lived" if passes(tests, copy, seconds) else "killed"
   except subprocess.TimeoutExpired:
     return "timed out"
   finally:
@@ -218,15 +275,26 @@ def fate(mutant: Mutant, copy: Path) -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--draw", type=int, metavar="N", help="N drawn mutants instead of the list")
+  parser.add_argument("--within", nargs="+", default=PACKAGES, help="files or folders drawn from")
+  parser.add_argument("--map", type=Path, help="which tests run which lines; made if absent")
+  parser.add_argument("tests", nargs="*", help="of a map that is made; default: the default run")
   options = parser.parse_args()
-  mutants = draw(options.draw) if options.draw else list(LISTED)
+  if options.draw and not options.map:
+    parser.error("--draw needs --map FILE")
+  mutants = draw(options.draw, options.within) if options.draw else list(LISTED)
   fates: Counter[str] = Counter()
   with tempfile.TemporaryDirectory() as folder:
     copy = Path(folder) / "checkout"
     ignored = shutil.ignore_patterns(".venv*", ".git", "__pycache__", ".mypy_cache", ".ruff_cache")
     shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
+    seen: Map = {}
+    if options.map and options.map.is_file():
+      seen = json.loads(options.map.read_text())
+    elif options.map:
+      seen = make_map(options.tests or ["tests"], copy)
+      options.map.write_text(json.dumps(seen))
     for mutant in mutants:
-      result = fate(mutant, copy)
+      result = fate(mutant, copy, seen)
       fates[result] += 1
       print(f"{result:10} {mutant}", flush=True)
   judged = sum(fates.values()) - fates["equivalent"]
