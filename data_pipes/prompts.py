@@ -110,6 +110,19 @@ def dialogue_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) 
   return Text(ids, labels)
 
 
+def turn_end(tokenizer: Tokenizer) -> int | None:
+  """The token by which the chat template ends an answer; None where it ends in plain text."""
+  if not tokenizer.has_template:
+    return None
+  question = [{"role": "user", "content": "a"}]
+  begun = tokenizer.render(question, add_generation_prompt=True)
+  answered = tokenizer.render([*question, {"role": "assistant", "content": "b"}])
+  if not answered.startswith(begun):
+    return None
+  ids = tokenizer.encode(answered.removeprefix(begun))
+  return next((i for i in ids if tokenizer.is_special(i)), None)
+
+
 def plain_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> Text:
   """Question, one space, answer, no template; all but the media id are targets.
 

@@ -117,6 +117,16 @@ class Tokenizer:
     """Id of a token's exact string, None if there is no such token."""
     return self._backend.token_to_id(token)
 
+  @property
+  def has_template(self) -> bool:
+    """Whether there is a chat template to `render` by."""
+    return self._template is not None
+
+  def is_special(self, number: int) -> bool:
+    """Whether an id is that of a special token, which no text is made of."""
+    token = self._backend.get_added_tokens_decoder().get(number)
+    return token is not None and token.special
+
   def render(
     self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
   ) -> str:

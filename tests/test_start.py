@@ -1,11 +1,14 @@
 """What a run starts from: models, weights of several sources, tokenizer files."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from data_pipes.errors import InputError
+from data_pipes.tokenizer import Tokenizer
 from vr_jax.checkpoint import export, make_meta, make_tokenizer, read_tokenizer_files
 from vr_jax.configs import base_config, load_config
 from vr_jax.interop import videorefer as published
@@ -94,6 +97,26 @@ def test_a_published_folder_does_too(folder, model):
   tokenizer = make_tokenizer(tokenizer_files(config))
   assert generation(config, tokenizer)["repetition_penalty"] == 1.05
   assert_trees_equal(starting_params(config, model[2]), model[1])
+
+
+def test_answers_end_where_the_family_of_the_decoder_ends_a_turn(folder, tmp_path):
+  """Gemma: config.json names <eos> alone, generation_config.json <end_of_turn> too, and so does the
+  template; whatever part the folder is taken for."""
+  gemma = tmp_path / "gemma"
+  gemma.mkdir()
+  for file in folder.glob("*token*"):
+    shutil.copy(file, gemma)
+  (gemma / "config.json").write_text('{"model_type": "gemma2", "eos_token_id": 1}')
+  tokenizer = Tokenizer.from_folder(gemma)
+  end = tokenizer.id_of("<|im_end|>")
+  for part in ("llm", ""):
+    config = config_with(model_init=(("img", str(tmp_path / "none")), (part, str(gemma))))
+    assert generation(config, tokenizer)["eos_ids"] == (1, end)
+  assert generation(config_with(tokenizer=str(gemma)), tokenizer)["eos_ids"] == (1, end)
+  (gemma / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
+  assert generation(config, tokenizer)["eos_ids"] == (1, 106, end)
+  (gemma / "config.json").unlink()
+  assert generation(config, tokenizer)["eos_ids"] == (1, 106, end)
 
 
 def test_parts_come_from_different_sources_and_the_rest_stays_open(folder, checkpoint, model):

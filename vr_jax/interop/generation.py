@@ -25,8 +25,9 @@ def generation(folder: Path | str) -> Generation:
   """The settings in generation_config.json; where it is silent or absent, those in config.json."""
   folder = Path(folder)
   where = folder / "config.json"
-  fields = read_json(where)
-  if (folder / "generation_config.json").is_file():
+  beside = (folder / "generation_config.json").is_file()
+  fields = read_json(where) if where.is_file() or not beside else {}
+  if beside:
     where = folder / "generation_config.json"
     fields |= read_json(where)
   pad = next(iter(_ids(fields, where, "pad_token_id")), None)

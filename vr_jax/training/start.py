@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError, nearest
+from data_pipes.prompts import turn_end
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.checkpoint import (
   is_checkpoint,
@@ -291,17 +292,30 @@ def tokenizer_files(config: ConfigDict) -> dict[str, bytes]:
 
 
 def generation(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
-  """How to decode with the trained model: as the first source says, else until the tokenizer's eos.
+  """How to decode with the trained model: as the first source says that says how, whatever part of
+  the model it is of; else until the tokenizer's eos.
 
-  Keys: eos_ids, pad_id, repetition_penalty.
+  The token that ends a turn of the chat template ends an answer too, since training teaches it:
+  Gemma's <end_of_turn>, where its folder names <eos> alone. Keys: eos_ids, pad_id,
+  repetition_penalty.
   """
-  for path in _sources(config):
-    if is_checkpoint(path) and (stored := load_meta(path).get("generation")):
-      return stored
-    if published.is_published(path):
-      return dataclasses.asdict(published.generation(path))
-  eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-  return dataclasses.asdict(published.Generation(eos, tokenizer.pad_id))
+  settings = None
+  folders = [weights_path(config.tokenizer)] if config.tokenizer else []
+  for path in [*_sources(config), *folders]:
+    if is_checkpoint(path):
+      if stored := load_meta(path).get("generation"):
+        return stored
+    elif (path / "config.json").is_file() or (path / "generation_config.json").is_file():
+      stated = published.generation(path)
+      if settings is None and (stated.eos_ids or published.is_published(path)):
+        settings = stated
+  if settings is None:
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    settings = published.Generation(eos, tokenizer.pad_id)
+  end = turn_end(tokenizer)
+  if end is not None and end not in settings.eos_ids:
+    settings = dataclasses.replace(settings, eos_ids=(*settings.eos_ids, end))
+  return dataclasses.asdict(settings)
 
 
 def _replaced(cfg: Any, names: list[str], value: Any, where: str) -> Any:
