@@ -7,7 +7,9 @@ global batches are the same for any number of processes.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grain
@@ -21,7 +23,8 @@ from data_pipes.samples import RowSource, StaticShape
 if TYPE_CHECKING:
   from data_pipes.packing import BucketSamples
 
-BUFFERED = 4  # batches held ready
+BUFFERED = 4  # batches held ready or being made, at most
+BUFFER_BYTES = 4 << 30  # that they take, unless one batch alone takes more
 _ENDLESS = 1 << 32  # epochs
 
 
@@ -38,6 +41,7 @@ def make_dataset(
   process_count: int = 1,
   failures: Failures | None = None,
   names: bool = False,
+  shape_of: Callable[[Sequence[int]], StaticShape] | None = None,
 ) -> grain.MapDataset:
   """The batches of one process: element k is its part of global batch k.
 
@@ -56,6 +60,8 @@ def make_dataset(
     weights: shares in which to draw from the sets; ends when one of them has given its epochs.
     failures: where unreadable samples are counted; by default the first one raises.
     names: give a list of the samples' names in place of each batch; no media is read.
+    shape_of: the shape of a global batch by the numbers of its samples (-1: an empty row), one of a
+      few that hold them; by default that of the sets.
   """
   if batch_size % process_count:
     raise InputError(
@@ -78,12 +84,16 @@ def make_dataset(
     places = (located(number) for number in numbers if number >= 0)
     return [name for source, index in places for name in samples[source].names(index)]
 
-  def load(numbers: Sequence[int]) -> Row:
-    batch = shape.empty(len(numbers))
-    for number, row in zip(numbers, rows_of(batch), strict=True):
+  def load(numbers: Sequence[int]) -> Row | list[str]:
+    local = numbers[process_index::process_count]
+    if names:
+      return name(local)
+    size = shape if shape_of is None else shape_of(numbers)  # the same in every process
+    batch = size.empty(len(local))
+    for number, row in zip(local, rows_of(batch), strict=True):
       if number >= 0:
         source, index = located(number)
-        _fill(samples[source], row, index, failures, number, ends[-1])
+        _fill(samples[source], row, size, index, failures, number, ends[-1])
     return batch
 
   order = order[: len(order) // batch_size * batch_size]  # or processes would differ in length
@@ -92,10 +102,8 @@ def make_dataset(
       f"batch_size={batch_size} is more than the samples of the run ({ends[-1]} an epoch); "
       "accepted: at most that, or drop_remainder=False, which fills up with empty rows"
     )
-  order = order[process_index::process_count]
   # One element a batch: Grain's part of a row is to look up its number.
-  numbers = order.batch(batch_size // process_count, drop_remainder=True, batch_fn=list)
-  return numbers.map(name if names else load)
+  return order.batch(batch_size, drop_remainder=True, batch_fn=list).map(load)
 
 
 def _shape_of(samples: Sequence[RowSource]) -> StaticShape:
@@ -132,7 +140,13 @@ def _order(
 
 
 def _fill(
-  source: RowSource, row: Row, index: int, failures: Failures, number: int, total: int
+  source: RowSource,
+  row: Row,
+  shape: StaticShape,
+  index: int,
+  failures: Failures,
+  number: int,
+  total: int,
 ) -> None:
   """Row `index` of a source; left empty, and counted as sample `number`, where it fails."""
   try:
@@ -140,7 +154,7 @@ def _fill(
   except TooManyFailures:
     raise
   except InputError as error:
-    (empty,) = rows_of(source.shape.empty(1))
+    (empty,) = rows_of(shape.empty(1))
     for key, array in empty.items():
       row[key][...] = array
     failures.add(number, str(error), total)
@@ -186,9 +200,10 @@ def make_bucketed_dataset(
     local, bucket = numbers[process_index::process_count], buckets[b]
     if names:
       return [name for index in local for name in bucket.names(index)]
-    batch = bucket.shape.empty(batch_size // process_count)
+    shape = bucket.shape_of(numbers)
+    batch = shape.empty(batch_size // process_count)
     for index, row in zip(local, rows_of(batch), strict=False):  # the last ones may stay empty
-      _fill(bucket, row, index, failures, int(bucket.numbers[index]), total)
+      _fill(bucket, row, shape, index, failures, int(bucket.numbers[index]), total)
     return batch
 
   return grain.MapDataset.range(per_epoch * (_ENDLESS if epochs is None else epochs)).map(load)
@@ -200,7 +215,12 @@ def batches_of(buckets: "Sequence[BucketSamples]", batch_size: int) -> int:
 
 
 def prefetched(
-  dataset: grain.MapDataset, start: int = 0, *, threads: int = 2, buffered: int = BUFFERED
+  dataset: grain.MapDataset,
+  start: int = 0,
+  *,
+  threads: int = 2,
+  buffered: int = BUFFERED,
+  buffer_bytes: int = BUFFER_BYTES,
 ) -> Iterator[Row]:
   """Batches from position `start` on, read ahead by threads.
 
@@ -208,12 +228,40 @@ def prefetched(
     dataset: of `make_dataset`.
     start: number of global batches already used; the whole state of the data.
     threads: batches decoded at a time; PyAV and PIL release the GIL.
-    buffered: batches held ready, at least `threads`.
+    buffered: batches ready or being made, at least `threads`.
+    buffer_bytes: of memory that these take: fewer are read ahead where batches are large, but one
+      always is. A batch that is being made counts as much as the largest that is ready.
   """
-  if start >= len(dataset):
-    return
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
+  ahead: deque[Future[Row]] = deque()
+  position, usual = start, 0  # of usual bytes is a batch that is being made
+
+  def fill() -> None:
+    """Begins batches as long as there is room."""
+    nonlocal position, usual
+    while position < len(dataset) and len(ahead) < max(buffered, threads):
+      sizes = [_bytes_of(f.result()) for f in ahead if f.done() and not f.exception()]
+      usual = max(sizes, default=usual)
+      room = buffer_bytes - sum(sizes) - usual * (len(ahead) - len(sizes))
+      if ahead and (not usual or room < usual):
+        return
+      ahead.append(pool.submit(dataset.__getitem__, position))
+      position += 1
+
+  pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="vr-batch")
   try:
-    yield from dataset[start:].to_iter_dataset(options)
+    fill()
+    while ahead:
+      batch = ahead.popleft().result()
+      usual = usual or _bytes_of(batch)
+      fill()
+      yield batch
+      del batch  # or it would be held while the next is waited for
+      fill()
   except InputError as error:
     raise InputError(str(error).splitlines()[0]) from None  # without Grain's note on tracebacks
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _bytes_of(batch: Row | list[str]) -> int:
+  return 1 + sum(array.nbytes for array in batch.values()) if isinstance(batch, dict) else 1

@@ -6,15 +6,16 @@ same in every process, so that the position in the data stays one integer.
 """
 
 import dataclasses
-import hashlib
+import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_pipes.batch import Needs, Row, RowShape, Used, fit_shape, place
+from data_pipes.content import kept
 from data_pipes.errors import InputError
 from data_pipes.failures import Failures
 from data_pipes.files import replaced
@@ -36,11 +37,18 @@ class Plan:
     rows: the samples of each row, by their number.
     shape: of every row.
     fill: shares of the slots, frames, objects and clips of all rows that samples take.
+    frames: frame slots of each row, one of `classes`, of which the last is the shape's.
   """
 
   rows: Sequence[np.ndarray]
   shape: RowShape
   fill: dict[str, float]
+  frames: np.ndarray
+  classes: tuple[int, ...]
+
+  def shape_of(self, numbers: Sequence[int]) -> RowShape:
+    """The shape of a batch of rows by their numbers, -1 for an empty one."""
+    return cut_shape(self.shape, self.frames, self.classes, numbers)
 
 
 def plan_rows(
@@ -51,8 +59,13 @@ def plan_rows(
   scene: int,
   budgets: dict[str, int] | None = None,
   seed: int = 0,
+  batch_size: int = 1,
+  classes: tuple[int, ...] = (),
 ) -> Plan:
   """Packs samples into rows of `length` slots.
+
+  A few samples with many frames do not decide how many frames all rows have: they get rows of
+  their own, and batches without such rows are smaller (`frame_classes`).
 
   Args:
     needs: those of each sample.
@@ -62,6 +75,8 @@ def plan_rows(
       full row has on average and some more (frames: a tenth, so that few slots stay empty for want
       of frames, and few frames are encoded for nothing), and what the largest sample needs.
     seed: of the order in which samples are packed.
+    batch_size: rows of a global batch.
+    classes: frame slots that rows may have, one or two; by default what suits the samples.
 
   Raises:
     InputError: a sample that alone does not fit a row.
@@ -83,10 +98,23 @@ def plan_rows(
       f"{n} {t} (accepted: {r})" for n, t, r in zip(names, take[i], room, strict=True) if t > r
     )
     raise InputError(f"{over.sum()} samples do not fit a packed row, such as {i}: found {listed}")
-  rows = assign(take, np.array(room), order)
-  used = take.sum(0) / (np.array(room) * max(len(rows), 1))
+  if "frames" in budgets:
+    classes = (room[1],)
+  elif not classes:
+    rounded = -(-take[:, 1] // 8) * 8
+    usual = -(-math.ceil(take[:, 1].sum() * 1.1 / max(full_rows, 1)) // 8) * 8
+    classes = frame_classes(rounded, full_rows, batch_size, max(usual, 1))
+  rows: list[np.ndarray] = []
+  frames: list[int] = []
+  class_of = np.searchsorted(classes, take[:, 1])
+  for k, size in enumerate(classes):
+    more = assign(take, np.array([length, size, *room[2:]]), order[class_of[order] == k])
+    rows += more
+    frames += [size] * len(more)
+  full = np.array(room) * max(len(rows), 1)
+  full[1] = max(sum(frames), 1)
   shape = RowShape(
-    frames=room[1],
+    frames=classes[-1],
     scene=scene,
     objects=room[2],
     object_frames=budgets.get("object_frames", max([1, *(n.object_frames for n in needs)])),
@@ -94,7 +122,44 @@ def plan_rows(
     clips=room[3],
     **sizes,  # type: ignore[arg-type]
   )
-  return Plan(rows, shape, dict(zip(names, map(float, used), strict=True)))
+  fill = dict(zip(names, map(float, take.sum(0) / full), strict=True))
+  return Plan(rows, shape, fill, np.array(frames, np.int32), tuple(map(int, classes)))
+
+
+def frame_classes(
+  frames: np.ndarray, rows: float, batch_size: int, least: int = 1
+) -> tuple[int, ...]:
+  """Frame slots that the rows of a batch may have: one size, or two where a few samples need many.
+
+  A second size is a second program: it is taken where random batches then have a tenth fewer slots,
+  each batch having those of its largest sample.
+
+  Args:
+    frames: that each sample needs.
+    rows: that the samples make; each of the few is taken to have one of its own.
+    batch_size: rows of a global batch.
+    least: slots of any row.
+  """
+  sizes, counts = np.unique(np.maximum(frames, least), return_counts=True)
+  if not len(sizes):
+    return (least,)
+  beyond = len(frames) - np.cumsum(counts)  # samples that need more
+  fits = np.clip(1 - beyond / max(rows, 1), 0, 1) ** batch_size  # share of the batches
+  slots = fits * sizes + (1 - fits) * sizes[-1]
+  best = int(np.argmin(slots))
+  pair = (int(sizes[best]), int(sizes[-1]))
+  return pair if slots[best] < 0.9 * sizes[-1] else pair[1:]
+
+
+def cut_shape(
+  shape: RowShape, frames: np.ndarray, classes: Sequence[int], numbers: Sequence[int]
+) -> RowShape:
+  """The shape with the fewest frame slots of `classes` that hold the rows of these numbers.
+
+  `frames` are those that each row needs; a number -1 stands for an empty row.
+  """
+  most = max((int(frames[n]) for n in numbers if n >= 0), default=0)
+  return dataclasses.replace(shape, frames=next(size for size in classes if size >= most))
 
 
 def budgets_of(shape: RowShape) -> dict[str, int]:
@@ -192,10 +257,12 @@ class PackedSamples(RowSource):
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """Samples (by number) that go into rows of one shape."""
+  """Samples (by number) that go into rows of one shape, but for frame slots: see `Plan`."""
 
   numbers: np.ndarray
   shape: RowShape
+  frames: np.ndarray
+  classes: tuple[int, ...]
 
 
 class BucketSamples(RowSource):
@@ -205,10 +272,15 @@ class BucketSamples(RowSource):
 
   def __init__(self, sets: Sequence[Samples], bucket: Bucket):
     self.shape, self.numbers = bucket.shape, bucket.numbers
+    self._bucket = bucket
     self._sets, self._ends = sets, np.cumsum([len(s) for s in sets])
 
   def __len__(self) -> int:
     return len(self.numbers)
+
+  def shape_of(self, rows: Sequence[int]) -> RowShape:
+    """The shape of a batch of these rows."""
+    return cut_shape(self.shape, self._bucket.frames, self._bucket.classes, rows)
 
   def names(self, index: int) -> list[str]:
     k, sample = locate(self._ends, self.numbers[index])
@@ -227,7 +299,12 @@ def locate(ends: np.ndarray, number: int) -> tuple[int, int]:
 
 
 def make_buckets(
-  needs: Sequence[Needs], lengths: Sequence[int], *, sizes: dict[str, int], scene: int
+  needs: Sequence[Needs],
+  lengths: Sequence[int],
+  *,
+  sizes: dict[str, int],
+  scene: int,
+  batch_size: int = 1,
 ) -> list[Bucket]:
   """Sorts samples into rows of at most `lengths[0]`, `lengths[1]`, ... slots.
 
@@ -249,7 +326,10 @@ def make_buckets(
     numbers = np.flatnonzero(bucket_of == k)
     if len(numbers):
       shape = fit_shape((needs[int(i)] for i in numbers), scene=scene, **sizes)
-      buckets.append(Bucket(numbers, dataclasses.replace(shape, length=length)))
+      frames = np.array([needs[int(i)].frames for i in numbers], np.int32)
+      sizes_of_frames = frame_classes(frames, len(numbers), batch_size)
+      shape = dataclasses.replace(shape, length=length)
+      buckets.append(Bucket(numbers, shape, frames, sizes_of_frames))
   return buckets
 
 
@@ -275,9 +355,28 @@ def write_needs(path: Path, needs: Sequence[Needs]) -> None:
     log.info("needs of the samples are not kept: %s", error)
 
 
-def needs_key(*parts: object) -> str:
-  """A name for what decides the needs."""
-  return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+def kept_plan(path: Path | None, make: Callable[[], Plan]) -> Plan:
+  """A plan that is kept on disk: packing 700 000 samples takes a minute."""
+
+  def arrays() -> dict[str, np.ndarray]:
+    plan = make()
+    return {
+      "numbers": np.concatenate([np.zeros(0, np.int64), *plan.rows]),
+      "counts": np.array([len(row) for row in plan.rows], np.int64),
+      "frames": plan.frames,
+      "classes": np.array(plan.classes),
+      "shape": np.array(json.dumps(dataclasses.asdict(plan.shape))),
+      "fill": np.array(json.dumps(plan.fill)),
+    }
+
+  held = kept(path, arrays)
+  return Plan(
+    np.split(held["numbers"], np.cumsum(held["counts"])[:-1]) if len(held["counts"]) else [],
+    RowShape(**json.loads(str(held["shape"]))),
+    json.loads(str(held["fill"])),
+    held["frames"],
+    tuple(map(int, held["classes"])),
+  )
 
 
 def fill_line(plan: Plan, samples: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes.content import digest_of, digest_of_data, kept, kept_path
 from data_pipes.errors import Defect, InputError, reading
 from data_pipes.images import MAX_PIXELS
 from data_pipes.json_items import check_text, parse_json, places, read_items, scan_items
@@ -23,6 +24,7 @@ from data_pipes.tokenizer import REGION
 from data_pipes.video import Video
 
 FRAME_DIGITS = 9  # of a frame number
+INDEXED = 1 << 26  # bytes of a file from which on its index is kept on disk
 # What COCO's tools put beside a mask; alone they would not say where the object is.
 _BESIDE_A_MASK = ("size", "bbox", "area", "iscrowd", "score", "id", "image_id", "category_id")
 
@@ -276,7 +278,7 @@ class Container(Sequence[Record]):
 class RecordFile(Container):
   """Random access to the items of one JSON array; holds 16 bytes an item.
 
-  Making one scans the file once.
+  Making one scans the file once; the index of a large file is kept, by its content.
 
   Raises:
     InputError: the file is absent, not JSON, no array, or ends early.
@@ -284,8 +286,13 @@ class RecordFile(Container):
 
   def __init__(self, path: str | Path):
     self.path = Path(path)
+    large = self.path.is_file() and self.path.stat().st_size > INDEXED
+    place = kept_path(f"index-{digest_of(digest_of_data(self.path))}.npz") if large else None
+    self._spans = kept(place, self._index)["spans"]
+
+  def _index(self) -> dict[str, np.ndarray]:
     spans = [(start, len(raw)) for start, raw, _ in places(self.path)]
-    self._spans = np.array(spans, np.int64).reshape(-1, 2)
+    return {"spans": np.array(spans, np.int64).reshape(-1, 2)}
 
   @classmethod
   def reads(cls, path: Path) -> bool:

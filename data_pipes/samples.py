@@ -17,7 +17,7 @@ from data_pipes.clips import MAX_MASK_FRAMES, choose_mask_frames, media_path, re
 from data_pipes.errors import InputError
 from data_pipes.feature_shards import FeatureShards, sample_key
 from data_pipes.masks import GRID_RULES
-from data_pipes.prompts import Text, dialogue_text, plain_text
+from data_pipes.prompts import Text, dialogue_length, dialogue_text, plain_text
 from data_pipes.records import Record
 from data_pipes.shards import StoredClip
 from data_pipes.tokenizer import Tokenizer
@@ -71,6 +71,14 @@ class RowRules:
     render = dialogue_text if self.templated else plain_text
     return render(record.turns, tokenizer, record.tag).cut(self.max_text_ids)
 
+  def text_length(self, record: Record, tokenizer: Tokenizer) -> int:
+    """Ids of `text`, without their labels."""
+    if self.templated:
+      length = dialogue_length(record.turns, tokenizer, record.tag)
+    else:
+      length = len(plain_text(record.turns, tokenizer, record.tag).ids)
+    return length if self.max_text_ids is None else min(length, self.max_text_ids)
+
   def objects(self, record: Record, index: int) -> list[dict]:
     """The mask frames of each object that record number `index` uses."""
     single = self.masks == "single" or (self.masks == "half" and self._draw("half", index, 0) % 2)
@@ -102,9 +110,9 @@ def record_needs(
     raise InputError(
       f"{record.where}: key 'conversations': found nothing; accepted: a list of messages"
     )
-  text = rules.text(record, tokenizer)
+  length = rules.text_length(record, tokenizer)
   if record.media is None:
-    return Needs(0, 0, 0, 0, len(text.ids))
+    return Needs(0, 0, 0, 0, length)
   objects = rules.objects(record, index)
   if rules.cached:
     objects = [{} for _ in objects]
@@ -118,7 +126,7 @@ def record_needs(
     scene=scene,
     objects=len(objects),
     object_frames=max(map(len, objects), default=0),
-    text_ids=len(text.ids) - 1 - len(objects),
+    text_ids=length - 1 - len(objects),
   )
 
 

@@ -45,6 +45,7 @@ def programs_on_disk(tmp_path_factory) -> Path:
   By the environment too: commands and processes that tests start use it, not the user's cache.
   """
   folder = tmp_path_factory.mktemp("programs")
+  os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # needs, plans, indices
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
   return keep_on_disk(folder)
 

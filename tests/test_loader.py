@@ -1,8 +1,10 @@
 """The data position is one integer; global batches do not depend on the number of processes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,30 @@ def test_every_sample_once_an_epoch_in_another_order():
   assert epochs == _rows(make_dataset([Numbered(10)], epochs=2, **OPTIONS))
   other = make_dataset([Numbered(10)], epochs=2, **{**OPTIONS, "seed": 4})
   assert epochs != _rows(other)
+
+
+class Large(Numbered):
+  """Batches of a megabyte a row."""
+
+  shape = dataclasses.replace(SHAPE, image_size=592)
+
+
+def test_what_is_read_ahead_is_counted_in_bytes():
+  """Of large batches one is made while another is used; the order is the same."""
+  begun = []
+  dataset = make_dataset([Large(24)], batch_size=2, seed=0, drop_remainder=False)
+  counted = dataset.map(lambda batch: begun.append(1) or batch)
+  size = sum(a.nbytes for a in dataset[0].values())
+  for room, ahead in ((1, 2), (2 * size + 9, 3), (1 << 30, 5)):
+    begun.clear()
+    batches = prefetched(counted, threads=2, buffer_bytes=room)
+    assert _numbers(next(batches)) == _numbers(dataset[0])
+    deadline = time.monotonic() + 20
+    while len(begun) < ahead and time.monotonic() < deadline:
+      time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(begun) == ahead
+    assert [_numbers(b) for b in batches] == [_numbers(dataset[i]) for i in range(1, 12)]
 
 
 def test_files_in_their_own_order():

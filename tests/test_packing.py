@@ -15,6 +15,8 @@ from data_pipes.loader import batches_of, make_bucketed_dataset, make_dataset, p
 from data_pipes.packing import (
   BucketSamples,
   PackedSamples,
+  frame_classes,
+  kept_plan,
   make_buckets,
   plan_rows,
   read_needs,
@@ -271,6 +273,41 @@ def test_packed_rows_go_through_the_loader_as_single_ones_do(samples):
 
   assert run(1) == run(2) == run(4)
   assert run(2, 1) == run(1)[1:]
+
+
+def test_one_sample_with_many_frames_does_not_decide_the_shape_of_all_rows(tmp_path):
+  needs = mixed_needs(400)
+  plain = plan_rows(needs, 1024, sizes=SIZES, scene=16, batch_size=4)
+  assert plain.classes == (plain.shape.frames,)
+  needs[7] = dataclasses.replace(needs[7], frames=500)
+  plan = plan_rows(needs, 1024, sizes=SIZES, scene=16, batch_size=4)
+  assert plan.classes[1:] == (504,)
+  assert plan.classes[0] < plain.shape.frames + 16
+  assert sorted(np.concatenate(plan.rows)) == list(range(400))
+  for row, room in zip(plan.rows, plan.frames, strict=True):
+    assert sum(needs[i].frames for i in row) <= room
+  (large,) = np.flatnonzero(plan.frames == 504)
+  assert plan.shape_of([0, 1, -1]).frames == plan.classes[0]
+  assert plan.shape_of([0, int(large)]).frames == 504
+  kept = [kept_plan(tmp_path / "plan.npz", lambda: plan) for _ in range(2)][1]
+  assert kept.shape == plan.shape
+  assert (kept.classes, kept.fill) == (plan.classes, plan.fill)
+  assert [r.tolist() for r in kept.rows] == [r.tolist() for r in plan.rows]
+  assert kept_plan(tmp_path / "plan.npz", lambda: 1 / 0).frames.tolist() == plan.frames.tolist()
+
+
+@pytest.mark.parametrize(
+  ("frames", "batch", "classes"),
+  [
+    ([17] * 999 + [400], 8, (17, 400)),
+    ([17] * 500 + [48] * 500, 8, (48,)),  # nearly every batch holds one of the larger
+    ([17] * 9 + [400], 64, (400,)),
+    ([0, 0, 0], 2, (1,)),
+    ([], 2, (1,)),
+  ],
+)
+def test_frames_of_batches_come_in_two_sizes_where_few_need_many(frames, batch, classes):
+  assert frame_classes(np.array(frames, int), len(frames), batch) == classes
 
 
 def test_needs_are_kept_in_a_file(tmp_path):

@@ -19,6 +19,7 @@ from vr_jax.configs import base_config, to_json
 from vr_jax.interop import videorefer as published
 from vr_jax.models.costs import training_flops
 from vr_jax.models.videorefer import VideoReferConfig
+from vr_jax.training import videorefer_task as videorefer_task_module
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.videorefer_task import videorefer_task, work_of
 
@@ -231,6 +232,25 @@ def test_the_row_shape_fits_the_largest_record_or_is_given(config_of):
   assert rows["frames"].shape[1] == 24
   assert rows["region_frames"].shape[1:] == (3, 5)
   assert rows["tokens"].shape[1] == 200
+
+
+@pytest.mark.parametrize("layout", [{}, {"pack": 512}, {"buckets": (256, 512)}])
+def test_what_a_set_needs_is_computed_once_wherever_it_lies(
+  config_of, layout, monkeypatch, tmp_path
+):
+  config = config_of([0, 1, 2], input=layout)
+  config.input.batch_size = 1
+  batches = list(videorefer_task(config).batches(0, 2))
+  monkeypatch.setattr(videorefer_task_module, "record_needs", lambda *args: 1 / 0)
+  monkeypatch.setattr(videorefer_task_module, "plan_rows", lambda *args, **options: 1 / 0)
+  moved = tmp_path / "moved.json"
+  Path(config.input.files[0]).rename(moved)
+  config.input.files = (str(moved),)
+  for batch, again in zip(batches, videorefer_task(config).batches(0, 2), strict=True):
+    np.testing.assert_array_equal(batch["tokens"], again["tokens"])
+  moved.write_text(moved.read_text() + "\n")
+  with pytest.raises(ZeroDivisionError):
+    videorefer_task(config)
 
 
 @pytest.mark.parametrize(

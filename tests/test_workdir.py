@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import toy_task
 
+from data_pipes import content as contents
+from data_pipes.content import digest_of_data
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.checkpoint import export, load_meta, load_params, make_meta
 from vr_jax.configs import load_config, to_json
 from vr_jax.training import digests, processes, workdir
-from vr_jax.training.digests import digest_of_data
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import agree_on_data, together
@@ -128,8 +129,8 @@ def test_shards_are_known_by_their_index_and_sizes(tmp_path):
 
 
 def test_weights_of_any_size_are_known_by_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr(digests, "WHOLE", 10)
-  monkeypatch.setattr(digests, "PIECE", 2)
+  monkeypatch.setattr(contents, "WHOLE", 10)
+  monkeypatch.setattr(contents, "PIECE", 2)
   (tmp_path / "a").write_bytes(bytes(range(200)))
   (tmp_path / "b").write_bytes(bytes(range(199)) + b"x")
   assert digests.digest_of_weights(tmp_path / "a") != digests.digest_of_weights(tmp_path / "b")
