@@ -46,7 +46,7 @@ def test_targets_and_names_of_slices(text, chips):
     ("tpu:v5p:8x8", 1, "there is no topology '8x8'; accepted: 2x2x1"),
     ("tpu:v5e-63", 1, "there is no such slice; accepted: v5e-1, v5e-4"),
     ("gpu:h100:8x9", 1, "expected hosts x GPUs of a host"),
-    ("gpu:b100:1x8", 1, "gpu type 'b100' is not one of h100, h200"),
+    ("gpu:b100:1x8", 1, "gpu type 'b100' is not one of h100, h200, b200, a100-40"),
     ("gpu:h100:8x8", 2, "slices are of TPUs"),
     ("tpu:v5e:8x8", 0, "expected at least 1"),
   ],

@@ -106,7 +106,7 @@ def attention(
     causal: what `mask` says in a form that every kernel takes; padding queries then give anything.
       An `Inside` needs no mask beside it.
     rules: placement of activations; the kernels run on each device's part of them. (): rows over
-      the mesh axis `data` and heads over `tensor`, as far as there are such axes.
+      the mesh axis `data`, heads over `tensor` and frames over both, as far as there are such axes.
     names: the activation axes of B, N and K in the rules, None for one that stays whole.
   """
   call = describe(q, k, mask, causal, soft_cap, rules, names)
@@ -167,7 +167,12 @@ def _say(call: Call) -> None:
 
 # Of a mesh of inference, where no rules are given: the compiler places all else (see
 # inference/placement.py), and must be told of the kernels alone, which it cannot cut.
-_INFERENCE = {"batch": "data", "frame": "data", "heads": "tensor", "kv_heads": "tensor"}
+_INFERENCE = {
+  "batch": ("data",),
+  "frame": ("data", "tensor"),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+}
 
 
 def _specs(q, k, rules, names):
@@ -176,7 +181,8 @@ def _specs(q, k, rules, names):
   if mesh.empty:
     return jax.P(None, None, None, None), jax.P(None, None, None, None)
   if not rules:
-    rules = tuple((n, a if a in mesh.axis_names else None) for n, a in _INFERENCE.items())
+    present = {n: tuple(a for a in axes if a in mesh.axis_names) for n, axes in _INFERENCE.items()}
+    rules = tuple((n, axes or None) for n, axes in present.items())
   batch, heads, kv_heads = names
   return (
     act_spec(q.shape, rules, batch, None, heads, None),

@@ -18,9 +18,25 @@ from data_pipes.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class Gpu:
+  """What XLA reads of a card: compute capability, streaming multiprocessors, GHz, of each threads
+  and bytes of shared memory, of that the most for a block, bytes of the second-level cache.
+
+  CUDA C++ Programming Guide, table of compute capabilities; data sheets."""
+
+  capability: tuple[int, int]
+  cores: int
+  clock: float
+  threads: int
+  shared: int
+  shared_block: int
+  l2: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
   """One accelerator. `memory_gib` is what a program may use of it; `mfu` what published runs of
-  models of this size reach on it (share of `tflops`)."""
+  models of this size reach on it (share of `tflops`; where none is known, H100's)."""
 
   name: str
   kind: str  # "tpu" or "gpu"
@@ -29,7 +45,13 @@ class Chip:
   memory_gbs: float
   link_gbs: float
   mfu: float
+  gpu: Gpu | None = None
 
+
+_AMPERE = Gpu((8, 0), 108, 1.41, 2048, 167936, 166912, 40 << 20)
+_ADA = Gpu((8, 9), 58, 2.04, 1536, 102400, 101376, 48 << 20)
+_HOPPER = Gpu((9, 0), 132, 1.98, 2048, 233472, 232448, 50 << 20)
+_BLACKWELL = Gpu((10, 0), 148, 1.965, 2048, 233472, 232448, 126 << 20)
 
 # A GPU program leaves a tenth of the memory to the driver, NCCL and fragmentation.
 CHIPS = {
@@ -38,14 +60,31 @@ CHIPS = {
     Chip("v5e", "tpu", 197, 15.75, 819, 180, 0.55),
     Chip("v5p", "tpu", 459, 95.0, 2765, 540, 0.55),
     Chip("v6e", "tpu", 918, 31.25, 1638, 360, 0.43),
-    Chip("h100", "gpu", 989, 0.9 * 79.1, 3350, 450, 0.45),
-    Chip("h200", "gpu", 989, 0.9 * 131.3, 4800, 450, 0.50),
+    Chip("h100", "gpu", 989, 0.9 * 79.1, 3350, 450, 0.45, _HOPPER),
+    Chip("h200", "gpu", 989, 0.9 * 131.3, 4800, 450, 0.50, _HOPPER),
+    Chip("b200", "gpu", 2250, 0.9 * 167.6, 8000, 900, 0.45, _BLACKWELL),
+    Chip("a100-40", "gpu", 312, 0.9 * 39.4, 1555, 300, 0.50, _AMPERE),
+    Chip("a100-80", "gpu", 312, 0.9 * 79.1, 2039, 300, 0.50, _AMPERE),
+    # PCIe 4 x 16 in the place of NVLink.
+    Chip("l4", "gpu", 121, 0.9 * 22.5, 300, 32, 0.45, _ADA),
+    Chip(
+      "rtx4090",
+      "gpu",
+      165,
+      0.9 * 23.5,
+      1008,
+      32,
+      0.45,
+      dataclasses.replace(_ADA, cores=128, clock=2.52, l2=72 << 20),
+    ),
   )
 }
 # What JAX calls them (`Device.device_kind`), the more particular name first.
 _KINDS = {
-  "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e",
-  "NVIDIA H100": "h100", "NVIDIA H200": "h200",
+  r"TPU v5 lite|TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e",
+  "NVIDIA H100": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+  r"NVIDIA A100.*80GB": "a100-80", "NVIDIA A100": "a100-40",
+  r"NVIDIA L4\b": "l4", r"NVIDIA GeForce RTX 4090\b(?! D)": "rtx4090",
 }  # fmt: skip
 NETWORK_GBS = 50  # of one GPU to other hosts, and of one TPU host to other slices
 # Topologies that exist, by number of chips.
@@ -85,7 +124,7 @@ class Target:
 
 def chip_of(device: jax.Device) -> Chip | None:
   """The chip that a device is, None where it is none of CHIPS (a CPU, say)."""
-  names = (name for kind, name in _KINDS.items() if device.device_kind.startswith(kind))
+  names = (name for kind, name in _KINDS.items() if re.match(kind, device.device_kind))
   return CHIPS.get(next(names, ""))
 
 
@@ -96,7 +135,7 @@ def parse_target(text: str, slices: int = 1) -> Target:
     InputError: another form, an unknown chip, a topology that does not exist.
   """
   kind, _, rest = text.partition(":")
-  name, _, topology = rest.replace("-", ":").partition(":")
+  name, _, topology = (rest.replace("-", ":") if kind == "tpu" else rest).partition(":")
   if kind not in ("tpu", "gpu") or not topology:
     raise InputError(
       f"target {text!r}: expected tpu:TYPE:AxB[xC] or gpu:TYPE:HOSTSxGPUS, "
@@ -181,23 +220,22 @@ def _chips(topology: str) -> int:
 
 
 def _gpu_target(chip: Chip) -> str:
-  """XLA's GpuTargetConfigProto of a Hopper card, the fields that its compiler reads.
-
-  Sizes and limits: CUDA C++ Programming Guide, table of compute capability 9.0; H100 and H200
-  data sheets.
-  """
-  memory = {"h100": 80 * 2**30, "h200": 141 * 10**9}[chip.name]
+  """XLA's GpuTargetConfigProto of a card, the fields that its compiler reads."""
+  card = chip.gpu
+  assert card is not None
+  major, minor = card.capability
   return f"""
 gpu_device_info {{
-  cuda_compute_capability {{ major: 9 }}
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {card.threads}
+  shared_memory_per_block: 49152  shared_memory_per_core: {card.shared}
+  shared_memory_per_block_optin: {card.shared_block}
+  core_count: {card.cores}  fpus_per_core: {64 if card.capability == (8, 0) else 128}
+  clock_rate_ghz: {card.clock}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  memory_bandwidth: {int(chip.memory_gbs * 1e9)}  l2_cache_size: 52428800
-  device_memory_size: {memory}
+  memory_bandwidth: {int(chip.memory_gbs * 1e9)}  l2_cache_size: {card.l2}
+  device_memory_size: {int(chip.memory_gib / 0.9 * 2**30)}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9  minor: 10 }}

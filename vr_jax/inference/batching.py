@@ -136,7 +136,7 @@ class Engine:
     self.sizes, self._params = sizes, params
     # Each extend reads every weight, so several questions share one. A CPU pays for the padding of
     # slots, and for that of rows where there are few.
-    cpu = jax.default_backend() == "cpu"
+    cpu = placement.platform == "cpu"
     self._chunk = CPU_CHUNK if cpu else CHUNK
     self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
     self._llm = module.cfg.llm

@@ -480,7 +480,7 @@ class Model:
       rows=self._placement.whole_rows(options.batch_size),
       prefix=prefix,
       question=question,
-      new_tokens=max(16, 1 << (options.max_new_tokens - 1).bit_length()),
+      new_tokens=options.row_tokens,
     )
 
   def _scene(self, options: Options) -> int:

@@ -7,10 +7,11 @@ few of its largest arrays. What does not fit is refused before anything is read.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -23,8 +24,8 @@ from vr_jax.inference.options import WEIGHTS
 from vr_jax.inference.placement import Placement
 from vr_jax.models.fused import fused_config, fused_leaves
 from vr_jax.models.quantize import is_matrix, quantized
-from vr_jax.models.videorefer import PARTS, VideoReferConfig
-from vr_jax.params import Parameters
+from vr_jax.models.videorefer import PARTS, VideoReferConfig, init_params
+from vr_jax.params import Parameters, path_names
 
 
 def open_weights(
@@ -42,19 +43,8 @@ def open_weights(
   """
   if weights is not None and weights not in WEIGHTS:
     raise InputError(f"weights={weights!r}; accepted: {', '.join(WEIGHTS)}")
-  parts = {name: getattr(cfg, name) for name in PARTS}
-  if weights in ("float32", "bfloat16"):
-    parts = {name: dataclasses.replace(part, dtype=weights) for name, part in parts.items()}
+  parts, final = _computing(cfg, weights)
   int8 = weights == "int8"
-
-  def final(path: str, dtype: np.dtype) -> np.dtype:
-    """The dtype that a parameter is held in; matrices that become int8 are that before."""
-    if not _computes_in_dtype(path):
-      return np.dtype(np.float32)
-    computed = np.dtype(jnp.dtype(parts[path.split("/")[0]].dtype))
-    # Beside int8, what its file has in half precision stays so: each use widens it, exactly.
-    narrow = int8 and not is_matrix(path) and dtype.itemsize < computed.itemsize
-    return dtype if narrow else computed
 
   _refuse_too_much(params, final, int8, placement, memory_limit)
   ready: dict[str, Any] = {}
@@ -66,6 +56,46 @@ def open_weights(
     ready[path] = jax.block_until_ready(placement.put({path: leaf})[path])
   parts["llm"] = fused_config(parts["llm"], placement.size("tensor"))
   return dataclasses.replace(cfg, **parts), flax.traverse_util.unflatten_dict(ready, sep="/")
+
+
+def weight_shapes(
+  cfg: VideoReferConfig, weights: str, placement: Placement
+) -> tuple[VideoReferConfig, dict[str, Any]]:
+  """As `open_weights`, of a model that is not there: shapes with dtype and sharding."""
+  parts, final = _computing(cfg, weights)
+  parts["llm"] = fused_config(parts["llm"], placement.size("tensor"))
+  cfg = dataclasses.replace(cfg, **parts)
+  shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+
+  def held(path: str, leaf: Any) -> Any:
+    leaf = jax.ShapeDtypeStruct(leaf.shape, final(path, np.dtype(leaf.dtype)))
+    if weights == "int8" and is_matrix(path):
+      leaf = jax.eval_shape(functools.partial(quantized, path), leaf)
+    return placement.shapes({path: leaf})[path]
+
+  return cfg, jax.tree.map(held, path_names(shapes), shapes)
+
+
+def _computing(
+  cfg: VideoReferConfig, weights: str | None
+) -> tuple[dict[str, Any], Callable[[str, np.dtype], np.dtype]]:
+  """The parts' configs with the dtype of their matmuls; and the dtype that a parameter is held in.
+
+  Matrices that become int8 are in that dtype before.
+  """
+  parts = {name: getattr(cfg, name) for name in PARTS}
+  if weights in ("float32", "bfloat16"):
+    parts = {name: dataclasses.replace(part, dtype=weights) for name, part in parts.items()}
+
+  def final(path: str, dtype: np.dtype) -> np.dtype:
+    if not _computes_in_dtype(path):
+      return np.dtype(np.float32)
+    computed = np.dtype(jnp.dtype(parts[path.split("/")[0]].dtype))
+    # Beside int8, what its file has in half precision stays so: each use widens it, exactly.
+    narrow = weights == "int8" and not is_matrix(path) and dtype.itemsize < computed.itemsize
+    return dtype if narrow else computed
+
+  return parts, final
 
 
 def _computes_in_dtype(path: str) -> bool:

@@ -83,6 +83,11 @@ class Options:
     if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
       raise InputError(f"top_p={shown(self.top_p)}; accepted: above 0, up to 1 (off)")
 
+  @property
+  def row_tokens(self) -> int:
+    """New tokens that a row has room for: a power of two, so that few programs are needed."""
+    return max(16, 1 << (self.max_new_tokens - 1).bit_length())
+
   def sampling(self, default: "Sampling") -> "Sampling":
     return dataclasses.replace(
       default, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p

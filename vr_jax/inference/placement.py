@@ -1,12 +1,13 @@
 """Where weights, caches and rows live: on one device, or on a mesh of the axes `data` and `tensor`.
 
-Rows (answers under way, frames) are split over `data`; attention heads, MLP columns and the
-vocabulary over `tensor`. Everything else is whole on every device.
+Rows (answers under way) are split over `data`, frames over all devices; attention heads, MLP
+columns and the vocabulary over `tensor`. Everything else is whole on every device.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from vr_jax.params import path_names
 from vr_jax.sharding import make_mesh
 
 AXES = ("data", "tensor")
+Axes = str | tuple[str, ...] | None
+FRAME_AXES = AXES  # the tower's weights are whole on every device
 # The dim of a fused decoder's weights that is split over `tensor`. Where it does not divide it the
 # next match is tried, and the array stays whole if none does.
 TENSOR_DIMS = (
@@ -33,12 +36,8 @@ TENSOR_DIMS = (
 )
 
 
-def parse_mesh(text: str) -> Mesh:
-  """The mesh of "data=2,tensor=4", over the first devices.
-
-  Raises:
-    InputError: other axes, or more devices than there are.
-  """
+def mesh_axes(text: str) -> dict[str, int]:
+  """The axes of "data=2,tensor=4" and their sizes. Raises InputError: others."""
   sizes: dict[str, int] = {}
   for part in text.split(","):
     axis, _, size = part.strip().partition("=")
@@ -47,6 +46,16 @@ def parse_mesh(text: str) -> Mesh:
         f"--mesh {text!r}; accepted: data=N, tensor=N or both, as in data=2,tensor=4"
       )
     sizes[axis] = int(size)
+  return sizes
+
+
+def parse_mesh(text: str) -> Mesh:
+  """The mesh of "data=2,tensor=4", over the first devices.
+
+  Raises:
+    InputError: other axes, or more devices than there are.
+  """
+  sizes = mesh_axes(text)
   devices = jax.devices()
   count = math.prod(sizes.values())
   if count > len(devices):
@@ -78,9 +87,9 @@ class Placement:
         f"{cfg.mlp_dim} MLP columns; accepted: a number that divides all of them"
       )
 
-  def whole_rows(self, count: int) -> int:
-    """`count` rounded up to rows that the data axis divides."""
-    n = self.size("data")
+  def whole_rows(self, count: int, axes: Sequence[str] = ("data",)) -> int:
+    """`count` rounded up to rows that these axes divide, together."""
+    n = math.prod(map(self.size, axes))
     return -(-count // n) * n
 
   @property
@@ -88,14 +97,16 @@ class Placement:
     """Sharding of an array that every device has whole."""
     return self.split()
 
-  def split(self, *axes: str | None) -> NamedSharding | None:
-    """Sharding of an array whose first dims are split over these axes."""
+  def split(self, *axes: Axes) -> NamedSharding | None:
+    """Sharding of an array whose first dims are split over these axes, as far as there are such."""
     if self.mesh is None:
       return None
-    present = [axis if axis in self.mesh.axis_names else None for axis in axes]
+    names = self.mesh.axis_names
+    several = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    present = [tuple(a for a in group if a in names) or None for group in several]
     return NamedSharding(self.mesh, PartitionSpec(*present))
 
-  def array(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+  def array(self, shape: tuple[int, ...], dtype: Any, *axes: Axes) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of an argument."""
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self.split(*axes))
 
@@ -133,6 +144,21 @@ class Placement:
     return jax.tree.map(
       lambda path, x: jax.device_put(x, self._weight(path, x.shape)), path_names(params), params
     )
+
+  def shapes(self, params: Any) -> Any:
+    """As `put`, of shapes: where each parameter would lie."""
+    if self.mesh is None:
+      return params
+    return jax.tree.map(
+      lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._weight(path, x.shape)),
+      path_names(params),
+      params,
+    )
+
+  @property
+  def platform(self) -> str:
+    """Of the devices: "cpu", "gpu", "cuda" or "tpu"."""
+    return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
   def _weight(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
     for pattern, dim in TENSOR_DIMS:

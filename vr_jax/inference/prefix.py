@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vr_jax.inference.placement import Placement
+from vr_jax.inference.placement import FRAME_AXES, Placement
 from vr_jax.inference.programs import Programs
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
@@ -67,7 +67,7 @@ class Visual:
   def __init__(self, module: VideoRefer, params: Any, programs: Programs, placement: Placement):
     self._module, self._params, self._programs = module, params, programs
     self._placement = placement
-    self._frames = placement.whole_rows(FRAMES)
+    self._frames = placement.whole_rows(FRAMES, FRAME_AXES)
     self._kept: collections.OrderedDict[tuple[Hashable, ...], Prefix] = collections.OrderedDict()
     # By the file: the hash and the numbers of its scene frames; and tokens by file and masks.
     self._scenes: dict[Hashable, tuple[bytes, Sequence[int]]] = {}
@@ -222,7 +222,7 @@ class Visual:
   def _programs_of_objects(self, object_frames: int):
     cfg, array, C = self._module.cfg, self._placement.array, self._frames
     N, D, S = cfg.img.grid**2, cfg.img.width, cfg.img.image_size
-    features = array((C, N, D), cfg.img.dtype, "data")
+    features = array((C, N, D), cfg.img.dtype, FRAME_AXES)
 
     def encode(params, pixels):
       return self._apply(params, pixels[None], method="encode_frames")[0]
@@ -233,7 +233,8 @@ class Visual:
     def merge(params, pooled, valid):
       return self._apply(params, pooled, valid, method="object_tokens")
 
-    pixels, masks = array((C, S, S, 3), "uint8", "data"), array((C, OBJECTS, N), "uint8", "data")
+    pixels = array((C, S, S, 3), "uint8", FRAME_AXES)
+    masks = array((C, OBJECTS, N), "uint8", FRAME_AXES)
     pooled = array((OBJECTS, object_frames, D), "float32")
     valid = array((OBJECTS, object_frames), bool)
     programs, params, out = self._programs, self._params, self._placement.whole
@@ -266,7 +267,7 @@ class Visual:
 
   def _scene_arguments(self, scene: int):
     cfg, C = self._module.cfg.img, self._frames
-    chunk = self._placement.array((C, cfg.grid**2, cfg.width), cfg.dtype, "data")
+    chunk = self._placement.array((C, cfg.grid**2, cfg.width), cfg.dtype, FRAME_AXES)
     return (chunk,) * -(-scene // C), self._placement.array((scene,), "int32")
 
   def _apply(self, params, *args, method):

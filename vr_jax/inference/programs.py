@@ -39,9 +39,12 @@ class Programs:
         jitted = jax.jit(function, donate_argnums=donate, **shardings)
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
           lowered = jitted.lower(*jax.tree.map(shape_of, arguments))
-        self._compiled[name] = lowered.compile()
+        self._compiled[name] = self._compile(name, lowered)
         _give_back()
     return self._compiled[name]
+
+  def _compile(self, name: Hashable, lowered: Any) -> Any:
+    return lowered.compile()
 
   def scratch(self) -> int:
     """Bytes on a device that the greediest program needs beside its arguments and results."""

@@ -58,6 +58,11 @@ whole_head.defvjp(
 )
 
 
+def table_rows(cfg: DecoderConfig) -> int:
+  """Rows of the tables: a token each, and spare ones so that a tensor axis splits them evenly."""
+  return -(-cfg.vocab_size // cfg.shards) * cfg.shards
+
+
 class Embedder(nn.Module):
   """Token table and head."""
 
@@ -65,7 +70,7 @@ class Embedder(nn.Module):
   rules: ActivationRules = ()
 
   def setup(self):
-    shape, init = (self.cfg.vocab_size, self.cfg.width), scaled_by(1)
+    shape, init = (table_rows(self.cfg), self.cfg.width), scaled_by(1)
     self.input_embedding = self.param("input_embedding", init, shape)
     if not self.cfg.tied_head:
       self.output_embedding = self.param("output_embedding", init, shape)
@@ -85,7 +90,8 @@ class Embedder(nn.Module):
       table = jax.lax.dynamic_slice_in_dim(table, *rows)
     if self.cfg.layout == "fused" and not self.rules:
       x = x.astype(self.cfg.dtype)
-      return widened(x, table, self.cfg, columns=0, dtype=jnp.float32)
+      logits = widened(x, table, self.cfg, columns=0, dtype=jnp.float32)
+      return logits if rows is not None else logits[..., : self.cfg.vocab_size]
     table = whole_head(table.astype(self.cfg.dtype), self.rules)
     x = x.astype(self.cfg.dtype)
     return jnp.einsum("...D,WD->...W", x, table, preferred_element_type=jnp.float32)

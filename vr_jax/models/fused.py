@@ -47,10 +47,12 @@ class FusedProjection(nn.Module):
     y = matmul(x, self.param("w", scaled_by(0), (c.width, (N + 2 * K) * H)), cfg=c)
     if c.qkv_bias:
       y = y + self.param("b", nn.initializers.zeros, ((N + 2 * K) * H,)).astype(x.dtype)
-    y = rearrange(y, "B L (C M H) -> B L C M H", C=c.shards, H=H)  # M heads of q, k and v
+    # Cut before the heads are told apart: a TPU's compiler else turns the matrix round first, and
+    # keeps a copy of it.
+    y = rearrange(y, "B L (C F) -> B L C F", C=c.shards)
+    ends = (N * H // c.shards, (N + K) * H // c.shards)
     q, k, v = (
-      rearrange(part, "B L C N H -> B L (C N) H")
-      for part in jnp.split(y, (N // c.shards, (N + K) // c.shards), axis=-2)
+      rearrange(part, "B L C (N H) -> B L (C N) H", H=H) for part in jnp.split(y, ends, axis=-1)
     )
     return q, k, v
 
@@ -75,8 +77,8 @@ class FusedFeedForward(FeedForward):
   def gate_up(self, x: Float[Array, "B L D"]) -> tuple[Array, Array]:
     c = self.cfg
     both = matmul(x, self.param("gate_up", scaled_by(0), (c.width, 2 * c.mlp_dim)), cfg=c)
-    both = rearrange(both, "B L (C two F) -> B L C two F", C=c.shards, two=2)
-    gate, up = (rearrange(both[..., i, :], "B L C F -> B L (C F)") for i in range(2))
+    both = rearrange(both, "B L (C F) -> B L C F", C=c.shards)
+    gate, up = (rearrange(x, "B L C F -> B L (C F)") for x in jnp.split(both, 2, axis=-1))
     return gate, up
 
 
@@ -149,7 +151,9 @@ def fused_leaves(
 
   for path in paths:
     if not path.startswith("layers/"):
-      yield path, read(path, ())
+      array = read(path, ())
+      spare = -len(array) % shards if path.startswith("embedder/") else 0
+      yield path, np.pad(array, ((0, spare), (0, 0))) if spare else array
   for i in range(cfg.depth):
     w = projected("w", i, cfg.width, cfg.head_dim)
     yield f"layers_{i}/attn/qkv/w", rearrange(w, "N D H -> D (N H)")
