@@ -196,6 +196,51 @@ def test_slurm(tools):
   assert json.loads(done.stdout)[0] == ["train", *TRAIN]
 
 
+COMMANDS = """# All commands of a phase may run at once.
+# phase 1
+echo 1:0 >> "$LOG"
+echo 1:1 >> "$LOG"
+echo 1:2 >> "$LOG"
+# phase 2
+echo 2:0 >> "$LOG"
+# at the end: writes the published files
+false || echo 'the end' >> "$LOG"
+"""
+
+
+def test_a_printed_array_becomes_slurm_arrays_one_after_the_other(tmp_path):
+  """A stand-in for sbatch runs each array's tasks, as a node would."""
+  script = tmp_path / "my run.sh"
+  script.write_text(COMMANDS)
+  code = """
+for i in $(seq "$#"); do
+  case "${!i}" in
+    --array) n=$((i + 1)); tasks=${!n#1-} ;;
+    --wrap) n=$((i + 1)); wrap=${!n} ;;
+    --dependency) n=$((i + 1)); echo "after ${!n}" >> "$LOG" ;;
+  esac
+done
+for t in $(seq "$tasks"); do SLURM_ARRAY_TASK_ID=$t bash -c "$wrap"; done
+echo "$((++JOB))" >> "$LOG.jobs"
+echo "$(wc -l < "$LOG.jobs");cluster" """
+  stand_in(tmp_path, "sbatch", code)
+  log = tmp_path / "log"
+  done = call("slurm_array.sh", str(script), "--gpus=1", path=tmp_path, LOG=str(log), TASKS="2")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    "001: job 1, 2 tasks for 3 commands",
+    "002: job 2, 1 tasks for 1 commands",
+    "003: job 3, 1 tasks for 1 commands",
+  ]
+  lines = log.read_text().splitlines()
+  assert lines[:3] == ["1:0", "1:2", "1:1"]
+  assert lines[3:] == ["after afterok:1", "2:0", "after afterok:2", "the end"]
+  first, _, last = dry("slurm_array.sh", str(script), "--gpus=1")
+  assert "--dependency" not in first
+  assert last[-4:] == ["--dependency", "afterok:JOB", "--kill-on-invalid-dep", "yes"]
+  assert call("slurm_array.sh", str(tmp_path / "none")).returncode == 2
+
+
 def test_slurm_saves_and_queues_again_near_the_time_limit(tmp_path):
   stand_in(tmp_path, "srun", 'echo $$ > "$STEP"; sleep 30 & trap "kill $!; exit 143" TERM; wait')
   stand_in(tmp_path, "scancel", 'kill -TERM "$(cat "$STEP")"')
