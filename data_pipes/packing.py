@@ -6,10 +6,11 @@ same in every process, so that the position in the data stays one integer.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,17 @@ def kept_plan(path: Path | None, make: Callable[[], Plan]) -> Plan:
     held["frames"],
     tuple(map(int, held["classes"])),
   )
+
+
+def digest_of_rows(groups: Iterable[tuple[Iterable[Iterable[int]], object]]) -> str:
+  """ "N rows digest" of which samples share the rows of each shape: (rows, sizes) for each."""
+  digest, count = hashlib.sha256(), 0
+  for rows, sizes in groups:
+    digest.update(f"{sizes}\n".encode())
+    for row in rows:
+      digest.update(np.array([-1, *row], np.int64).tobytes())  # -1: a row begins
+      count += 1
+  return f"{count} rows {digest.hexdigest()[:16]}"
 
 
 def fill_line(plan: Plan, samples: int) -> str:

@@ -21,6 +21,7 @@ from vr_jax.models.costs import training_flops
 from vr_jax.models.videorefer import VideoReferConfig
 from vr_jax.training import videorefer_task as videorefer_task_module
 from vr_jax.training.metrics import read_metrics
+from vr_jax.training.task import PLAN
 from vr_jax.training.videorefer_task import videorefer_task, work_of
 
 RUN = """
@@ -201,6 +202,17 @@ def test_batches_go_on_from_any_position(config_of):
   epochs = [np.concatenate([b["tokens"] for b in all_of_them[i : i + 2]]) for i in (0, 2, 4)]
   assert (np.sort(epochs[0], axis=0) == np.sort(epochs[1], axis=0)).all()
   assert (epochs[0] != epochs[1]).any()
+
+
+def test_which_samples_share_rows_is_part_of_the_data(config_of, monkeypatch):
+  config = config_of(range(6), input={"pack": 512})
+  plan = videorefer_task(config).data[PLAN]
+  assert plan == videorefer_task(config).data[PLAN]
+  needs = videorefer_task_module.all_needs
+  monkeypatch.setattr(videorefer_task_module, "all_needs", lambda *args: needs(*args)[::-1])
+  other = videorefer_task(config).data  # as by another version, or needs of a cache that is wrong
+  assert other.pop(PLAN) != plan
+  assert other == videorefer_task(config_of(range(6))).data
 
 
 @pytest.mark.parametrize("layout", [{}, {"pack": 512}, {"buckets": (256, 512)}])

@@ -21,6 +21,7 @@ from vr_jax.training import digests, processes, workdir
 from vr_jax.training.loop import train
 from vr_jax.training.metrics import read_metrics
 from vr_jax.training.processes import agree_on_data, together
+from vr_jax.training.task import PLAN
 from vr_jax.training.workdir import check_data, check_same_run, check_shared, read_before
 
 pytestmark = pytest.mark.usefixtures("programs_on_disk")
@@ -163,6 +164,9 @@ def test_other_data_are_refused(tmp_path):
     check_data(tmp_path, before, {"input.files[0]": "9 bytes abd"})
   with pytest.raises(InputError, match=r"input\.files\[1\] was nothing, is 1 bytes x"):
     check_data(tmp_path, before, {**before, "input.files[1]": "1 bytes x"})
+  check_data(tmp_path, before, {**before, PLAN: "3 rows x"})  # an older version wrote no plan
+  with pytest.raises(InputError, match=r"plan of the rows was 3 rows x, is 3 rows y; use the same"):
+    check_data(tmp_path, {**before, PLAN: "3 rows x"}, {**before, PLAN: "3 rows y"})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from data_pipes.navit_prompts import IMAGE_TOKEN, REGION_TOKEN, special_id
 from data_pipes.navit_rows import Ids
 from data_pipes.navit_samples import NavitRules
 from data_pipes.object_crops import CROP_RULES
+from data_pipes.packing import digest_of_rows
 from data_pipes.records import Container
 from data_pipes.tokenizer import Tokenizer
 from vr_jax.models.costs import decoder_flops, picture_flops
@@ -56,8 +57,9 @@ def navit_dataset(
   records: Sequence[Container],
   tokenizer: Tokenizer,
   failures: Failures,
-) -> tuple[int, Callable[..., Any]]:
-  """Packed rows of `input.pack` slots: how many an epoch has, and the dataset, by how it is run.
+) -> tuple[int, Callable[..., Any], str]:
+  """Packed rows of `input.pack` slots: how many an epoch has, the dataset, by how it is run, and a
+  digest of which samples share rows.
 
   As published, a row's samples see themselves alone. Where the sets have weights, which are shares
   of rows, each set has rows of its own.
@@ -82,7 +84,9 @@ def navit_dataset(
   )
   log.info(plan_line(plan))
   rows = NavitRows(sets, plan, ids, failures)
-  return len(rows), functools.partial(make_dataset, [rows], drop_remainder=False)
+  made = functools.partial(make_dataset, [rows], drop_remainder=False)
+  sizes = (plan.shape.length, plan.shape.patches, plan.shape.tower_rows)
+  return len(rows), made, digest_of_rows([(plan.rows, sizes)])
 
 
 def plan_line(plan: NavitPlan) -> str:

@@ -16,6 +16,7 @@ from vr_jax.training.loss import LossSums
 from vr_jax.training.step import Cuts
 
 Rows = Mapping[str, np.ndarray]
+PLAN = "plan of the rows"  # in `Task.data`, where samples are packed or sorted into buckets
 TASKS = {"videorefer": "vr_jax.training.videorefer_task:videorefer_task"}
 # Names that configs in work directories may still have.
 MOVED = {
@@ -39,8 +40,8 @@ class Task:
     start: shapes of the parameters -> those the run starts from, a part of the tree; the others
       are initialised.
     tokenizer_files, generation: stored in checkpoints for inference.
-    data: digests of what the rows are made from, by name ("size digest"), stored in checkpoints and
-      compared when a run goes on.
+    data: digests of what the rows are made from, by name ("size digest"), and of which samples
+      share rows (`PLAN`), stored in checkpoints, compared when a run goes on and between processes.
     failures: samples that could not be read.
     counts: numbers to report beside the loss, such as unreadable samples so far.
     work: rows of a step -> (slots that are not empty, FLOPs that they need), for rates.

@@ -28,6 +28,7 @@ from data_pipes.packing import (
   Plan,
   budgets_of,
   cut_shape,
+  digest_of_rows,
   fill_line,
   frame_classes,
   kept_plan,
@@ -54,7 +55,7 @@ from vr_jax.training.navit_data import navit_dataset, navit_work_of
 from vr_jax.training.schedule import split_by_table
 from vr_jax.training.start import generation, model_config, starting_params, tokenizer_files
 from vr_jax.training.step import Cuts
-from vr_jax.training.task import Rows, Task
+from vr_jax.training.task import PLAN, Rows, Task
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ def videorefer_task(config: ConfigDict) -> Task:
   failures = Failures(config.input.max_unreadable)
   caches = feature_caches(config, records)
   if any_size:
-    size, make = navit_dataset(config, cfg, records, tokenizer, failures)
+    made = navit_dataset(config, cfg, records, tokenizer, failures)
   else:
-    size, make = _dataset(_Sets(config, cfg, records, tokenizer, rules, files, caches), failures)
+    made = _dataset(_Sets(config, cfg, records, tokenizer, rules, files, caches), failures)
+  size, make, plan = made
 
   def dataset(total_steps: int, **options: Any) -> grain.MapDataset:
     # Whole epochs end with them: empty rows fill the last batch, not samples of one epoch more.
@@ -126,7 +128,8 @@ def videorefer_task(config: ConfigDict) -> Task:
       f"input.{name}[{i}]": digest_of_data(path)
       for name in ("files", "features")
       for i, path in enumerate(config.input[name])
-    },
+    }
+    | ({PLAN: plan} if plan else {}),
     failures=failures,
     counts=lambda: {"unreadable": len(failures)},
     work=functools.partial(
@@ -209,7 +212,8 @@ def in_order_of_frames(rows: Row) -> Row:
 
 
 SIZES = ("frames", "objects", "object_frames", "length")  # of a row, that `input.row_*` may set
-Made = tuple[int, Callable[..., Any]]  # rows of an epoch; the dataset, by how it is run
+# Rows of an epoch; the dataset, by how it is run; digest of which samples share rows.
+Made = tuple[int, Callable[..., Any], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +283,7 @@ def _one_a_sample(sets: _Sets) -> Made:
   made = functools.partial(
     make_dataset, samples, drop_remainder=False, weights=weights, shape_of=shape_of
   )
-  return sum(map(len, sets.records)), made
+  return sum(map(len, sets.records)), made, ""
 
 
 def _bucketed(sets: _Sets) -> Made:
@@ -304,7 +308,8 @@ def _bucketed(sets: _Sets) -> Made:
     )
   ]
   rows = batches_of(buckets, config.input.batch_size) * config.input.batch_size
-  return rows, functools.partial(make_bucketed_dataset, buckets)
+  plan = digest_of_rows(([b.numbers], b.shape.length) for b in buckets)
+  return rows, functools.partial(make_bucketed_dataset, buckets), plan
 
 
 def _packed(sets: _Sets, failures: Failures) -> Made:
@@ -354,12 +359,13 @@ def _packed(sets: _Sets, failures: Failures) -> Made:
     PackedSamples(s, p, failures, first, sum(counts))
     for (_, s), p, first in zip(groups, plans, firsts, strict=False)
   ]
+  plan_digest = digest_of_rows((p.rows, (config.input.pack, budgets_of(p.shape))) for p in plans)
   frames = np.concatenate([plan.frames for plan in plans])
   shape_of = functools.partial(cut_shape, plans[0].shape, frames, plans[0].classes)
   made = functools.partial(
     make_dataset, rows, drop_remainder=False, weights=weights, shape_of=shape_of
   )
-  return sum(map(len, rows)), made
+  return sum(map(len, rows)), made, plan_digest
 
 
 def feature_caches(config: ConfigDict, records: Sequence[Container]) -> list[FeatureShards]:

@@ -22,7 +22,7 @@ from vr_jax.checkpoint import load_meta, tokenizer_files_of
 from vr_jax.configs import MISSING, base_config, diff, from_json, leaves
 from vr_jax.training.digests import digest_of_weights
 from vr_jax.training.processes import gather
-from vr_jax.training.task import task_name
+from vr_jax.training.task import PLAN, task_name
 
 log = logging.getLogger(__name__)
 # Fields that may change between the runs of one work directory: they decide where things lie and
@@ -145,7 +145,10 @@ def check_data(workdir: Path, before: Mapping[str, str], now: Mapping[str, str])
   Raises:
     InputError: naming the first that differs.
   """
-  for name in sorted({*before, *now}) if before else ():
+  names = {*before, *now} if before else set()
+  if PLAN not in before:
+    names.discard(PLAN)  # an older version wrote none
+  for name in sorted(names):
     old, new = before.get(name, "nothing"), now.get(name, "nothing")
     if old != new:
       raise InputError(
