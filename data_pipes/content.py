@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipes.buckets import here, size_of
 from data_pipes.files import replaced
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 def digest_of_data(path: Path | str) -> str:
   """ "size digest" of an annotation file, or of a folder of shards: its indices and all sizes."""
-  path = Path(path)
+  path = here(path)
   if path.is_file():
     stat = path.stat()
     return _digest_of_file(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -47,7 +48,7 @@ def summary(files: list[tuple[str, Path]], whole: bool) -> str:
   """ "size digest" of files with their names; `whole`: of large ones every byte counts."""
   digest, size = hashlib.sha256(), 0
   for name, path in files:
-    length = path.stat().st_size
+    length = size_of(path)
     size += length
     digest.update(f"{name}\0{length}\n".encode())
     for block in _blocks(path, length, whole or length <= WHOLE):

@@ -10,12 +10,14 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from data_pipes.buckets import as_path, is_address
 from data_pipes.errors import InputError
 
 LOCK = ".lock"  # in a work directory, while a run is at work in it
@@ -37,6 +39,12 @@ def replaced(path: Path | str, *, durable: bool = True, alone: bool = True) -> I
     alone: no other process writes this path meanwhile, not even one that a killed run left behind.
       Then the part has one name, and what a kill leaves is overwritten by the next write.
   """
+  if is_address(path):  # a bucket has whole objects alone
+    with tempfile.TemporaryDirectory() as folder:
+      part = Path(folder, "part")
+      yield part
+      as_path(path).write_bytes(part.read_bytes())
+    return
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
@@ -219,7 +227,7 @@ def locked(folder: Path | str, run: str = "", part: str | None = None) -> Iterat
     InputError: another run is at work there, or the same part of this one; or the folder cannot be
       written.
   """
-  if "://" in str(folder):
+  if is_address(folder):
     yield
     return
   path = Path(folder) / LOCK

@@ -23,12 +23,11 @@ BROUGHT_BY = {
   "markupsafe": "jinja2",
   "ml_dtypes": "jax",
   "tensorstore": "orbax",
+  "fsspec": "etils",
   "huggingface_hub": "transformers",
 }
 # Not imported by the product.
-NOT_IMPORTED = {
-  "etils": "Orbax opens work directories on gs:// through its extra [epath]",
-}
+NOT_IMPORTED: dict[str, str] = {}
 # Imported, and in no list: the extra [lmms] says how it is installed.
 NOT_LISTED = {"lmms_eval"}
 

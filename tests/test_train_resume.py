@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,10 @@ import toy_task
 from toy_task import EXAMPLES
 
 from data_pipes.errors import InputError
-from vr_jax.checkpoint import load_for_inference, load_params
+from vr_jax.checkpoint import StoredParams, export, load_for_inference, load_meta, load_params
 from vr_jax.configs import load_config
 from vr_jax.hardware import CHIPS
+from vr_jax.params import by_path
 from vr_jax.training import loop
 from vr_jax.training.heartbeat import read_beats
 from vr_jax.training.loop import train
@@ -26,6 +28,10 @@ from vr_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("programs_on_disk")
 CONFIG = str(Path(__file__).parent / "toy_config.py")
+PARAMETERS = {
+  *(f"{name}/{kind}" for name in ("tower", "mlp", "head") for kind in ("kernel", "bias")),
+  "table/embedding",
+}
 STEPS = 10  # two epochs of 80 examples, 16 a step
 
 RUN = """
@@ -33,15 +39,15 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 from vr_jax.configs import load_config
 from vr_jax.training.loop import train
-train(load_config(sys.argv[1]), sys.argv[2])
+train(load_config(sys.argv[1], sys.argv[3:]), sys.argv[2], extend=True)
 """
 
 
-def run_process(workdir, **environment):
+def run_process(workdir, overrides=(), **environment):
   root = Path(__file__).parent.parent
   path = os.pathsep.join([str(root), str(root / "tests")])
   return subprocess.run(
-    [sys.executable, "-c", RUN, CONFIG, str(workdir)],
+    [sys.executable, "-c", RUN, CONFIG, str(workdir), *overrides],
     env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
     capture_output=True,
     text=True,
@@ -69,23 +75,71 @@ def straight(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.multiprocess
-def test_killed_runs_end_with_the_same_bits_and_see_every_example_once(
-  straight, tmp_path, monkeypatch
-):
-  log = tmp_path / "log"
-  # Between two checkpoints, and while the one of step 6 is being written.
-  for position in (4, 6):
-    killed = run_process(tmp_path / "run", TOY_LOG=str(log), TOY_SIGNAL=f"SIGKILL:{position}")
-    assert killed.returncode == -9, killed.stderr
-  monkeypatch.setenv("TOY_LOG", str(log))
-  assert train(load_config(CONFIG), tmp_path / "run").finished
+def as_an_earlier_version_left_it(workdir):
+  """Takes from a stopped run what later versions have added, and gives it a field that is gone."""
+  files = [workdir / "config.json"]
+  files += (workdir / "checkpoints").glob("*/meta/metadata")
+  for file in files:
+    content = json.loads(file.read_text())
+    config = content.get("config", content)
+    del config["ema_decay"], config["max_skipped"], config["input"]["max_empty"]
+    config["gone"] = 1
+    content.pop("counts", None)
+    file.write_text(json.dumps(content))
 
-  assert_same_params(straight, tmp_path / "run")
+
+@pytest.mark.multiprocess
+def test_a_killed_moved_and_upgraded_run_ends_as_its_twin_and_sees_every_example_once(
+  straight, tmp_path, monkeypatch, caplog
+):
+  """The twin ran on without a stop, on the rows of the same seed."""
+  log = tmp_path / "log"
+  first, then = tmp_path / "first", tmp_path / "then"
+  # Between two checkpoints, and while the one of step 6 is being written; elsewhere meanwhile.
+  for folder, position in ((first, 4), (then, 6)):
+    folder.mkdir()
+    (folder / "seed").write_text("0")
+    if folder is then:
+      shutil.move(first / "run", then / "run")
+      shutil.rmtree(first)
+    killed = run_process(
+      folder / "run",
+      [f"input.files=('{folder / 'seed'}',)"],
+      TOY_LOG=str(log),
+      TOY_SIGNAL=f"SIGKILL:{position}",
+    )
+    assert killed.returncode == -9, killed.stderr
+  as_an_earlier_version_left_it(then / "run")
+  monkeypatch.setenv("TOY_LOG", str(log))
+  config = load_config(CONFIG, [f"input.files=('{then / 'seed'}',)"])
+  assert train(config, then / "run").finished
+  assert "config.gone=1 is not a field any more" in caplog.text
+
+  assert_same_params(straight, then / "run")
   assert examples_seen(log) == [Counter(range(EXAMPLES))] * 2
-  ours, theirs = read_metrics(straight), read_metrics(tmp_path / "run")
+  ours, theirs = read_metrics(straight), read_metrics(then / "run")
   assert [m["step"] for m in ours] == [m["step"] for m in theirs] == list(range(1, STEPS + 1))
   assert [m["loss"] for m in ours] == [m["loss"] for m in theirs]
+
+
+@pytest.mark.multiprocess
+def test_a_killed_extended_run_ends_as_its_twin_that_was_extended_at_the_same_step(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("TOY_SIGNAL", "SIGTERM:4")
+  assert train(load_config(CONFIG), tmp_path / "twin").step == 5
+  monkeypatch.delenv("TOY_SIGNAL")
+  shutil.copytree(tmp_path / "twin", tmp_path / "killed")
+  longer = ["total_epochs=3.0"]
+  assert train(load_config(CONFIG, longer), tmp_path / "twin", extend=True).step == 15
+  killed = run_process(tmp_path / "killed", longer, TOY_SIGNAL="SIGKILL:8")
+  assert killed.returncode == -9, killed.stderr
+  # By the same command, or without --extend: the run has its new length.
+  assert train(load_config(CONFIG, longer), tmp_path / "killed").finished
+  assert_same_params(tmp_path / "twin", tmp_path / "killed")
+  rates = [[line["lr"] for line in read_metrics(tmp_path / name)] for name in ("twin", "killed")]
+  assert rates[0] == rates[1]
+  assert len(rates[0]) == 15
 
 
 def test_a_stop_signal_saves_and_the_same_command_goes_on(straight, tmp_path, monkeypatch):
@@ -123,6 +177,50 @@ def test_a_batch_without_a_supervised_token_is_a_counted_step_that_changes_nothi
   assert [line["empty_batches"] for line in lines] == [0] * 4 + [1] * 4
   monkeypatch.delenv("TOY_EMPTY")
   assert train(load_config(CONFIG), tmp_path).finished
+
+
+def test_frozen_weights_are_written_once_and_belong_to_each_checkpoint(straight, tmp_path):
+  (name,) = (p.name for p in (straight / "frozen").iterdir())
+  step = straight / "checkpoints" / str(STEPS)
+  assert load_meta(step)["frozen"] == name
+  assert set(by_path(load_params(step))) == {*StoredParams(step).shapes} == PARAMETERS
+  assert {*StoredParams(straight / "frozen" / name).shapes} == {"tower/kernel", "tower/bias"}
+  shutil.copytree(step, tmp_path / "alone")
+  with pytest.raises(InputError, match=r"alone: its frozen weights are not here; accepted: a step"):
+    load_params(tmp_path / "alone")
+  # A run that an earlier version has begun holds all in each step, and goes on.
+  shutil.copytree(straight, tmp_path / "old")
+  old = tmp_path / "old" / "checkpoints"
+  meta = {key: value for key, value in load_meta(step).items() if key != "frozen"}
+  export(tmp_path / "whole", load_params(step), meta)
+  for item in ("params", "meta"):
+    shutil.rmtree(old / str(STEPS) / item)
+    shutil.copytree(tmp_path / "whole" / item, old / str(STEPS) / item)
+  shutil.rmtree(tmp_path / "old" / "frozen")
+  longer = load_config(CONFIG, ["total_epochs=2.2", "keep_ckpts=2"])
+  assert train(longer, tmp_path / "old", extend=True).step == STEPS + 1
+  assert [p.name for p in (tmp_path / "old" / "frozen").iterdir()] == [name]
+  np.testing.assert_array_equal(
+    load_params(tmp_path / "old")["tower"]["kernel"], load_params(step)["tower"]["kernel"]
+  )
+
+
+def test_the_best_checkpoint_stays(tmp_path, caplog):
+  caplog.set_level("INFO")
+  config = load_config(CONFIG, ["keep_best=('loss', 'max')"])
+  assert train(config, tmp_path).finished
+  losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path)}
+  best = max((3, 6, 9, STEPS), key=losses.get)
+  kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+  assert kept == {best, STEPS}
+  assert f"checkpoints/{best}: the best loss is {losses[best]:.6g}" in caplog.text
+  # It may be another metric later on; one that is not measured keeps nothing, and is named.
+  other = load_config(CONFIG, ["keep_best=('pope/f1', 'max')", "total_epochs=2.2"])
+  assert train(other, tmp_path, extend=True).finished
+  assert "step 11: keep_best: no pope/f1 was measured at this step" in caplog.text
+  for value in (["keep_best=('loss',)"], ["keep_best=('loss', 'low')"]):
+    with pytest.raises(InputError, match=r"config.keep_best=.*accepted: \(metric, 'min' or "):
+      load_config(CONFIG, value)
 
 
 def test_a_finished_run_is_left_alone(straight):

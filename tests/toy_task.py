@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from toy import LENGTH, ToyModel, init_params, make_rows
 
+from data_pipes.content import digest_of_data
 from vr_jax.training.loss import model_loss
 from vr_jax.training.task import Task
 
@@ -35,9 +37,11 @@ def note(index, examples):
 def make(config):
   """Rows of `EXAMPLES` examples, in an order that each epoch shuffles anew; `note` sees them.
 
-  TOY_EMPTY: the number of the batch in which nothing is supervised.
+  A file of the config, if there is one, holds the seed of the rows. TOY_EMPTY: the number of the
+  batch in which nothing is supervised.
   """
-  rows = make_rows(EXAMPLES)
+  files = config.input.files
+  rows = make_rows(EXAMPLES, seed=int(Path(files[0]).read_text()) if files else 0)
   mine = slice(jax.process_index(), None, jax.process_count())
   size = config.input.batch_size
 
@@ -64,4 +68,5 @@ def make(config):
     batches=batches,
     names=lambda position, total_steps: [f"example {n}" for n in drawn(position)],
     model={"name": "toy", "length": LENGTH},
+    data={f"input.files[{i}]": digest_of_data(file) for i, file in enumerate(files)},
   )

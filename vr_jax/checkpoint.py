@@ -1,9 +1,12 @@
 """Checkpoints: what a run needs to go on, and what an answer needs: read and written with Orbax.
 
     W/checkpoints/<step>/state    step, optimizer moments
-                         params   the whole parameter tree, alone of use for inference
+                         params   the parameters that train, or all
                          data     {"next_index": global batches used so far}
                          meta     config, model, tokenizer files, generation settings, versions
+
+    W/frozen/<hash>/params        the parameters that no step changes, written once; `meta` of each
+                                  step holds the hash, and has none where its `params` are all
 
 A step's folder appears under its name only when it is complete; a folder that `export` wrote holds
 `params` and `meta`, and `kept` (safetensors) where `vr convert` keeps what a foreign folder held
@@ -28,16 +31,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from data_pipes.buckets import absolute, as_path, files_below, is_address
 from data_pipes.errors import InputError, one_line
 from data_pipes.lfs import refuse_pointer
 from data_pipes.tokenizer import TOKENIZER_FILES, Tokenizer
-from vr_jax.params import Params
-from vr_jax.weights import locate
+from vr_jax.params import Params, merge, sub_tree
+from vr_jax.weights import find_checkpoint, is_checkpoint, locate
 
 # Orbax warns of a file that items inside a step's folder never have.
 logging.getLogger("absl").addFilter(
   lambda record: "Metadata file does not exist" not in record.getMessage()
 )
+
+
+FROZEN = "frozen"  # in a work directory, beside `checkpoints`
 
 
 class Damaged(InputError):
@@ -63,7 +70,7 @@ def sha256_of(paths: Sequence[Path]) -> str:
   """Hash of the contents of files, one after another."""
   digest = hashlib.sha256()
   for path in paths:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
       while block := file.read(1 << 22):
         digest.update(block)
   return digest.hexdigest()
@@ -72,8 +79,8 @@ def sha256_of(paths: Sequence[Path]) -> str:
 def sha256_of_folder(folder: Path) -> str:
   """Hash of the names and contents of all files below a folder, the same wherever it lies."""
   digest = hashlib.sha256()
-  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-    digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of([path])}\n".encode())
+  for name, path in files_below(folder):
+    digest.update(f"{name}\0{sha256_of([path])}\n".encode())
   return digest.hexdigest()
 
 
@@ -137,7 +144,7 @@ def export(folder: Path | str, params: Params, meta: Mapping[str, Any]) -> None:
   """Writes a checkpoint for inference alone: `params` and `meta` (of `make_meta`)."""
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     checkpointer.save(
-      Path(folder).absolute(),
+      absolute(folder),
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(dict(meta))
       ),
@@ -200,7 +207,8 @@ def _array_spec(params: Path, name: str) -> dict[str, Any]:
   `name`: its keys, joined by dots.
   """
   if (params / "manifest.ocdbt").exists():
-    store = {"driver": "ocdbt", "base": params.absolute().as_uri(), "path": f"{name}/"}
+    base = f"{params}/" if is_address(params) else params.absolute().as_uri()
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
   else:
     store = {"driver": "file", "path": str(params.absolute() / name)}
   # Without a sync after each write; what a killed process wrote is there all the same.
@@ -216,29 +224,32 @@ class StoredParams:
 
   def __init__(self, folder: Path, item: str = "params"):
     """`folder`: of one step; `item` "" where it is the parameters' own folder."""
-    self._folder = folder / item if item else folder
-    leaves = jax.tree_util.tree_leaves_with_path(_saved_shapes(folder, item))
-    self._names = {"/".join(str(key.key) for key in path): path for path, _ in leaves}
-    self.shapes = {n: tuple(leaf.shape) for n, (_, leaf) in zip(self._names, leaves, strict=True)}
-    self._dtypes = {n: leaf.dtype for n, (_, leaf) in zip(self._names, leaves, strict=True)}
+    self._places: dict[str, tuple[Path, str]] = {}  # the Orbax folder, and the name there
+    self._leaves: dict[str, jax.ShapeDtypeStruct] = {}
+    for part in param_folders(folder) if item else [folder]:
+      for path, leaf in jax.tree_util.tree_leaves_with_path(_saved_shapes(part, item)):
+        keys = [str(key.key) for key in path]
+        self._places["/".join(keys)] = (part / item if item else part, ".".join(keys))
+        self._leaves["/".join(keys)] = leaf
+    self.shapes = {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
     self._held: dict[str, tuple[Any, np.ndarray | None]] = {}  # the array read last is the last
 
   def dtype(self, path: str) -> np.dtype:
-    return np.dtype(self._dtypes[path])
+    return np.dtype(self._leaves[path].dtype)
 
   def read(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    folder, name = self._places[path]
     try:
       store, whole = self._held.pop(path, (None, None))
       if store is None:
-        name = ".".join(str(key.key) for key in self._names[path])
-        store = ts.open(_array_spec(self._folder, name)).result()
+        store = ts.open(_array_spec(folder, name)).result()
       if whole is None and index and store.chunk_layout.read_chunk.shape[0] != 1:
         self._make_room(math.prod(store.shape) * self.dtype(path).itemsize)
         whole = store.read().result()
       self._held[path] = (store, whole)
       return store[index].read().result() if whole is None else whole[index]
     except Exception as error:  # tensorstore raises all kinds on damaged files
-      raise _damaged(self._folder, error) from error
+      raise _damaged(folder, error) from error
 
   def _make_room(self, size: int, small: int = 1 << 28) -> None:
     """Lets go of arrays, the oldest first, until the others and one of `size` bytes are small."""
@@ -247,33 +258,6 @@ class StoredParams:
       if held + size <= small:
         return
       del self._held[path]
-
-
-def find_checkpoint(path: Path | str) -> Path:
-  """The folder of one step for a path to it, to `checkpoints`, or to a work directory (newest).
-
-  Raises:
-    InputError: none there.
-  """
-  path = Path(path).absolute()
-  if (path / "params").is_dir() and (path / "meta").is_dir():
-    return path
-  for folder in (path / "checkpoints", path):
-    steps = [child for child in folder.glob("*") if child.name.isdigit()]
-    if steps:
-      return max(steps, key=lambda child: int(child.name))
-  raise InputError(
-    f"{path}: no checkpoint here; expected a work directory of vr train, its checkpoints folder, "
-    "or one step's folder with params/ and meta/"
-  )
-
-
-def is_checkpoint(path: Path | str) -> bool:
-  """Whether `find_checkpoint` finds one of ours."""
-  try:
-    return bool(find_checkpoint(path))
-  except InputError:
-    return False
 
 
 def load_for_inference(path: Path | str, shardings: Params | None = None) -> Inference:
@@ -306,6 +290,33 @@ def load_meta(path: Path | str) -> dict[str, Any]:
   return meta
 
 
+def param_folders(path: Path) -> list[Path]:
+  """The folders whose `params` are together those of a step: its own, and that of what is frozen.
+
+  Raises:
+    InputError: the frozen parameters are not where they were written.
+  """
+  if not (path / "meta").is_dir():
+    return [path]
+  name = restore_items(path, {}, ("meta",))["meta"].get(FROZEN)
+  return [path] if name is None else [path, frozen_folder(path, name)]
+
+
+def frozen_folder(path: Path, name: str) -> Path:
+  """Where the frozen parameters of a step lie.
+
+  Raises:
+    InputError: not there.
+  """
+  folder = path.parent.parent / FROZEN / name
+  if not (folder / "params").is_dir():
+    raise InputError(
+      f"{path}: its frozen weights are not here; accepted: a step in its work directory, which has "
+      f"them in {FROZEN}/{name} (`vr convert STEP DST --to vr` writes one that stands alone)"
+    )
+  return folder
+
+
 def tokenizer_files_of(meta: Mapping[str, Any]) -> dict[str, bytes]:
   """The tokenizer files that a `meta` item holds, by name."""
   return {name: _to_bytes(text) for name, text in meta["tokenizer"].items()}
@@ -329,14 +340,18 @@ def make_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
 def load_params(path: Path | str, shardings: Params | None = None) -> Params:
   """The parameters of a checkpoint, in the dtypes they were saved in; see load_for_inference."""
   path = find_checkpoint(path)
-  saved = _saved_shapes(path, "params")
-  if shardings is None:
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: first, saved)
-  target = jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), saved, shardings
-  )
-  return restore_items(path, {"params": target}, ())["params"]
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  params: Params = {}
+  for folder in param_folders(path):
+    saved = _saved_shapes(folder, "params")
+    placed = jax.tree.map(lambda _: first, saved)
+    target = jax.tree.map(
+      lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+      saved,
+      placed if shardings is None else sub_tree(shardings, saved),
+    )
+    params = merge(params, restore_items(folder, {"params": target}, ())["params"])
+  return params
 
 
 def restore_items(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
@@ -360,7 +375,7 @@ def restore_items(path: Path, trees: Mapping[str, Any], texts: tuple[str, ...]) 
 
 def is_orbax(path: Path | str) -> bool:
   """Whether a folder holds a tree of arrays that Orbax wrote, ours or another's."""
-  path = Path(path)
+  path = as_path(path)
   return any((path / name).is_file() for name in ("_METADATA", "manifest.ocdbt"))
 
 

@@ -73,6 +73,11 @@ def is_window(steps: Any) -> bool:
   return not steps or (len(steps) == 2 and is_whole(steps[0], 1) and is_whole(*steps[::-1]))
 
 
+def is_best(value: Any) -> bool:
+  """() or (metric, "min" or "max")."""
+  return not value or (len(value) == 2 and is_text(value[0]) and value[1] in ("min", "max"))
+
+
 def is_axis(name: Any, axes: Any) -> bool:
   return is_text(name) and (axes is None or is_text(axes) or all(map(is_text, axes)))
 

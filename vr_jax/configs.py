@@ -25,8 +25,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from data_pipes.buckets import here
 from data_pipes.errors import InputError, nearest
-from vr_jax.addresses import local
+from vr_jax.addresses import local, local_or_bucket
 from vr_jax.config_values import (
   ABOVE_0,
   AT_LEAST_0,
@@ -40,6 +41,7 @@ from vr_jax.config_values import (
   check_values,
   defaults,
   is_axis,
+  is_best,
   is_factor,
   is_mesh,
   is_pattern,
@@ -170,6 +172,9 @@ def _fields() -> ConfigDict:
   config.ckpt_steps = Field(1000, AT_LEAST_1)
   config.keep_ckpts = Field(1, AT_LEAST_1)
   config.keep_ckpt_steps = Field(None, AT_LEAST_1, int)  # every so-many-th step's for good
+  # (metric, "min" or "max"), such as ("loss", "min"): the checkpoint of the best value stays too.
+  # Any number of metrics.jsonl; it counts where it was measured at the step that is saved.
+  config.keep_best = Field((), Accepted("(metric, 'min' or 'max'), or ()", is_best))
   return config
 
 
@@ -258,7 +263,8 @@ def _localize(config: ConfigDict) -> None:
   def expanded(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
       return tuple(expanded(item, where) for item in value)
-    return local(value, where) if isinstance(value, str) else value
+    accepted = local if where == "config.input.media" else local_or_bucket
+    return accepted(value, where) if isinstance(value, str) else value
 
   for key in PATHS:
     *groups, name = key.split(".")
@@ -280,7 +286,7 @@ def packaged_configs() -> dict[str, Path]:
 
 def find_config(name: str) -> Path:
   """The file of a config given by path or by the name of a packaged one."""
-  path = Path(local(name, "config"))
+  path = here(local_or_bucket(name, "config"))
   if path.suffix == ".py" and path.is_file():
     return path
   packaged = packaged_configs()

@@ -51,7 +51,7 @@ from vr_jax.evaluation.pages.results import Line, bar_rows, headline_table
 from vr_jax.evaluation.results import Result, load, write
 from vr_jax.training.metrics import read_metrics
 
-TAKEN = ("checkpoints", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
+TAKEN = ("checkpoints", "frozen", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
 LONGEST = 100  # letters of a member's name
 _DEVICES = re.compile(r"--(gpu|gres|tres|exclusive|cpus-per-gpu|mem-per-gpu|constraint)|-[GC]")
 STOPPED = 143  # what `vr train` ends with when it was told to stop

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipes.buckets import here, is_address, uploaded
 from data_pipes.errors import InputError
 from data_pipes.files import JsonLines, is_unused, locked, write_text
 from vr_jax.checkpoint import package_versions
@@ -59,11 +60,14 @@ def convert(
       `dst` that exists, a `dst`.partial of somebody else or of a conversion at work, weights that
       are not finite or that overflow, too little disk. Nothing is then left at `dst`.
   """
+  if is_address(dst):
+    with uploaded(dst) as made:
+      return convert(src, made, to, report=report, **options)
   chosen = ConvertOptions(**options)
   dtype, adapter, logits = chosen.dtype, chosen.adapter, chosen.logits
   dst = Path(dst)
   _check_arguments(dst, to, dtype)
-  src = locate(src).path
+  src = here(locate(src).path)
   source = open_source(src)
   if adapter is not None:
     source = _with_adapter(source, adapter)

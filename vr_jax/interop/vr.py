@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipes.buckets import as_path, here
 from vr_jax.checkpoint import (
   StoredParams,
   find_checkpoint,
@@ -69,10 +70,10 @@ def open_checkpoint(path: str | Path) -> Source:
     parts["llm"] = dataclasses.replace(parts["llm"], lora_rank=0)
   if adapter or any(name.endswith("/qvalue") for name in stored.shapes):
     params = _Matrices(stored)
-  kept = Safetensors(folder / KEPT) if (folder / KEPT).is_dir() else None
+  kept = Safetensors(here(folder / KEPT)) if (folder / KEPT).is_dir() else None
   source = Source(
     kind="checkpoint of vr_jax",
-    path=Path(path),
+    path=as_path(path),
     parts=parts,
     params=params,
     settings={key: value for key, value in model.items() if key not in PARTS},

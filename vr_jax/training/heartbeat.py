@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipes.buckets import reached
+from data_pipes.errors import InputError
 from data_pipes.files import replaced
 
 log = logging.getLogger(__name__)
@@ -68,10 +70,11 @@ class Heartbeat:
     beat = {"host": socket.gethostname(), "step": step, "doing": doing, "since": since}
     file = self._folder / f"{self._index}.json"
     try:
-      with replaced(file, durable=False) as part:  # a beat that a power cut loses is none
+      # Not durable: a beat that a power cut loses is none.
+      with reached(file), replaced(file, durable=False) as part:
         part.write_text(json.dumps({**beat, "now": time.time()}), encoding="utf-8")
-    except OSError as error:
-      log.warning("%s: %s", file, error)
+    except InputError as error:
+      log.warning("%s", error)
 
 
 def read_beats(folder: Path, count: int) -> list[Mapping[str, Any] | None]:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from data_pipes.buckets import as_path, remove
 from data_pipes.errors import InputError
 from data_pipes.files import locked, write_text
-from vr_jax.addresses import local
+from vr_jax.addresses import local_or_bucket
 from vr_jax.arrays import Array
 from vr_jax.checkpoint import export, load_meta, make_meta
 from vr_jax.configs import base_config, check_config, check_keys, to_json
@@ -47,6 +47,7 @@ from vr_jax.training.workdir import (
   check_data,
   check_same_run,
   check_shared,
+  home_of,
   make_workdir,
   read_before,
   weights_of,
@@ -83,7 +84,7 @@ def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> R
     InputError: a config that does not fit, a work directory of another config, data that cannot be
       trained on, processes that were not started alike.
   """
-  workdir = Path(local(str(workdir), "--workdir"))
+  workdir = as_path(local_or_bucket(str(workdir), "--workdir"))
   agree(config)
   together(check_devices)
   check_config(config)
@@ -109,11 +110,15 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
   check_rules(config.sharding_rules, mesh)
   place = _placement(config, mesh)
   with contextlib.ExitStack() as stack:
-    profiler = stack.enter_context(Profiler(config.profile_steps, workdir / "profile"))
+    home, bring = stack.enter_context(home_of(workdir))
+    profiler = stack.enter_context(Profiler(config.profile_steps, home / "profile"))
     stack.enter_context(jax.set_mesh(mesh))
     checkpoints = stack.enter_context(
       Checkpoints(
-        workdir / "checkpoints", keep=config.keep_ckpts, keep_every=config.keep_ckpt_steps
+        workdir / "checkpoints",
+        keep=config.keep_ckpts,
+        keep_every=config.keep_ckpt_steps,
+        keep_best=config.keep_best,
       )
     )
     state, position, train_step = _begin(config, task, total, mesh, checkpoints)
@@ -123,10 +128,12 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
     if jax.process_index() == 0:
       write_text(workdir / "config.json", to_json(config) + "\n")
       if first < total:
-        shutil.rmtree(workdir / "ema", ignore_errors=True)  # of a run that is extended
+        remove(workdir / "ema")  # of a run that is extended
     saved = load_meta(workdir / "checkpoints" / str(first)) if first else {}
     report = stack.enter_context(
-      Report(config, task, workdir, first, total, chip_of(jax.devices()[0]), saved.get("counts"))
+      Report(
+        config, task, workdir, first, total, chip_of(jax.devices()[0]), saved.get("counts"), home
+      )
     )
 
     def save() -> None:
@@ -134,7 +141,8 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
         task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
       )
       meta |= {"data": dict(task.data), "start": start, "counts": report.counts()}
-      checkpoints.save(state, position, meta)
+      checkpoints.save(state, position, meta, report.measured)
+      bring()
 
     batches = task.batches(position, total) if first < total else iter(())
     heartbeat = stack.enter_context(
@@ -163,6 +171,7 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
       report.add(step + 1, metrics, rows)
     report.flush()
     save()
+    checkpoints.tell_best()
     if "ema" in state.opt_state and not (workdir / "ema").exists():
       mean = merge(state.opt_state["ema"], state.params_frozen)
       meta = make_meta(

@@ -93,9 +93,14 @@ class Report:
     total: int,
     chip: Chip | None,
     before: Mapping[str, Any] | None = None,
+    home: Path | None = None,
   ):
-    """`chip`: what the devices are; `before`: what `counts` gave when step `first` was saved."""
+    """`chip`: what the devices are; `before`: what `counts` gave when step `first` was saved.
+
+    `home`: a folder of this machine for the log, where `workdir` is in a bucket.
+    """
     self.last: dict[str, float] = {}
+    self.measured: dict[str, float] = {}  # at the last step: what its line in the log holds
     self._config, self._task, self._total = config, task, total
     self._pending: tuple[int, Metrics, tuple[int, int] | None] | None = None
     before = before or {}
@@ -113,7 +118,9 @@ class Report:
     self._chip, self._first = chip, first
     self._leader = jax.process_index() == 0
     if self._leader:
-      self._writer = MetricsWriter(workdir, first, config.wandb, json.loads(to_json(config)))
+      self._writer = MetricsWriter(
+        home or workdir, first, config.wandb, json.loads(to_json(config))
+      )
       self._progress = Progress(total, first)
       done = f"resuming after step {first} of {total}" if first else f"{total} steps"
       where = f"{jax.process_count()} x {jax.local_device_count()} {jax.devices()[0].device_kind}"
@@ -153,6 +160,7 @@ class Report:
       **self._skipped.counts(),
       **self._task.counts(),
     }
+    self.measured = dict(self.last)
     self._since, self._spent = now, spent
     if self._leader:
       if logged:

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipes.batch import Needs, Row, RowShape, fit_shape
+from data_pipes.buckets import here
 from data_pipes.containers import open_records
 from data_pipes.content import digest_of, digest_of_data, kept_path
 from data_pipes.errors import InputError
@@ -66,6 +67,7 @@ def videorefer_task(config: ConfigDict) -> Task:
   Raises:
     InputError: no files, files or weights that do not fit, an unknown variant or field.
   """
+  config = _copied(config)
   cfg = model_config(config)
   files = tokenizer_files(config)
   tokenizer = make_tokenizer(files)
@@ -137,6 +139,17 @@ def videorefer_task(config: ConfigDict) -> Task:
     ),
     cuts=FRAME_CUTS if config.input.accum_steps != 1 and not any_size else None,
   )
+
+
+def _copied(config: ConfigDict) -> ConfigDict:
+  """The config with copies of what its files and caches have in buckets."""
+  names = ("files", "features")
+  copies = {name: tuple(str(here(path)) for path in config.input[name]) for name in names}
+  if all(copies[name] == tuple(config.input[name]) for name in names):
+    return config
+  config = config.copy_and_resolve_references().unlock()
+  config.input.update(copies)
+  return config.lock()
 
 
 def videorefer_loss(config: ConfigDict, cfg: VideoReferConfig) -> Callable[..., LossSums]:

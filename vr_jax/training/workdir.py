@@ -4,25 +4,28 @@ W/config.json         the resolved config; the same command resumes, another con
 W/checkpoints/<step>  see checkpoint.py; `meta` holds the config too
 """
 
+import contextlib
 import json
 import logging
 import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from data_pipes.buckets import copy_files, is_address, reached
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import load_meta, tokenizer_files_of
 from vr_jax.configs import MISSING, base_config, diff, from_json, leaves
 from vr_jax.training.digests import digest_of_weights
 from vr_jax.training.processes import gather
 from vr_jax.training.task import PLAN, task_name
+from vr_jax.weights import complete_steps
 
 log = logging.getLogger(__name__)
 # Fields that may change between the runs of one work directory: they decide where things lie and
@@ -35,6 +38,7 @@ MAY_CHANGE = (
   "ckpt_steps",
   "keep_ckpts",
   "keep_ckpt_steps",
+  "keep_best",
   "profile_steps",
   "stall_seconds",
   "max_skipped",
@@ -48,11 +52,18 @@ MAY_CHANGE = (
 LENGTH = ("total_steps", "total_examples", "total_epochs")
 # Where the data lie; `Task.data` has the digests of what is there.
 PLACES = ("input.files", "input.features")
+LOG = ("metrics.jsonl", "wandb_id")  # what a run that goes on appends to
 SECONDS = 10.0  # in which a new file is seen on every host that shares a folder
 
 
 def make_workdir(workdir: Path) -> None:
   """Makes a work directory; raises InputError if it cannot be written."""
+  if is_address(workdir):
+    with reached(workdir, "--workdir "):
+      probe = workdir / f".probe-{uuid.uuid4().hex}"
+      probe.write_text("")
+      probe.unlink()
+    return
   if "\\" in str(workdir.absolute()):  # Orbax and tensorstore take it for an escape
     raise InputError(f"--workdir {workdir}: accepted: a path without a backslash")
   try:
@@ -61,6 +72,42 @@ def make_workdir(workdir: Path) -> None:
       pass
   except OSError as error:
     raise InputError(f"--workdir {workdir}: cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def home_of(workdir: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+  """A folder of this machine for what a run appends to, and what brings it to the work directory.
+
+  Objects of a bucket cannot be appended to; the log there is as of the last `bring()`, which is
+  called with each checkpoint, and at the end. Of a directory of this machine the folder is itself.
+  """
+  if not is_address(workdir):
+    yield workdir, lambda: None
+    return
+  with tempfile.TemporaryDirectory(prefix="vr-") as folder:
+    home, sent = Path(folder, workdir.name), {}
+    home.mkdir()
+    leader = jax.process_index() == 0
+    for name in LOG if leader else ():
+      with reached(workdir):
+        if (workdir / name).exists():
+          copy_files(workdir / name, home / name)
+
+    def bring() -> None:
+      for file in sorted(p for p in home.rglob("*") if leader and p.is_file()):
+        stat = file.stat()
+        if sent.get(file) != (stat.st_size, stat.st_mtime_ns):
+          try:
+            with reached(workdir):
+              copy_files(file, workdir / file.relative_to(home).as_posix())
+            sent[file] = (stat.st_size, stat.st_mtime_ns)
+          except InputError as error:  # the next one brings it; the run does not need it
+            log.warning("%s", error)
+
+    try:
+      yield home, bring
+    finally:
+      bring()
 
 
 class Before(NamedTuple):
@@ -185,7 +232,7 @@ def check_shared(workdir: Path, seconds: float = SECONDS) -> None:
 
 def _steps(workdir: Path) -> Collection[Path]:
   """The folders of its checkpoints."""
-  return [p for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  return complete_steps(workdir / "checkpoints")
 
 
 def _stored_config(file: Path, before: Before) -> ConfigDict:
