@@ -99,6 +99,28 @@ SCHEDULE_OPTIONS: Mapping[str, Accepted] = {
 }
 
 
+# The options of an entry of `config.evals`; `files` or `benchmark` says which of the others it has.
+_EVAL_OF_BOTH: Mapping[str, Accepted] = {
+  "every": Accepted("a number of steps", lambda value: is_whole(value, 1)),
+  "limit": Accepted("a whole number of at least 1", lambda value: is_whole(value, 1)),
+  "rows": Accepted("a whole number of at least 1", lambda value: is_whole(value, 1)),
+  "media": Accepted("a folder", is_text),
+}
+EVAL_OPTIONS: Mapping[str, Mapping[str, Accepted]] = {
+  "files": {"files": TEXTS, **_EVAL_OF_BOTH},
+  "benchmark": {
+    "benchmark": Accepted("a benchmark of vr eval", is_text),
+    "data": Accepted("the benchmark's folder or file", is_text),
+    **_EVAL_OF_BOTH,
+    "split": Accepted("a split of the benchmark", is_text),
+    "mode": one_of("single", "multi"),
+    "by": one_of("generation", "likelihood"),
+    "parser": one_of("strict", "published"),
+    "new_tokens": Accepted("a whole number of at least 1", lambda value: is_whole(value, 1)),
+  },
+}
+
+
 def defaults(fields: ConfigDict) -> ConfigDict:
   """The config that has the default of each field."""
   config = ConfigDict()
@@ -137,6 +159,13 @@ def check_values(config: ConfigDict, fields: ConfigDict) -> None:
       "config.input.files, or ()"
     )
   check_schedule(values.get("schedule", ()))
+  check_evals(config.get("evals", ConfigDict()))
+  metric, names = values.get("early_stop.metric"), config.get("evals", ConfigDict())
+  if metric is not None and metric.split("/")[1:2] not in [[name] for name in names]:
+    raise InputError(
+      f"config.early_stop.metric={metric!r}: accepted: eval/NAME/METRIC, of one of config.evals "
+      f"({', '.join(names) or 'there are none'})"
+    )
 
 
 def check_schedule(table: Any) -> None:
@@ -157,6 +186,28 @@ def check_schedule(table: Any) -> None:
       if not unset and not _takes(SCHEDULE_OPTIONS[name], value):
         accepted = SCHEDULE_OPTIONS[name].words
         raise InputError(f"{where}.{name}={value!r}: accepted: {accepted}")
+
+
+def check_evals(evals: Any) -> None:
+  """Refuses entries of `config.evals` that are not {name: {every, files or benchmark, …}}.
+
+  Raises:
+    InputError: naming the entry, and the option with what it accepts.
+  """
+  for name in evals:
+    where, options = f"config.evals.{name}", evals[name]
+    if not re.fullmatch(r"[\w.-]+", name) or not isinstance(options, Mapping | ConfigDict):
+      raise InputError(f"{where}: expected a name of letters and {{option: value}}")
+    given = {key: options[key] for key in options if options[key] is not None}
+    kinds = [kind for kind in EVAL_OPTIONS if given.get(kind)]
+    if len(kinds) != 1:
+      raise InputError(f"{where}: expected one of files (for their loss) and benchmark")
+    accepted = EVAL_OPTIONS[kinds[0]]
+    for key in [kinds[0], "every", *(["data"] if kinds == ["benchmark"] else []), *given]:
+      if key not in accepted:
+        raise InputError(f"{where}.{key} is not known{nearest(key, accepted)}")
+      if key not in given or not _takes(accepted[key], given[key]):
+        raise InputError(f"{where}.{key}={given.get(key)!r}: accepted: {accepted[key].words}")
 
 
 def _takes(accepted: Accepted, value: Any) -> bool:

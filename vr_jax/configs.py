@@ -64,6 +64,8 @@ RECIPE = {
   "tensor": 1,  # devices that share the decoder's heads and hidden units
   "sequence": False,  # they share the slots of a row too, for long videos
 }
+EVAL_PATHS = ("files", "data", "media")
+OPEN = ("evals",)  # groups whose names the config chooses
 PATHS = ("tokenizer", "model_init", "input.files", "input.media", "input.features")
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -162,7 +164,18 @@ def _fields() -> ConfigDict:
   )
   config.sharding_rules = Field(FSDP_RULES, rows("((name, mesh axes), …)", is_axis))
 
-  # What is written, and when.
+  # How good the run is while it trains: {name: {every: steps, and
+  #   files: annotation files whose loss is measured; or benchmark, data: as of vr eval}}, with
+  # limit (items), media, rows (at a time); of a benchmark also mode, by, split, parser, new_tokens.
+  # Evaluated every so many steps and after the last; reported as eval/<name>/<metric>.
+  config.evals = ConfigDict()
+  # Ends the run when a metric has not become better in `patience` evaluations in a row.
+  config.early_stop = ConfigDict()
+  config.early_stop.metric = placeholder(str)  # such as "eval/held_out/loss"
+  config.early_stop.patience = Field(3, AT_LEAST_1)
+
+  # What is written, and when. Losses and norms in the log are means over the steps since its last
+  # line.
   config.log_steps = Field(10, AT_LEAST_1)
   config.wandb = ""  # project of Weights & Biases that the metrics go to as well; extra [wandb]
   # Steps that are traced to W/profile, for XProf or Perfetto.
@@ -266,7 +279,8 @@ def _localize(config: ConfigDict) -> None:
     accepted = local if where == "config.input.media" else local_or_bucket
     return accepted(value, where) if isinstance(value, str) else value
 
-  for key in PATHS:
+  evals = [f"evals.{name}.{key}" for name in config.get("evals", ()) for key in EVAL_PATHS]
+  for key in (*PATHS, *evals):
     *groups, name = key.split(".")
     node = config
     for group in groups:
@@ -479,6 +493,9 @@ def _override(config: ConfigDict, text: str) -> None:
         raise InputError(f"config.{key}: expected an item from 0 to {len(node) - 1}, got {name!r}")
       index = int(name)
       return (*node[:index], item(node[index], rest, None), *node[index + 1 :])
+    if isinstance(node, ConfigDict) and name not in node and key.split(".")[0] in OPEN:
+      node[name] = replaced(ConfigDict(), rest) if rest else _literal(value, f"config.{key}")
+      return node
     if not isinstance(node, ConfigDict | dict) or name not in node:
       raise InputError(f"config.{key} is not known{nearest(key, leaves(config))}")
     if isinstance(node, ConfigDict):
@@ -489,6 +506,8 @@ def _override(config: ConfigDict, text: str) -> None:
   def item(old: Any, rest: list[str], kind: type | None) -> Any:
     if rest:
       return replaced(old, rest)
+    if isinstance(old, ConfigDict) and key.split(".")[0] in OPEN:
+      return ConfigDict(_parse(value, dict, f"config.{key}"))
     if isinstance(old, ConfigDict):
       raise InputError(f"config.{key} is a group; set one of its fields: {', '.join(old)}")
     unset = _optional().get(key)
@@ -527,7 +546,12 @@ def _parse(text: str, like: Any, where: str) -> Any:
     if kind is tuple and text:
       shown = f"tuple; one of a single item is written {_as_tuple(text)}"
     raise InputError(f"{where}={text!r}: expected {shown}") from None
-  try:  # the default is None and has no type: a literal if it reads as one, else the text
+  return _literal(text, where)  # the default is None and has no type
+
+
+def _literal(text: str, where: str) -> Any:
+  """The literal that a text reads as, else the text."""
+  try:
     return normalized(literal_eval(text), where)
   except (ValueError, SyntaxError):
     return text

@@ -38,7 +38,8 @@ class Heartbeat:
     self._thread.start()
 
   def at(self, step: int, doing: str) -> None:
-    """This process is in step `step` (from 1), doing "input", "step" or "checkpoint"."""
+    """This process is in step `step` (from 1), doing "input", "step", "eval" or
+    "checkpoint"."""
     self._at, self._warned = (step, doing, time.time()), False
 
   def close(self) -> None:

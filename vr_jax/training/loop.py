@@ -2,7 +2,8 @@
 
 W/config.json         the resolved config; the same command resumes, another config is refused
 W/checkpoints/<step>  see checkpoint.py
-W/metrics.jsonl       a line per logged step, also in W/tensorboard (and config.wandb, if set)
+W/metrics.jsonl       a line per logged or evaluated step, also in W/tensorboard (and
+                      config.wandb, if set)
 W/ema                 checkpoint for inference of the running mean, where there is one (ema_decay)
 W/heartbeat           what each process does, see heartbeat.py
 W/profile             a trace of the steps of config.profile_steps
@@ -33,7 +34,9 @@ from vr_jax.hardware import chip_of
 from vr_jax.models.quantize import is_quantized, quantized
 from vr_jax.params import Params, merge, param_shardings, path_names, sub_tree
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
+from vr_jax.training.batches import on_mesh
 from vr_jax.training.checkpoints import Checkpoints
+from vr_jax.training.evals import make_evals
 from vr_jax.training.heartbeat import Heartbeat
 from vr_jax.training.metrics import Profiler
 from vr_jax.training.processes import agree, agree_on_data, check_devices, together
@@ -58,6 +61,8 @@ FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 
 class Result(NamedTuple):
   """How a run ended: `step` optimizer steps are done and saved; `finished` unless it was stopped.
+
+  A run that `config.early_stop` ended is finished.
 
   `metrics` are those of the last step that this process made, {} if it made none.
   """
@@ -97,7 +102,8 @@ def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> R
 
 def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
   before = together(lambda: _check_workdir(workdir, config, extend=extend))
-  task = together(lambda: make_task(before.going_on(config)))
+  going_on = before.going_on(config)
+  task = together(lambda: make_task(going_on))
   check_keys(config, [*base_config(), *task.fields], "config")
   check_keys(config.input, base_config().input, "config.input")
   check_data(workdir, before.meta.get("data", {}), task.data)
@@ -108,7 +114,7 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
   total = total_steps(config, task.data_size)
   mesh = make_mesh(config.mesh)
   check_rules(config.sharding_rules, mesh)
-  place = _placement(config, mesh)
+  parts, place = _placement(config, mesh)
   with contextlib.ExitStack() as stack:
     home, bring = stack.enter_context(home_of(workdir))
     profiler = stack.enter_context(Profiler(config.profile_steps, home / "profile"))
@@ -130,17 +136,21 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
       if first < total:
         remove(workdir / "ema")  # of a run that is extended
     saved = load_meta(workdir / "checkpoints" / str(first)) if first else {}
+    counts = saved.get("counts", {})
+    micro_rows = config.input.batch_size // parts
+    evals = together(
+      lambda: make_evals(going_on, task, mesh, micro_rows, total, counts.get("evals"))
+    )
     report = stack.enter_context(
-      Report(
-        config, task, workdir, first, total, chip_of(jax.devices()[0]), saved.get("counts"), home
-      )
+      Report(config, task, workdir, first, total, chip_of(jax.devices()[0]), counts, home)
     )
 
     def save() -> None:
       meta = make_meta(
         task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
       )
-      meta |= {"data": dict(task.data), "start": start, "counts": report.counts()}
+      counts = report.counts() | {"evals": evals.counts()}
+      meta |= {"data": dict(task.data), "start": start, "counts": counts}
       checkpoints.save(state, position, meta, report.measured)
       bring()
 
@@ -152,8 +162,17 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
     )
     stopped = stack.enter_context(stop_signals(checkpoints))
 
+    def read_and_evaluate(step: int) -> None:
+      heartbeat.at(step, "eval")
+      report.flush((lambda: evals.run(step, state)) if evals.due(step) else None)
+
+    done = first
     for step in range(first, total):
-      stop = stopped(step)
+      stop, due = stopped(step), bool(evals.due(step))
+      if due and not stop:
+        read_and_evaluate(step)
+      if evals.ended:
+        break
       # Save, then draw: drawing moves the position, which must be that of the saved state. And read
       # what the step before gave, then save.
       if stop or (step % config.ckpt_steps == 0 and step > first):
@@ -169,7 +188,10 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
       position += 1
       state, metrics = train_step(state, place(rows))
       report.add(step + 1, metrics, rows)
-    report.flush()
+      done = step + 1
+    read_and_evaluate(done)
+    if evals.ended and done < total:
+      report.say(f"{config.early_stop.metric} is not getting better: {done} of {total} steps")
     save()
     checkpoints.tell_best()
     if "ema" in state.opt_state and not (workdir / "ema").exists():
@@ -178,7 +200,7 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
         task.model, task.tokenizer_files, task.generation, json.loads(to_json(config))
       )
       export(workdir / "ema", mean, meta)
-    return Result(total, True, report.last)
+    return Result(done, True, report.last)
 
 
 def _check_workdir(workdir: Path, config: ConfigDict, *, extend: bool = False) -> Before:
@@ -204,13 +226,18 @@ def _begin(
   state, position = restored or (initial_state(task, optimizer, target, key), 0)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
   train_step = make_step(
-    task.loss, optimizer, accum_mean=config.accum_mean, shardings=shardings, cuts=task.cuts
+    task.loss,
+    optimizer,
+    accum_mean=config.accum_mean,
+    shardings=shardings,
+    cuts=task.cuts,
+    kinds=task.kinds,
   )
   return state, position, train_step
 
 
-def _placement(config: ConfigDict, mesh: Mesh) -> Callable[[Rows], dict[str, Array]]:
-  """From this process's host rows [B, ...] to the step's arrays [A, B/A, ...] on the mesh.
+def _placement(config: ConfigDict, mesh: Mesh) -> tuple[int, Callable[[Rows], dict[str, Array]]]:
+  """A, and from this process's host rows [B, ...] to the step's arrays [A, B/A, ...] on the mesh.
 
   Raises:
     InputError: the batch does not spread evenly, see `accum_steps`.
@@ -219,10 +246,9 @@ def _placement(config: ConfigDict, mesh: Mesh) -> Callable[[Rows], dict[str, Arr
   parts = accum_steps(config, sharding)
 
   def place(rows: Rows) -> dict[str, Array]:
-    local = micro_batches(rows, parts)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
+    return on_mesh(micro_batches(rows, parts), sharding)
 
-  return place
+  return parts, place
 
 
 def total_steps(config: ConfigDict, data_size: int) -> int:

@@ -18,12 +18,14 @@ class LossSums(NamedTuple):
   """A loss as a sum and its weight; the mean is taken once, after everything is added up.
 
   sum f32 [], nats; weight f32 [], supervised tokens counted; overflow i32 [], supervised tokens
-  that found no room in the budget (anything but 0 means that `sum` is incomplete).
+  that found no room in the budget (anything but 0 means that `sum` is incomplete); rows: the sum
+  and the weight of each row, f32 [B], where the loss tells them apart.
   """
 
   sum: Float[Array, ""]
   weight: Float[Array, ""]
   overflow: Int[Array, ""]
+  rows: tuple[Float[Array, " B"], Float[Array, " B"]] | None = None
 
 
 def supervised_loss(
@@ -68,7 +70,9 @@ def supervised_loss(
     )(states)
   else:
     nll = _chunked_nll(states, targets, logits_fn, vocabulary, chunk)
-  return LossSums((nll * weights).sum(), weights.sum(), jnp.maximum(count - K, 0).sum())
+  weighted = nll * weights
+  rows = weighted.sum(axis=1), weights.sum(axis=1)
+  return LossSums(weighted.sum(), weights.sum(), jnp.maximum(count - K, 0).sum(), rows)
 
 
 def _chunked_nll(states, targets, logits_fn, vocabulary, chunk) -> Float[Array, "B K"]:

@@ -201,23 +201,23 @@ class Progress:
 class Ledger:
   """Where the wall time of this process went, in seconds.
 
-  Waiting for input and for checkpoints is timed, compiling is what JAX says it took, and the rest
-  is the step's.
+  Waiting for input and for checkpoints is timed, and so are evaluations; compiling is what JAX says
+  it took, wherever that was, and the rest is the step's.
   """
 
   def __init__(self):
     self._began, self._compiled = time.perf_counter(), compile_seconds()
-    self._parts = {"input": 0.0, "checkpoint": 0.0}
+    self._parts = {"input": 0.0, "checkpoint": 0.0, "eval": 0.0}
 
   def timed(self, part: str, fn: Callable, *args: Any) -> Any:
-    """Calls `fn`, counting its time as "input" or "checkpoint"."""
-    start = time.perf_counter()
+    """Calls `fn`, counting its time as "input", "checkpoint" or "eval"."""
+    start, compiled = time.perf_counter(), compile_seconds()
     result = fn(*args)
-    self._parts[part] += time.perf_counter() - start
+    self._parts[part] += time.perf_counter() - start - (compile_seconds() - compiled)
     return result
 
   def seconds(self) -> dict[str, float]:
-    """So far: step, input, checkpoint, compile."""
+    """So far: step, input, checkpoint, eval, compile."""
     known = {**self._parts, "compile": compile_seconds() - self._compiled}
     step = time.perf_counter() - self._began - sum(known.values())
     return {"step": max(step, 0.0), **known}

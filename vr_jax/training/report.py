@@ -1,10 +1,11 @@
 """What a run tells of itself: its steps in the log, its steps and samples that taught nothing."""
 
+import collections
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from vr_jax.training.task import Rows, Task
 
 log = logging.getLogger(__name__)
 _OF_CHECKS = ("overflow", "skipped")  # metrics that are not reported themselves
+# Metrics of which the log has the mean over the steps since its last line, by how they begin.
+_MEANS = ("loss", "grad_norm", "update_norm", "supervised_tokens", "tokens/")
 
 
 @dataclasses.dataclass
@@ -81,6 +84,26 @@ class Skipped:
     return {"not_finite_steps": self.not_finite, "empty_batches": self.empty}
 
 
+class Window:
+  """Means over the steps since the last line of the log, those alone that taught something."""
+
+  def __init__(self, before: Mapping[str, Any] | None = None):
+    """`before`: what `counts` gave."""
+    before = before or {"steps": 0, "sums": {}}
+    self._steps, self._sums = before["steps"], collections.Counter(before["sums"])
+
+  def add(self, values: Mapping[str, float]) -> None:
+    self._steps += 1
+    self._sums.update({name: value for name, value in values.items() if name.startswith(_MEANS)})
+
+  def means(self) -> dict[str, float]:
+    return {name: total / self._steps for name, total in self._sums.items()}
+
+  def counts(self) -> dict[str, Any]:
+    """JSON, the same in all processes; with it a run that goes on has the means of its twin."""
+    return {"steps": self._steps, "sums": dict(self._sums)}
+
+
 class Report:
   """Reads a step's metrics while the next one runs; checks, logs and shows them."""
 
@@ -111,11 +134,12 @@ class Report:
       before.get("empty_batches", 0),
       before.get("skipped_in_row", 0),
     )
+    self._window = Window(before.get("window"))
     task.failures.add_known(before.get("unreadable", ()))
     self._told = set(task.failures.known())
     self.ledger = Ledger()
     self._spent, self._since = self.ledger.seconds(), time.perf_counter()
-    self._chip, self._first = chip, first
+    self._chip, self._first, self._step = chip, first, first
     self._leader = jax.process_index() == 0
     if self._leader:
       self._writer = MetricsWriter(
@@ -131,15 +155,40 @@ class Report:
     self.flush()
     self._pending = (step, metrics, self._task.work(rows) if self._task.work else None)
 
-  def flush(self) -> None:
+  def flush(self, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
     """Waits for the step that is under way and reports it.
+
+    Args:
+      evaluate: gives numbers of the state after that step, which are reported with it.
 
     Raises:
       InputError: see `step.check_metrics` and `Skipped`; names what the batch holds.
     """
-    if self._pending is None:
+    logged = self._read()
+    evals: Mapping[str, float] = {}
+    if evaluate is not None:
+      before, began = self.ledger.seconds()["eval"], time.perf_counter()
+      evals = self.ledger.timed("eval", evaluate)
+      self._since += time.perf_counter() - began  # which is no step's
+      self._spent = self.ledger.seconds()
+      evals = {**evals, "eval_seconds": self._spent["eval"] - before}
+    if not logged and not evals:
       return
+    values = {**self.last, **self._window.means()}
+    self._window = Window()
+    if self._leader:
+      self._writer.write(self._step, {**values, **evals})
+      if values:  # none before the first step of a run that goes on
+        self._progress.update(self._step, values, line=logged)
+      if evals:
+        self._progress.say(f"step {self._step}/{self._total}  {shown(evals)}")
+
+  def _read(self) -> bool:
+    """Waits for the step that is under way; whether the log has a line of it."""
+    if self._pending is None:
+      return False
     step, metrics, work = self._pending
+    self._step = step
     self._pending = None
     metrics = jax.device_get(metrics)
     check_metrics(step, metrics)
@@ -162,10 +211,16 @@ class Report:
     }
     self.measured = dict(self.last)
     self._since, self._spent = now, spent
+    if not metrics["skipped"]:
+      self._window.add(self.last)
+    if self._leader and not logged:
+      self._progress.update(step, self.last, line=False)
+    return logged
+
+  def say(self, text: str) -> None:
+    """A line on the terminal."""
     if self._leader:
-      if logged:
-        self._writer.write(step, self.last)
-      self._progress.update(step, self.last, line=logged)
+      self._progress.say(text)
 
   def counts(self) -> dict[str, Any]:
     """What a run that goes on has to know: JSON, the same in all processes."""
@@ -174,6 +229,7 @@ class Report:
       **self._skipped.counts(),
       "skipped_in_row": self._skipped.in_row,
       "unreadable": sorted(self._task.failures.known()),
+      "window": self._window.counts(),
     }
 
   def _share_failures(self) -> None:
@@ -209,3 +265,13 @@ class Report:
         self._progress.say(f"{sum(spent.values()):.0f} s: {', '.join(shares)}")
       self._progress.close()
       self._writer.close()
+
+
+def shown(evals: Mapping[str, float]) -> str:
+  """The numbers of evaluations in a line: those of all items that have an interval, else all."""
+  parts = []
+  for name, value in evals.items():
+    if f"{name}_low" in evals and "/" not in name.removeprefix("eval/").partition("/")[2]:
+      low, high = evals[f"{name}_low"], evals[f"{name}_high"]
+      parts.append(f"{name.removeprefix('eval/')} {value:.4f} [{low:.4f}, {high:.4f}]")
+  return ", ".join(parts) or ", ".join(f"{name} {value:.4f}" for name, value in evals.items())

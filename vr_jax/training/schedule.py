@@ -41,8 +41,9 @@ class Optimizer(NamedTuple):
   of `moments_dtype`; the arithmetic is float32 whatever it is. With `ema_decay` it has "ema" too,
   the running mean of the parameters, which starts as they do.
   `update(grads, state, params_train, step)` gives (params_train, state, metrics) after optimizer
-  step `step` (i32, 0-based); metrics: `grad_norm` before clipping, and `lr` (with several groups
-  also `lr/<regex>`, `lr` being the first group's). `lrs(step)` gives the latter alone.
+  step `step` (i32, 0-based); metrics: `grad_norm` before clipping and `update_norm`, of all and of
+  each part of the model (`grad_norm/<part>`), and `lr` (with several groups also `lr/<regex>`, `lr`
+  being the first group's). `lrs(step)` gives the latter alone.
   """
 
   init: Callable[[Params], Params]
@@ -109,7 +110,8 @@ def make_optimizer(
     return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), **mean}
 
   def update(grads, state, params_train, step):
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    before, norms = params_train, norms_by_part("grad_norm", grads)
+    norm = norms["grad_norm"]
     if config.grad_clip_norm:
       factor = jnp.minimum(1.0, config.grad_clip_norm / (norm + 1e-6))
       grads = jax.tree.map(lambda g: g * factor, grads)
@@ -131,9 +133,17 @@ def make_optimizer(
       new["ema"] = jax.tree.map(
         lambda mean, p: mean + (1 - config.ema_decay) * (p - mean), state["ema"], params_train
       )
-    return params_train, new, {"grad_norm": norm, **lrs(step)}
+    norms |= norms_by_part("update_norm", jax.tree.map(jnp.subtract, params_train, before))
+    return params_train, new, {**norms, **lrs(step)}
 
   return Optimizer(init, update, lrs)
+
+
+def norms_by_part(name: str, tree: Params) -> dict[str, Float[Array, ""]]:
+  """`name`: the L2 norm of all leaves; `name/<part>`: of those under each top-level key."""
+  squares = jax.tree.map(lambda x: jnp.sum(jnp.square(x)), tree)
+  norm = lambda part: jnp.sqrt(sum(jax.tree.leaves(part)))  # noqa: E731
+  return {name: norm(squares), **{f"{name}/{part}": norm(squares[part]) for part in squares}}
 
 
 def count_steps(

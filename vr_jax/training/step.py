@@ -84,6 +84,7 @@ def make_step(
   accum_mean: str = "tokens",
   shardings: TrainState | None = None,
   cuts: Cuts | None = None,
+  kinds: Callable[[Any], Mapping[str, Array]] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
   """The jitted step `(state, rows) -> (state, metrics)`; the state is donated.
 
@@ -94,13 +95,14 @@ def make_step(
       any number of micro-batches. "published": the mean over micro-batches of their means, as in
       transformers 4.40, which the published model was trained with.
     shardings: of the state, kept over the step; None leaves placement to the compiler.
+    kinds: rows of a micro-batch -> slots of each kind, i32 [], in the metrics `tokens/<kind>`.
     cuts: a program for each of these sizes is compiled, and the least that holds a micro-batch is
       run. The choice lies around the gradient, so that nothing is saved for the others.
 
   `rows` has a leading axis A (see `micro_batches`). Metrics: `loss` (nats, by accum_mean),
-  `micro_loss` [A], `supervised_tokens`, `overflow` (tokens beyond the loss budget), `grad_norm`
-  before clipping, `lr`, `skipped` (bool): the state is as it was but for `step`, because no token
-  was supervised or loss or gradient were not finite.
+  `micro_loss` [A], `supervised_tokens`, `overflow` (tokens beyond the loss budget), those of the
+  optimizer (see `schedule.Optimizer`), `skipped` (bool): the state is as it was but for `step`,
+  because no token was supervised or loss or gradient were not finite.
 
   Raises:
     InputError: an unknown accum_mean.
@@ -129,12 +131,28 @@ def make_step(
         programs = [functools.partial(gradient, size=size) for size in sizes]
         (_, aux), grads = jax.lax.switch(index, programs, micro)
       part, mean, sums = aux
-      new = (grads, part, sums.weight, sums.overflow)
+      counted = {} if kinds is None else kinds(micro)
+      new = (grads, part, sums.weight, sums.overflow, counted)
       return jax.tree.map(jnp.add, totals, new), mean
 
     zeros = jax.tree.map(jnp.zeros_like, state.params_train)
-    totals = (zeros, (jnp.zeros(()), jnp.zeros(())), jnp.zeros(()), jnp.zeros((), jnp.int32))
-    (grads, (total, divisor), tokens, overflow), micro_losses = jax.lax.scan(one, totals, rows)
+    counts = (
+      {}
+      if kinds is None
+      else jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(kinds, jax.tree.map(lambda array: array[0], rows)),
+      )
+    )
+    totals = (
+      zeros,
+      (jnp.zeros(()), jnp.zeros(())),
+      jnp.zeros(()),
+      jnp.zeros((), jnp.int32),
+      counts,
+    )
+    totals, micro_losses = jax.lax.scan(one, totals, rows)
+    grads, (total, divisor), tokens, overflow, counts = totals
 
     divisor = jnp.maximum(divisor, 1.0)
     grads = jax.tree.map(lambda g: g / divisor, grads)
@@ -157,6 +175,7 @@ def make_step(
       "supervised_tokens": tokens,
       "overflow": overflow,
       "skipped": ~learned,
+      **{f"tokens/{kind}": count for kind, count in counts.items()},
       **metrics,
     }
 

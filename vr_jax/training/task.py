@@ -45,6 +45,7 @@ class Task:
     failures: samples that could not be read.
     counts: numbers to report beside the loss, such as unreadable samples so far.
     work: rows of a step -> (slots that are not empty, FLOPs that they need), for rates.
+    kinds: rows of a micro-batch, traced -> slots of each kind, i32 [], for the metrics.
     cuts: smaller shapes that micro-batches may be cut to (see `step.Cuts`).
     fields: top-level keys of the config that only this task knows.
   """
@@ -62,6 +63,7 @@ class Task:
   failures: Failures = dataclasses.field(default_factory=Failures)
   counts: Callable[[], Mapping[str, float]] = dict
   work: Callable[[Rows], tuple[int, int]] | None = None
+  kinds: Callable[[Any], Mapping[str, Array]] | None = None
   cuts: Cuts | None = None
   fields: tuple[str, ...] = ()
 

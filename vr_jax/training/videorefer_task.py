@@ -137,6 +137,9 @@ def videorefer_task(config: ConfigDict) -> Task:
     work=functools.partial(
       navit_work_of if any_size else work_of, cfg=cfg, trained=trained_parts(config, cfg)
     ),
+    kinds=None
+    if any_size
+    else functools.partial(kinds_of, scene_tokens=row_sizes(cfg)["scene_tokens"]),
     cuts=FRAME_CUTS if config.input.accum_steps != 1 and not any_size else None,
   )
 
@@ -186,6 +189,18 @@ def work_of(rows: Rows, cfg: VideoReferConfig, trained: Sequence[str]) -> tuple[
       supervised = int(rows["supervised"][b][slots].sum())
       flops += training_flops(cfg, trained, encoded, int(slots.sum()), supervised, scene_frames)
   return int(rows["valid"].sum()), flops
+
+
+def kinds_of(rows: Any, scene_tokens: int) -> dict[str, jax.Array]:
+  """Slots of rows [B, L] by what stands in them."""
+  first_object = scene_tokens * (rows["scene"].shape[1] if rows["scene"].ndim > 2 else 1)
+  visual = rows["visual"]
+  return {
+    "text": (rows["valid"] & (visual < 0)).sum(),
+    "scene": ((visual >= 0) & (visual < first_object)).sum(),
+    "object": (visual >= first_object).sum(),
+    "empty": (~rows["valid"]).sum(),
+  }
 
 
 def _frame_sizes(rows: Rows) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ MAY_CHANGE = (
   "stall_seconds",
   "max_skipped",
   "wandb",
+  "evals",
+  "early_stop",
   "input.threads",
   "input.media",
   "input.max_unreadable",
@@ -164,7 +166,9 @@ def check_same_run(
       log.warning("%s: config.%s=%r is not a field any more; left out", workdir, key, old)
     elif key == "model_init" and new and before.meta.get("start") == weights_of(config):
       continue  # moved
-    elif key not in free and (old is not MISSING or new != defaults.get(key, MISSING)):
+    elif free.isdisjoint((key, key.split(".")[0])) and (
+      old is not MISSING or new != defaults.get(key, MISSING)
+    ):
       changed[key] = (old, new)
   if "task" in changed and len({task_name(name) for name in changed["task"]}) == 1:
     del changed["task"]  # the module of the task has moved
