@@ -34,6 +34,7 @@ def make_dataset(
   batch_size: int,
   seed: int,
   drop_remainder: bool,
+  epoch_seeds: str = "spread",
   shuffle: bool = True,
   epochs: int | None = 1,
   weights: Sequence[float] | None = None,
@@ -54,6 +55,7 @@ def make_dataset(
     batch_size: rows of the global batch; a process holds batch_size / process_count of them,
       global rows process_index, process_index + process_count, ...
     seed: of the order; each epoch has its own.
+    epoch_seeds: see `first_seed`.
     drop_remainder: leave out the samples after the last full batch of the whole run; otherwise
       empty rows fill that batch up.
     epochs: passes over the samples; None goes on for ever.
@@ -71,7 +73,8 @@ def make_dataset(
   ends = [0, *itertools.accumulate(map(len, samples))]
   failures = Failures() if failures is None else failures
 
-  order = _order(ends, seed, shuffle, epochs, weights)
+  start = functools.partial(first_seed, seed, epoch_seeds)
+  order = _order(ends, start, shuffle, epochs, weights)
   if not drop_remainder and epochs is not None and len(order) % batch_size:
     missing = batch_size - len(order) % batch_size
     order = grain.MapDataset.concatenate([order, grain.MapDataset.source([-1] * missing)])
@@ -118,9 +121,26 @@ def _shape_of(samples: Sequence[RowSource]) -> StaticShape:
   return shapes.pop()
 
 
+EPOCH_SEEDS = ("spread", "consecutive")
+
+
+def first_seed(seed: int, epoch_seeds: str, salt: int) -> int:
+  """What Grain shuffles the first epoch of a set by; it adds 1 for each further epoch.
+
+  "consecutive", of runs that began before there was another rule, is the seed itself: epoch 1 of
+  seed 42 is epoch 0 of seed 43. "spread" draws where each seed begins, from 2^32 places.
+
+  Args:
+    salt: tells sets from each other.
+  """
+  if epoch_seeds == "consecutive":
+    return (seed + salt) % 2**32
+  return int(np.random.SeedSequence((seed, salt)).generate_state(1)[0])
+
+
 def _order(
   ends: Sequence[int],
-  seed: int,
+  start: Callable[[int], int],
   shuffle: bool,
   epochs: int | None,
   weights: Sequence[float] | None,
@@ -129,7 +149,7 @@ def _order(
 
   def ordered(first: int, last: int, salt: int) -> grain.MapDataset:
     numbers = grain.MapDataset.range(first, last)
-    numbers = numbers.shuffle((seed + salt) % 2**32) if shuffle else numbers
+    numbers = numbers.shuffle(start(salt)) if shuffle else numbers
     return numbers.repeat(epochs)
 
   if weights is None:

@@ -66,6 +66,18 @@ def _rows(dataset):
 OPTIONS = {"batch_size": 4, "seed": 3, "drop_remainder": False}
 
 
+def test_epochs_of_neighbouring_seeds_are_not_each_other():
+  def epochs(seed, rule):
+    options = {**OPTIONS, "seed": seed, "epoch_seeds": rule}
+    rows = _rows(make_dataset([Numbered(40)], epochs=2, **options))
+    return rows[:40], rows[40:]
+
+  first, second = (epochs(seed, "consecutive") for seed in (42, 43))
+  assert first[1] == second[0]  # what a run that began by this rule goes on with
+  orders = [order for seed in (42, 43, 44) for order in epochs(seed, "spread")]
+  assert len({tuple(order) for order in orders}) == 6
+
+
 def test_every_sample_once_an_epoch_in_another_order():
   epochs = _rows(make_dataset([Numbered(10)], epochs=2, **OPTIONS))
   assert len(epochs) == 20

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from data_pipes.errors import InputError
@@ -86,6 +87,9 @@ def test_frozen_parameters_leave_the_tree_and_have_no_optimizer_slots():
     ({"schedule": ((".*", {"decay": "cos"}),)}, "decay='cos': accepted: cosine, linear"),
     ({"schedule": ((".*", {"warmup_steps": 1, "warmup_percent": 0.1}),)}, "set only one of"),
     ({"schedule": ((".*", {"warmup_epochs": 1}),)}, "the size of the data is not known; use steps"),
+    ({"schedule": ((".*", {"optimizer": "adam"}),)}, "optimizer='adam': accepted: adamw, lion"),
+    ({"schedule": ((".*", {"optimizer": "lion", "eps": 1.0}),)}, "0.1.eps is not known"),
+    ({"optimizer": "muon", "schedule": ((".*", {"rms": 0}),)}, "0.1.rms=0: accepted: more than 0"),
     ({"wd_mults": (("img/.*", 0.0),)}, "config.wd_mults: no rule covers"),
   ],
 )
@@ -178,13 +182,136 @@ def test_the_running_mean_is_that_of_the_parameters():
   optimizer = make_optimizer(c, params(), total_steps=4)
   trained, mean = params(), params()
   state = optimizer.init(trained)
-  for step in range(3):
+  for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12)):  # it warms up: far below 0.75 as yet
     grads = jax.tree.map(lambda p, n=step: jnp.cos(p + n), trained)
     trained, state, _ = optimizer.update(grads, state, trained, jnp.asarray(step))
-    mean = jax.tree.map(lambda m, p: 0.75 * m + 0.25 * p, mean, trained)
+    mean = jax.tree.map(lambda m, p, d=decay: d * m + (1 - d) * p, mean, trained)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state["ema"], mean)
 
 
 def test_an_unknown_moments_dtype_is_refused():
   with pytest.raises(InputError, match="moments_dtype='float16': accepted: float32, bfloat16"):
     make_optimizer(config(moments_dtype="float16"), params(), total_steps=1)
+
+
+# --- Optimizers by name -----------------------------------------------------------------------
+
+
+def stepped(c, trained, steps=3):
+  """Parameters and state after a few steps, and the updates' metrics."""
+  optimizer = make_optimizer(c, trained, total_steps=10)
+  state = optimizer.init(trained)
+  update = jax.jit(optimizer.update)
+  for step in range(steps):
+    grads = jax.tree.map(lambda p, n=step: jnp.cos(3 * p + n), trained)
+    trained, state, metrics = update(grads, state, trained, jnp.asarray(step))
+  return trained, state, metrics
+
+
+def by_optax(transformation, trained, steps=3):
+  state = transformation.init(trained)
+  for step in range(steps):
+    grads = jax.tree.map(lambda p, n=step: jnp.cos(3 * p + n), trained)
+    updates, state = transformation.update(grads, state, trained)
+    trained = optax.apply_updates(trained, updates)
+  return trained
+
+
+def matrices():
+  rng = np.random.default_rng(0)
+  array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  return {
+    "region": {"fc1": {"kernel": array(40, 32), "bias": array(32)}},
+    "llm": {"layers": {"attn": {"q_einsum": {"w": array(2, 3, 8, 4)}}}},
+  }
+
+
+PLAIN = {"lr": 0.01, "grad_clip_norm": 0.0, "schedule": ((".*", {"decay": "constant"}),)}
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+def test_an_optimizer_by_name_is_that_of_optax(name):
+  rms = optax.scale_by_factored_rms(
+    min_dim_size_to_factor=32, decay_rate_fn=lambda i, p: jnp.minimum(0.999, 1 - (i + 1.0) ** -p)
+  )
+  theirs = {
+    "lion": optax.lion(0.01, b1=0.9, b2=0.99, weight_decay=0.1),
+    "adafactor": optax.chain(
+      rms,
+      optax.ema(0.9, debias=False),
+      optax.add_decayed_weights(0.1),
+      optax.scale_by_learning_rate(0.01),
+    ),
+  }[name]
+  trained, state, _ = stepped(config(optimizer=name, wd=0.1, **PLAIN), matrices())
+  expected = by_optax(theirs, matrices())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), trained, expected)
+  kept = {slot: tree["region"]["fc1"]["kernel"].shape for slot, tree in state.items()}
+  factored = {"v_row": (32,), "v_col": (40,), "v": (1,)} if name == "adafactor" else {}
+  assert kept == {"mu": (40, 32), **factored}
+
+
+def test_muon_makes_matrices_orthogonal_layer_by_layer_and_leaves_the_rest_to_adamw():
+  before = matrices()
+  trained, state, _ = stepped(config(optimizer="muon", **PLAIN), before, steps=1)
+  adamw, _, _ = stepped(config(**PLAIN), before, steps=1)
+  biases = (tree["region"]["fc1"]["bias"] for tree in (trained, adamw))
+  np.testing.assert_allclose(*biases, rtol=1e-6)
+  assert list(state["nu"]["region"]["fc1"]) == ["bias"]
+  assert "llm" not in state["nu"]
+  # (3 heads of 4) x 8 of each layer: all singular values of the step are nearly one size, and its
+  # size is about that of AdamW's steps, 0.2 of the rate.
+  moved = (
+    trained["llm"]["layers"]["attn"]["q_einsum"]["w"]
+    - before["llm"]["layers"]["attn"]["q_einsum"]["w"]
+  )
+  for layer in moved:
+    values = np.linalg.svd(layer.transpose(1, 0, 2).reshape(8, 12), compute_uv=False)
+    values /= 0.01 * 0.2 * np.sqrt(12)
+    assert (values > 0.6).all()
+    assert (values < 1.3).all()
+
+
+def test_groups_may_have_optimizers_settings_and_decay_of_their_own():
+  schedule = (
+    ("llm/.*", {"decay": "constant", "optimizer": "lion", "b2": 0.5, "wd": 0.0}),
+    (".*", {"decay": "constant", "peak": 2.0}),
+  )
+  trained, state, metrics = stepped(config(**{**PLAIN, "schedule": schedule}, wd=0.1), matrices())
+  lion = by_optax(optax.lion(0.01, b2=0.5, weight_decay=0.0), matrices()["llm"])
+  adamw = by_optax(optax.adamw(0.02, weight_decay=0.1), matrices()["region"])
+  for ours, theirs in ((trained["llm"], lion), (trained["region"], adamw)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), ours, theirs)
+  assert set(state["mu"]) == {"llm", "region"}
+  assert set(state["nu"]) == {"region"}
+  parts = [metrics["grad_norm/llm"], metrics["grad_norm/region"]]
+  np.testing.assert_allclose(np.hypot(*parts), metrics["grad_norm"], rtol=1e-6)
+  size = np.sqrt(2 * 3 * 8 * 4)  # each of Lion's steps is the rate
+  np.testing.assert_allclose(metrics["update_norm/llm"], 0.01 * size, rtol=1e-4)
+
+
+def test_moments_in_bfloat16_do_not_stand_still():
+  """A gradient of 1 over 2 000 steps, then of 0.01: rounded to the nearest, AdamW's second moment
+  stops at a third of its value and never falls. Also with noise, where what is lost is drawn."""
+  rng = np.random.default_rng(0)
+  noise = jnp.asarray(rng.normal(size=(4_000, 8, 9)), jnp.float32)
+
+  def run(dtype, noisy):
+    trained = {"region": {"fc1": {"kernel": jnp.zeros((8, 9) if noisy else (1, 1))}}}
+    c = config(**{**PLAIN, "moments_dtype": dtype})
+    update = make_optimizer(c, trained, total_steps=10)
+
+    def one(carry, step):
+      trained, state = carry
+      size = jnp.where(step < 2_000, 1.0, 0.01)
+      grad = size * (1 + noise[step]) if noisy else size
+      grads = jax.tree.map(lambda p: jnp.zeros_like(p) + grad, trained)
+      return update.update(grads, state, trained, step)[:2], None
+
+    carry = trained, update.init(trained)
+    run = jax.jit(lambda carry: jax.lax.scan(one, carry, jnp.arange(4_000))[0][0])
+    return jax.tree.leaves(run(carry))[0]
+
+  for noisy in (False, True):
+    exact, half = run("float32", noisy), run("bfloat16", noisy)
+    assert np.linalg.norm(half - exact) / np.linalg.norm(exact) <= 0.02

@@ -90,11 +90,33 @@ BELOW_1 = number("from 0 to less than 1", lambda n: 0 <= n < 1)
 SEED = number("from 0 to 4294967295", lambda n: 0 <= n < 2**32)
 TEXTS = Accepted("a tuple of texts such as ('a.json',)", lambda items: all(map(is_text, items)))
 
+
+class OptimizerSettings(NamedTuple):
+  """What a group of `config.schedule` may set of its optimizer, and the defaults."""
+
+  accepted: Mapping[str, Accepted]
+  defaults: Mapping[str, float]
+
+
+_B1 = {"b1": BELOW_1}
+# AdamW's defaults are config.b1, b2 and eps.
+OPTIMIZERS: Mapping[str, OptimizerSettings] = {
+  "adamw": OptimizerSettings({**_B1, "b2": BELOW_1, "eps": ABOVE_0}, {}),
+  "lion": OptimizerSettings({**_B1, "b2": BELOW_1}, {"b1": 0.9, "b2": 0.99}),
+  "adafactor": OptimizerSettings(
+    {**_B1, "decay_rate": ABOVE_0, "b2_cap": BELOW_1, "min_dim": AT_LEAST_1, "eps": ABOVE_0},
+    {"b1": 0.9, "decay_rate": 0.8, "b2_cap": 0.999, "min_dim": 32, "eps": 1e-30},
+  ),
+  "muon": OptimizerSettings({**_B1, "rms": ABOVE_0}, {"b1": 0.95, "rms": 0.2}),
+}
+
 UNITS = ("steps", "examples", "epochs", "percent")
 # The options of a rule of `config.schedule`.
 SCHEDULE_OPTIONS: Mapping[str, Accepted] = {
   "peak": AT_LEAST_0,
   "decay": one_of("cosine", "linear", "constant"),
+  "optimizer": one_of(*OPTIMIZERS),
+  "wd": AT_LEAST_0,
   **{f"warmup_{unit}": SHARE if unit == "percent" else AT_LEAST_0 for unit in UNITS},
 }
 
@@ -158,7 +180,7 @@ def check_values(config: ConfigDict, fields: ConfigDict) -> None:
       f"config.input.weights={weights!r}: accepted: a share for each of the {len(files)} of "
       "config.input.files, or ()"
     )
-  check_schedule(values.get("schedule", ()))
+  check_schedule(values.get("schedule", ()), values.get("optimizer", "adamw"))
   check_evals(config.get("evals", ConfigDict()))
   metric, names = values.get("early_stop.metric"), config.get("evals", ConfigDict())
   if metric is not None and metric.split("/")[1:2] not in [[name] for name in names]:
@@ -168,7 +190,7 @@ def check_values(config: ConfigDict, fields: ConfigDict) -> None:
     )
 
 
-def check_schedule(table: Any) -> None:
+def check_schedule(table: Any, optimizer: str = "adamw") -> None:
   """Refuses a `config.schedule` whose rules are not (regex, None) or (regex, options).
 
   Raises:
@@ -179,13 +201,15 @@ def check_schedule(table: Any) -> None:
     if not isinstance(pattern, str) or not (options is None or isinstance(options, Mapping)):
       raise InputError(f"config.schedule: {rule!r}: expected (regex, None) or (regex, options)")
     where = f"config.schedule.{index}.1"
+    named = (options or {}).get("optimizer", optimizer)
+    settings = OPTIMIZERS[named].accepted if named in list(OPTIMIZERS) else {}
+    known = {**SCHEDULE_OPTIONS, **settings}
     for name, value in (options or {}).items():
-      if name not in SCHEDULE_OPTIONS:
-        raise InputError(f"{where}.{name} is not known{nearest(name, SCHEDULE_OPTIONS)}")
+      if name not in known:
+        raise InputError(f"{where}.{name} is not known{nearest(name, known)}")
       unset = value is None and name.startswith("warmup_")
-      if not unset and not _takes(SCHEDULE_OPTIONS[name], value):
-        accepted = SCHEDULE_OPTIONS[name].words
-        raise InputError(f"{where}.{name}={value!r}: accepted: {accepted}")
+      if not unset and not _takes(known[name], value):
+        raise InputError(f"{where}.{name}={value!r}: accepted: {known[name].words}")
 
 
 def check_evals(evals: Any) -> None:

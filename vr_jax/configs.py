@@ -33,6 +33,7 @@ from vr_jax.config_values import (
   AT_LEAST_0,
   AT_LEAST_1,
   BELOW_1,
+  OPTIMIZERS,
   SEED,
   SHARE,
   TEXTS,
@@ -131,8 +132,13 @@ def _fields() -> ConfigDict:
   # "published": the mean over parts of their means (transformers 4.40).
   config.accum_mean = Field("tokens", one_of("tokens", "published"))
 
-  # Optimizer. `schedule`: (path regex, None | options), first match wins, None is frozen; options:
-  # peak (times lr), warmup_{steps,examples,epochs,percent}, decay ("cosine"|"linear"|"constant").
+  # Optimizer: "adamw", "lion", "adafactor" (big_vision's), or "muon" (matrices; the rest AdamW).
+  config.optimizer = Field("adamw", one_of(*OPTIMIZERS))
+  # `schedule`: (path regex, None | options), first match wins, None is frozen; options:
+  # peak (times lr), warmup_{steps,examples,epochs,percent}, decay ("cosine"|"linear"|"constant"),
+  # and in the place of those of all groups: optimizer, wd, and the optimizer's own settings (b1,
+  # b2, eps of AdamW; b1, b2 of Lion; b1, decay_rate, b2_cap, min_dim, eps of Adafactor; b1, rms
+  # of Muon, whose step is as large as AdamW's at rms 0.2).
   # Unlike big_vision's, warmup_percent is rounded up and starts from lr 0, as transformers does.
   config.lr = Field(1e-3, AT_LEAST_0)
   config.schedule = ((".*", {"warmup_percent": 0.03, "decay": "cosine"}),)
@@ -141,13 +147,16 @@ def _fields() -> ConfigDict:
   config.wd_mults = Field(
     ((".*", 1.0),), rows("((regex, factor of at least 0), …)", lambda p, f: is_factor(f))
   )
-  config.b1 = Field(0.9, BELOW_1)
+  config.b1 = Field(0.9, BELOW_1)  # of AdamW, as b2 and eps
   config.b2 = Field(0.999, BELOW_1)
   config.eps = Field(1e-8, ABOVE_0)
-  # Of AdamW's moments in memory.
+  # Of moments in memory (Adafactor's second one is factored and float32). What bfloat16 drops is
+  # made up for over the steps, see `training/optimizers.py`.
   config.moments_dtype = Field("float32", one_of("float32", "bfloat16"))
   config.grad_clip_norm = Field(1.0, AT_LEAST_0)  # 0: no clipping
   # Such as 0.9999: a running mean of the trained parameters, in the end written to W/ema; 0: none.
+  # It warms up, so that the first parameters have no weight of their own: after step t (from 0)
+  # the decay is at most (1 + t) / (10 + t).
   config.ema_decay = Field(0.0, BELOW_1)
   # A step whose gradient is not finite, or whose batch has no supervised token, changes nothing and
   # is counted; so many in a row end the run.
@@ -207,6 +216,9 @@ def _input_fields() -> ConfigDict:
     Accepted("() or a share of more than 0 for each file", lambda v: all(map(ABOVE_0.holds, v))),
   )
   config.shuffle = True
+  # How the seeds of epochs follow from `seed`; a run that goes on keeps the rule it began with:
+  # "consecutive" (epoch 1 of seed 42 is epoch 0 of seed 43) before there was this field.
+  config.epoch_seeds = Field("spread", one_of("spread", "consecutive"))
   config.threads = Field(4, AT_LEAST_1)  # that decode
   config.max_unreadable = Field(0.01, SHARE)  # of the samples, above which the run fails
   config.max_empty = Field(0.1, SHARE)  # of the batches without a supervised token, likewise

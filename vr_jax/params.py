@@ -78,6 +78,19 @@ def sub_tree(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
   }
 
 
+def shared(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
+  """The leaves of a nested dict at those places of `like` that it has."""
+  out: Params = {}
+  for key in like:
+    if key not in tree:
+      continue
+    if not isinstance(like[key], Mapping):
+      out[key] = tree[key]
+    elif part := shared(tree[key], like[key]):
+      out[key] = part
+  return out
+
+
 def match_table(tree: Any, table: Iterable[tuple[str, Rule]], field: str) -> Any:
   """The tree with each leaf replaced by the rule of the first regex that matches its whole path.
 

@@ -151,6 +151,7 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
       )
       counts = report.counts() | {"evals": evals.counts()}
       meta |= {"data": dict(task.data), "start": start, "counts": counts}
+      meta |= {"epoch_seeds": going_on.input.epoch_seeds}
       checkpoints.save(state, position, meta, report.measured)
       bring()
 
@@ -329,7 +330,15 @@ def state_target(
     step=NamedSharding(mesh, P()),
     params_train=train,
     params_frozen=frozen,
-    opt_state=dict.fromkeys(state.opt_state, train),
+    opt_state={
+      slot: jax.tree.map(
+        lambda leaf, p, sharding: sharding if leaf.shape == p.shape else NamedSharding(mesh, P()),
+        tree,
+        sub_tree(state.params_train, tree),
+        sub_tree(train, tree),
+      )
+      for slot, tree in state.opt_state.items()
+    },
   )
   return jax.tree.map(
     lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), state, shardings

@@ -84,7 +84,8 @@ def navit_dataset(
   )
   log.info(plan_line(plan))
   rows = NavitRows(sets, plan, ids, failures)
-  made = functools.partial(make_dataset, [rows], drop_remainder=False)
+  options = {"drop_remainder": False, "epoch_seeds": given.epoch_seeds}
+  made = functools.partial(make_dataset, [rows], **options)
   sizes = (plan.shape.length, plan.shape.patches, plan.shape.tower_rows)
   return len(rows), made, digest_of_rows([(plan.rows, sizes)])
 

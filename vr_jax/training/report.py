@@ -172,6 +172,7 @@ class Report:
       self._since += time.perf_counter() - began  # which is no step's
       self._spent = self.ledger.seconds()
       evals = {**evals, "eval_seconds": self._spent["eval"] - before}
+      self.measured |= evals
     if not logged and not evals:
       return
     values = {**self.last, **self._window.means()}

@@ -1,8 +1,8 @@
-"""Which parameters train, at what learning rate, with what decay: regex tables, then AdamW.
+"""Which parameters train, by which optimizer, at what learning rate, with what decay: tables.
 
     schedule = [("img/.*", None), ("connector/.*", dict(peak=0.2)), (".*", dict(decay="linear"))]
 
-First match wins; a table must cover every parameter and use every rule; `None` is frozen. The
+First match wins; a table must cover every parameter and use every rule; `None` is frozen. AdamW's
 arithmetic is that of torch.optim.AdamW, `clip_grad_norm_` and transformers' cosine schedule, with
 which the published model was trained.
 """
@@ -11,18 +11,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from data_pipes.errors import InputError
 from vr_jax.arrays import Array
-from vr_jax.config_values import UNITS, check_schedule
+from vr_jax.config_values import OPTIMIZERS, UNITS, check_schedule
 from vr_jax.configs import check_config
-from vr_jax.params import Params, by_path, match_table
+from vr_jax.params import Params, by_path, match_table, merge, shared, sub_tree
+from vr_jax.training.optimizers import ROUNDED, Direction, Slots, direction, is_matrix, rounded
 
 ScheduleTable = Iterable[tuple[str, Mapping[str, Any] | None]]
 # What the published trainer decays: all but biases and the scales of layer norms (those of RMS
@@ -35,11 +36,12 @@ PUBLISHED_WD_MULTS = (
 
 
 class Optimizer(NamedTuple):
-  """AdamW over the trained parameters.
+  """The optimizers of all groups over the trained parameters.
 
-  `init(params_train)` gives the state {"mu": tree, "nu": tree}, zeros of the parameters' shapes and
-  of `moments_dtype`; the arithmetic is float32 whatever it is. With `ema_decay` it has "ema" too,
-  the running mean of the parameters, which starts as they do.
+  `init(params_train)` gives the state, trees of paths of the trained parameters: the optimizers'
+  slots (of AdamW "mu" and "nu", see optimizers.py), zeros, `moments_dtype` where they are moments;
+  the arithmetic is float32 whatever it is. With `ema_decay` it has "ema" too, the running mean of
+  the parameters, which starts as they do.
   `update(grads, state, params_train, step)` gives (params_train, state, metrics) after optimizer
   step `step` (i32, 0-based); metrics: `grad_norm` before clipping and `update_norm`, of all and of
   each part of the model (`grad_norm/<part>`), and `lr` (with several groups also `lr/<regex>`, `lr`
@@ -73,7 +75,7 @@ def make_optimizer(
   """The optimizer that a config describes.
 
   Args:
-    config: reads schedule, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, ema_decay,
+    config: reads schedule, optimizer, lr, wd, wd_mults, b1, b2, eps, grad_clip_norm, ema_decay,
       moments_dtype, input.batch_size.
     params: all parameters (or their shapes), frozen ones too: the tables are checked against them.
     total_steps: optimizer steps of the whole run.
@@ -97,7 +99,8 @@ def make_optimizer(
 
   # By path, because the trained parameters are a sub-tree.
   group_of, decay_of = by_path(rules), by_path(match_table(params, config.wd_mults, "wd_mults"))
-  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  wd_of = {i: (table[i][1] or {}).get("wd", config.wd) for i in schedules}
+  groups = _groups(config, rules)
 
   def lrs(step):
     named = [(pattern, fn(step)) for pattern, fn in schedules.values()]
@@ -105,9 +108,18 @@ def make_optimizer(
     return {"lr": named[0][1], **groups}
 
   def init(params_train):
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.moments_dtype), params_train)
+    slots: Slots = {}
+    for like, rule in groups:
+      for name, tree in rule.init(sub_tree(params_train, like)).items():
+        slots[name] = merge(slots.get(name, {}), tree)
     mean = {"ema": jax.tree.map(jnp.copy, params_train)} if config.ema_decay else {}
-    return {"mu": zeros, "nu": jax.tree.map(jnp.copy, zeros), **mean}
+    kept = {name: kept_slot(name, tree, jnp.zeros((), jnp.int32)) for name, tree in slots.items()}
+    return {**kept, **mean}
+
+  def kept_slot(name, tree, step):
+    """A slot as it is kept in memory."""
+    dtype = config.moments_dtype if name in ROUNDED else jnp.float32
+    return jax.tree.map(lambda x: rounded(x, dtype, step, name), tree)
 
   def update(grads, state, params_train, step):
     before, norms = params_train, norms_by_part("grad_norm", grads)
@@ -115,28 +127,60 @@ def make_optimizer(
     if config.grad_clip_norm:
       factor = jnp.minimum(1.0, config.grad_clip_norm / (norm + 1e-6))
       grads = jax.tree.map(lambda g: g * factor, grads)
-    mu, nu = (jax.tree.map(lambda m: m.astype(jnp.float32), state[name]) for name in ("mu", "nu"))
-    directions, moments = adam.update(grads, optax.ScaleByAdamState(count=step, mu=mu, nu=nu))
+    step = jnp.asarray(step, jnp.int32)
+    directions: Params = {}
+    slots: Slots = {}
+    for like, rule in groups:
+      held = {
+        name: jax.tree.map(lambda x: x.astype(jnp.float32), part)
+        for name, tree in state.items()
+        if name != "ema" and (part := shared(tree, like))
+      }
+      here = (sub_tree(grads, like), held, sub_tree(params_train, like))
+      some, held = rule.update(*here, step)
+      directions = merge(directions, some)
+      slots |= {name: merge(slots.get(name, {}), tree) for name, tree in held.items()}
     rate = {index: fn(step) for index, (_, fn) in schedules.items()}
 
     def stepped(path, p, direction):
       path = _key(path)
-      wd = config.wd * decay_of[path]
+      wd = wd_of[group_of[path]] * decay_of[path]
       return p - rate[group_of[path]] * (direction + wd * p)
 
     params_train = jax.tree_util.tree_map_with_path(stepped, params_train, directions)
-    new = {
-      name: jax.tree.map(lambda m: m.astype(config.moments_dtype), moment)
-      for name, moment in (("mu", moments.mu), ("nu", moments.nu))
-    }
+    new = {name: kept_slot(name, tree, step) for name, tree in slots.items()}
     if config.ema_decay:
+      decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
       new["ema"] = jax.tree.map(
-        lambda mean, p: mean + (1 - config.ema_decay) * (p - mean), state["ema"], params_train
+        lambda mean, p: mean + (1 - decay) * (p - mean), state["ema"], params_train
       )
     norms |= norms_by_part("update_norm", jax.tree.map(jnp.subtract, params_train, before))
     return params_train, new, {**norms, **lrs(step)}
 
   return Optimizer(init, update, lrs)
+
+
+def _groups(config: ConfigDict, rules: Params) -> list[tuple[Params, Direction]]:
+  """The trained parameters (a tree of their places alone) by optimizer, each with its own."""
+  names: dict[str, tuple[int, str]] = {}
+  for path, index in by_path(rules).items():
+    options = config.schedule[index][1]
+    if options is not None:
+      name = options.get("optimizer", config.optimizer)
+      names[path] = (index, "adamw" if name == "muon" and not is_matrix(path) else name)
+  groups = []
+  for index, name in dict.fromkeys(names.values()):
+    options = config.schedule[index][1]
+    settings = {key: options[key] for key in OPTIMIZERS[name].accepted if key in options}
+    if name == "adamw":
+      asked = options.get("optimizer", config.optimizer)
+      settings = {key: config[key] for key in ("b1", "b2", "eps")} | (
+        settings if asked == name else {}  # Muon's b1 is not that of the rest
+      )
+    paths = {path: path for path, group in names.items() if group == (index, name)}
+    like = flax.traverse_util.unflatten_dict(paths, sep="/")
+    groups.append((like, direction(name, settings, like)))
+  return groups
 
 
 def norms_by_part(name: str, tree: Params) -> dict[str, Float[Array, ""]]:

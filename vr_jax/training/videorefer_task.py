@@ -308,9 +308,8 @@ def _one_a_sample(sets: _Sets) -> Made:
     classes = frame_classes(frames, len(frames), given.batch_size)
     shape_of = functools.partial(cut_shape, shape, frames, classes)
   samples, weights = sets.samples(shape), given.weights or None
-  made = functools.partial(
-    make_dataset, samples, drop_remainder=False, weights=weights, shape_of=shape_of
-  )
+  options = {"drop_remainder": False, "epoch_seeds": given.epoch_seeds}
+  made = functools.partial(make_dataset, samples, weights=weights, shape_of=shape_of, **options)
   return sum(map(len, sets.records)), made, ""
 
 
@@ -390,9 +389,8 @@ def _packed(sets: _Sets, failures: Failures) -> Made:
   plan_digest = digest_of_rows((p.rows, (config.input.pack, budgets_of(p.shape))) for p in plans)
   frames = np.concatenate([plan.frames for plan in plans])
   shape_of = functools.partial(cut_shape, plans[0].shape, frames, plans[0].classes)
-  made = functools.partial(
-    make_dataset, rows, drop_remainder=False, weights=weights, shape_of=shape_of
-  )
+  options = {"drop_remainder": False, "epoch_seeds": config.input.epoch_seeds}
+  made = functools.partial(make_dataset, rows, weights=weights, shape_of=shape_of, **options)
   return sum(map(len, rows)), made, plan_digest
 
 

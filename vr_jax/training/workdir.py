@@ -45,6 +45,7 @@ MAY_CHANGE = (
   "wandb",
   "evals",
   "early_stop",
+  "input.epoch_seeds",  # the checkpoint's stands
   "input.threads",
   "input.media",
   "input.max_unreadable",
@@ -124,6 +125,7 @@ class Before(NamedTuple):
       return config
     config = config.copy_and_resolve_references().unlock()
     config.model_init = (("", str(self.checkpoint)),)
+    config.input.epoch_seeds = self.meta.get("epoch_seeds", "consecutive")
     if tokenizer_files_of(self.meta):
       config.tokenizer = None
     return config.lock()
