@@ -1,21 +1,31 @@
 """Evaluations while a run trains: held-out loss, benchmarks, and the end that they may bring."""
 
 import itertools
+import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from data_pipes.embedded.make_set import make_set
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import load_params
 from vr_jax.compiling import compilations
-from vr_jax.configs import from_json, load_config, to_json
+from vr_jax.configs import base_config, from_json, load_config, to_json
+from vr_jax.interop import videorefer as published
+from vr_jax.models.videorefer import VideoRefer
+from vr_jax.sharding import make_mesh
 from vr_jax.training import evals as evals_module
 from vr_jax.training.batches import Kept
 from vr_jax.training.evals import EarlyStop, is_better, mean_of_ratio
 from vr_jax.training.loop import train
+from vr_jax.training.loss import model_loss
 from vr_jax.training.metrics import read_metrics
+from vr_jax.training.questions import Questions
+from vr_jax.training.schedule import split_by_table
+from vr_jax.training.step import TrainState
+from vr_jax.training.videorefer_task import videorefer_task
 
 CONFIG = "tests/toy_config.py"
 HELD_OUT = {"files": ("held.json",), "every": 4, "limit": 21}
@@ -176,6 +186,69 @@ def test_entries_may_be_given_and_changed_on_the_command_line(tmp_path):
     load_config(CONFIG, ["early_stop.metric=eval/c/loss"])
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-  return make_set(tmp_path_factory.mktemp("set"), 1, 6, 18, 1)
+# --- A benchmark ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(golden, tmp_path):
+  """Puts the golden questions to the tiny published checkpoint: (questions, state, mesh)."""
+  source = published.load(golden / "tiny_videorefer_qwen2")
+  folder = tmp_path / "data"
+  folder.mkdir()
+  shutil.copy(golden / "data" / "bench_q.json", folder)
+  for name in ("clip_dir", "clip_mp4.mp4"):
+    (folder / name).symlink_to(golden / "media" / name)
+  config = base_config()
+  config.model_name = None
+  config.model_init = (("", str(golden / "tiny_videorefer_qwen2")),)
+  config.model = (("num_frames", 8),)
+  config.input.files = (str(golden / "data" / "train.json"),)
+  config.input.media = str(golden / "media")
+  config.input.mask_rule = "published"
+  train, frozen = split_by_table(source.params, (("img/.*", None), (".*", {})))
+  state = TrainState(np.int32(0), train, frozen, {})
+  mesh = make_mesh(config.mesh, jax.devices()[:1])
+
+  def ask(**options):
+    options = {"benchmark": "bench-q", "data": str(folder), "every": 1, "new_tokens": 16} | options
+    with jax.set_mesh(mesh):
+      return Questions(config, videorefer_task(config), mesh, 4, ConfigDict(options)), state, mesh
+
+  return ask
+
+
+def test_a_benchmark_is_answered_as_the_published_scripts_answer_it(asked, golden, monkeypatch):
+  recorded = json.loads((golden / "json" / "bench_inference.json").read_text())["Q"]["single"]
+  questions, state, mesh = asked(mode="single")
+  answers = []
+  scores = questions._scores
+  monkeypatch.setattr(questions, "_scores", lambda p: (answers.append(p), scores(p))[1])
+  with jax.set_mesh(mesh):
+    values = questions(state)
+    before = compilations()
+    assert questions(state) == values
+  assert compilations() == before
+  expected = [r["output_record"]["pred"] for r in recorded]
+  assert [p.pred for p in answers[0]] == [text.strip() for text in expected]
+  assert values["n"] == values["accuracy_n"] == 4
+  assert values["accuracy_low"] <= values["accuracy"] <= values["accuracy_high"]
+
+
+def test_by_likelihood_the_option_counts_whose_label_the_model_finds_likeliest(asked, monkeypatch):
+  questions, state, mesh = asked(by="likelihood", limit=2)
+  answers = []
+  monkeypatch.setattr(questions, "_scores", lambda p: answers.extend(p) or {})
+  (rows,) = questions._read()
+  loss, params = jax.jit(model_loss(VideoRefer(questions._cfg))), state.params()
+  with jax.set_mesh(mesh):
+    questions(state)
+  (b,) = np.flatnonzero(rows["number"] == 0)
+  for label, nats in zip(rows["options"][b], answers[0].likelihoods, strict=False):
+    row = {k: v[[b]].copy() for k, v in rows.items() if k not in ("number", "readable", "options")}
+    end, ids = int(row["valid"].sum()), label[label >= 0]
+    row = {k: np.pad(v, ((0, 0), (0, 8))) if k == "tokens" else v for k, v in row.items()}
+    for name, fill in (("visual", -1), ("valid", False), ("supervised", False)):
+      row[name] = np.pad(row[name], ((0, 0), (0, 8)), constant_values=fill)
+    for name, fill in (("tokens", ids), ("valid", True), ("supervised", True)):
+      row[name][0, end : end + len(ids)] = fill
+    np.testing.assert_allclose(-loss(params, row).sum, nats, rtol=1e-4)

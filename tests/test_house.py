@@ -14,6 +14,7 @@ LAYERS = (
   ("cli",),
   ("commands",),
   ("engine",),  # an older name of agent
+  ("sweep_table",),
   ("mini", "serving", "parity", "agent", "sweep"),
   ("training",),
   ("evaluation",),

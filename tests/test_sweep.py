@@ -1,5 +1,6 @@
 """Sweeps: what the members are, that they run, fail, stop and go on, and the table."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -8,17 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
-from vr_jax import cli, sweep
+from vr_jax import cli, sweep, sweep_table
 from vr_jax.configs import load_config
 from vr_jax.evaluation.results import Metric, Result, save
-from vr_jax.sweep import read_sweep, unfinished, write_table
+from vr_jax.search import draws, grid, log_uniform, uniform
+from vr_jax.sweep import adopt, read_sweep, unfinished
+from vr_jax.sweep_table import write_table
 
 TESTS = Path(__file__).parent
 SWEEP = str(TESTS / "sweep_config.py")
-NAMES = ["lr=0.02", "lr=0.02,b1=0.5", "lr=0.005", "lr=0.005,b1=0.5"]
+NAMES = ["lr=0.02", "lr=0.02+b1=0.5", "lr=0.005", "lr=0.005+b1=0.5"]
 
 
 def test_members_have_the_configs_that_were_added():
@@ -27,7 +31,7 @@ def test_members_have_the_configs_that_were_added():
   config = load_config(members[3].spec, members[3].overrides)
   assert (config.lr, config.b1, config.total_epochs) == (0.005, 0.5, 2.0)
   seeds = read_sweep(SWEEP, seeds=2)
-  assert [m.name for m in seeds[:2]] == ["lr=0.02,seed=42", "lr=0.02,seed=43"]
+  assert [m.name for m in seeds[:2]] == ["lr=0.02+seed=42", "lr=0.02+seed=43"]
   assert [load_config(m.spec, m.overrides).seed for m in seeds[:2]] == [42, 43]
 
 
@@ -73,8 +77,8 @@ def test_long_names_are_cut_and_stay_apart_and_the_table_has_all_that_was_added(
   assert len(set(names)) == 2
   for name in names:
     (tmp_path / "W" / name / "multi").mkdir(parents=True)
-    assert len(name) <= 100
-  table, page = write_table(members, tmp_path / "W")
+    assert len(name) <= 60
+  table, page, _ = write_table(members, tmp_path / "W")
   for n in (1, 2):
     assert f"/data/annotations/reasoning_part{n}.json" in table.read_text()
     assert f"/data/annotations/reasoning_part{n}.json" in page.read_text()
@@ -148,7 +152,7 @@ def test_the_table_has_results_and_reasons(tmp_path):
   failed.mkdir()
   (failed / "failed.json").write_text(json.dumps({"command": [], "code": 2, "line": "no | file"}))
   assert unfinished(members, tmp_path) == members[2:]
-  text, page = (path.read_text() for path in write_table(members, tmp_path))
+  text, page, _ = (path.read_text() for path in write_table(members, tmp_path))
   rows = [line for line in text.splitlines() if line.startswith("| tokens=")]
   assert rows[2] == "| tokens=1 | failed: no / file |  |  |"
   assert rows[3:5] == ["| tokens=8 | 50.0 (40.0 – 60.0) |", "| tokens=4 | 62.5 (52.5 – 72.5) |"]
@@ -263,3 +267,95 @@ def test_a_member_that_slurm_stopped_queues_again(
   sweep.queue_again(code, near)
   asked = tmp_path / "asked"
   assert (asked.exists() and "requeue 7" in asked.read_text()) == again
+
+
+def seeded(value, rights):
+  """A result whose items are right or wrong as given, by video."""
+  items = [
+    {"id": i, "video": f"v{i // 2}", "type": "", "score": int(right), "gt": "A", "error": None}
+    for i, right in enumerate(rights)
+  ]
+  return dataclasses.replace(result(value), items=items)
+
+
+def test_seeds_are_one_row_and_members_are_compared_with_a_baseline(tmp_path):
+  members = read_sweep("ablations:table=7", seeds=2)
+  rights = {"tokens=8": "1111", "tokens=4": "1100"}
+  for member in members[:4]:
+    home = tmp_path / member.name
+    answers = [right == "1" for right in rights[member.group]]
+    value = (0.5 if member.group == "tokens=8" else 0.6) + 0.1 * member.name.endswith("43")
+    save(seeded(value, answers), home / "single" / "strict")
+    (home / "done.json").write_text(json.dumps(member.commands(tmp_path)))
+  text, page, tex = (path.read_text() for path in write_table(members, tmp_path))
+  assert "| tokens=8 | 2 | 55.0 ± 7.1 |" in text
+  assert "| tokens=4 | 2 | 65.0 ± 7.1 |" in text
+  assert "### Difference to tokens=8" in text
+  (row,) = [line for line in text.splitlines() if line.startswith("| tokens=4 | -50.0 |")]
+  assert row.endswith("| 4 |")
+  assert "65.0 ± 7.1" in page
+  assert r"tokens=4 & 2 & 65.0 $\pm$ 7.1 \\" in tex
+  (table, *_) = write_table(members, tmp_path, "tokens=4")
+  assert "| tokens=8 | +50.0 |" in table.read_text()
+  with pytest.raises(InputError, match="--baseline tokens=5; did you mean"):
+    write_table(members, tmp_path, "tokens=5")
+
+
+def test_a_folder_that_was_named_before_goes_on_under_its_name_of_today(tmp_path):
+  members = read_sweep(SWEEP)
+  (tmp_path / "lr=0.02,b1=0.5").mkdir()
+  adopt(members, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["lr=0.02+b1=0.5"]
+  # So named it can be given as what another run starts from.
+  init = tmp_path / "lr=0.02+b1=0.5"
+  assert load_config(f"ablations:init={init}").model_init == (("", str(init)),)
+
+
+def test_grids_and_draws():
+  assert list(grid({"lr": (1, 2), "b": ("x", "y")})) == [
+    {"lr": 1, "b": "x"}, {"lr": 1, "b": "y"}, {"lr": 2, "b": "x"}, {"lr": 2, "b": "y"}
+  ]  # fmt: skip
+  fields = {"lr": log_uniform(1e-5, 1e-3), "b2": (0.9, 0.99), "wd": uniform(0, 1)}
+  many = list(draws(200, fields))
+  assert many[:10] == list(draws(10, fields))
+  assert many[:10] != list(draws(10, fields, seed=1))
+  rates = np.log10([values["lr"] for values in many])
+  assert -5 <= rates.min() < -4.8
+  assert abs(np.median(rates) + 4) < 0.2
+  assert {values["b2"] for values in many} == {0.9, 0.99}
+
+
+def test_by_the_budget_the_better_half_goes_on(tmp_path, monkeypatch):
+  body = (
+    "_base = base_config\ndef base_config():\n  config = _base()\n"
+    "  config.evals = {'v': {'files': ('f',), 'every': 2}}\n"
+    "  config.sweep_budget.metric = 'eval/v/loss'\n"
+    "  config.sweep_budget.steps = (2, 4)\n  return config\n"
+    "def sweep(add):\n  for lr in (1.0, 2.0, 3.0, 4.0): add(lr=lr)"
+  )
+  members, runs = read_sweep(sweep_file(tmp_path, body)), []
+
+  def run_member(member, workdir, watch, until):
+    runs.append((member.name, until))
+    (workdir / member.name).mkdir(parents=True, exist_ok=True)
+    loss = abs(float(member.name[3:]) - 2.2)
+    line = json.dumps({"step": until or 6, "eval/v/loss": loss, "loss": 1.0})
+    (workdir / member.name / "metrics.jsonl").write_text(line + "\n")
+    if until is None:
+      (workdir / member.name / "done.json").write_text(json.dumps(member.commands(workdir)))
+    return 0
+
+  monkeypatch.setattr(sweep, "run_member", run_member)
+  W = tmp_path / "W"
+  assert sweep.run_budget(members, W, 1, lambda text: None) == [0]
+  first = [(f"lr={n}.0", 2) for n in (1, 2, 3, 4)]
+  assert runs == [*first, ("lr=2.0", 4), ("lr=3.0", 4), ("lr=2.0", None)]
+  assert sweep.run_budget(members, W, 1, lambda text: None) == []  # nothing is left
+  assert len(runs) == 7
+  states = [sweep_table._state(member, W)[0] for member in members]
+  assert states == [
+    "dropped after 2 steps",
+    "done",
+    "dropped after 4 steps",
+    "dropped after 2 steps",
+  ]

@@ -5,6 +5,7 @@ there, with what it accepts beside its default.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -49,6 +50,10 @@ def rows(words: str, holds: Callable[..., bool]) -> Accepted:
 
 def is_whole(value: Any, least: int) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_rising(values: Any) -> bool:
+  return all(a < b for a, b in itertools.pairwise(values))
 
 
 def is_text(value: Any) -> bool:
@@ -182,11 +187,17 @@ def check_values(config: ConfigDict, fields: ConfigDict) -> None:
     )
   check_schedule(values.get("schedule", ()), values.get("optimizer", "adamw"))
   check_evals(config.get("evals", ConfigDict()))
-  metric, names = values.get("early_stop.metric"), config.get("evals", ConfigDict())
-  if metric is not None and metric.split("/")[1:2] not in [[name] for name in names]:
+  names = config.get("evals", ConfigDict())
+  for key in ("early_stop.metric", "sweep_budget.metric"):
+    metric = values.get(key)
+    if metric is not None and metric.split("/")[1:2] not in [[name] for name in names]:
+      raise InputError(
+        f"config.{key}={metric!r}: accepted: eval/NAME/METRIC, of one of config.evals "
+        f"({', '.join(names) or 'there are none'})"
+      )
+  if values.get("sweep_budget.steps") and values["sweep_budget.metric"] is None:
     raise InputError(
-      f"config.early_stop.metric={metric!r}: accepted: eval/NAME/METRIC, of one of config.evals "
-      f"({', '.join(names) or 'there are none'})"
+      "config.sweep_budget: steps without a metric; accepted: metric=eval/NAME/METRIC"
     )
 
 

@@ -46,6 +46,7 @@ from vr_jax.config_values import (
   is_factor,
   is_mesh,
   is_pattern,
+  is_rising,
   is_text,
   is_whole,
   is_window,
@@ -182,6 +183,15 @@ def _fields() -> ConfigDict:
   config.early_stop = ConfigDict()
   config.early_stop.metric = placeholder(str)  # such as "eval/held_out/loss"
   config.early_stop.patience = Field(3, AT_LEAST_1)
+
+  # Of `vr sweep`: after each of these numbers of steps the best share of the members by a metric
+  # goes on, the others are dropped; (): all members are trained to their end.
+  config.sweep_budget = ConfigDict()
+  config.sweep_budget.metric = placeholder(str)  # such as "eval/held_out/loss"
+  config.sweep_budget.steps = Field(
+    (), Accepted("steps that grow", lambda v: all(is_whole(n, 1) for n in v) and is_rising(v))
+  )
+  config.sweep_budget.keep = Field(0.5, SHARE)
 
   # What is written, and when. Losses and norms in the log are means over the steps since its last
   # line.

@@ -15,7 +15,11 @@ sweep itself. W/<name>/ is the work directory of a member, W/<name>/<metric>/ a 
 W/<name>/log.txt      what its commands printed
 W/<name>/done.json    its commands, when the last of them has ended well
 W/<name>/failed.json  the command that did not, and its last line
-W/sweep.md, .html     the table (and plots) of all members
+W/budget.json         who goes on after which step (config.sweep_budget)
+W/sweep.md, .html, .tex   the tables (and plots) of all members, see sweep_table.py
+
+A name holds neither a comma nor a blank, so that a member is given as the weights of another run:
+`--config F.py:init=W/lr=0.02+b1=0.5`.
 """
 
 import concurrent.futures
@@ -46,13 +50,12 @@ from vr_jax.configs import (
   split_spec,
 )
 from vr_jax.evaluation.benchmarks.registry import benchmark
-from vr_jax.evaluation.pages.page import render
-from vr_jax.evaluation.pages.results import Line, bar_rows, headline_table
-from vr_jax.evaluation.results import Result, load, write
+from vr_jax.evaluation.results import write
+from vr_jax.search import survivors
 from vr_jax.training.metrics import read_metrics
 
 TAKEN = ("checkpoints", "frozen", "tensorboard", "heartbeat", "profile", "ema")  # by `vr train`
-LONGEST = 100  # letters of a member's name
+LONGEST = 60  # letters of a member's name
 _DEVICES = re.compile(r"--(gpu|gres|tres|exclusive|cpus-per-gpu|mem-per-gpu|constraint)|-[GC]")
 STOPPED = 143  # what `vr train` ends with when it was told to stop
 
@@ -61,12 +64,14 @@ STOPPED = 143  # what `vr train` ends with when it was told to stop
 class Member:
   """One run of a sweep.
 
-  name: of its folder. title: what was added, from which the name is made. spec: the config with its
-  arguments. overrides: "config.key=value". metrics: see the module.
+  name: of its folder. title: what was added, from which the name is made. group: the same without
+  the seed, which those that differ in it alone have in common. spec: the config with its arguments.
+  overrides: "config.key=value". metrics: see the module.
   """
 
   name: str
   title: str
+  group: str
   spec: str
   overrides: tuple[str, ...]
   metrics: Mapping[str, Sequence[str]]
@@ -117,8 +122,7 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
     base = load_config(member_spec, _overrides(values))
     for n in range(seeds):
       both = {**values, "seed": base.seed + n} if seeds > 1 else values
-      words = [f"{key.rpartition('.')[2]}={value}" for key, value in both.items()]
-      title = ",".join([*filter(None, [arg]), *words]) or "base"
+      title, group = (_title(arg, fields) for fields in (both, {**both, "seed": None}))
       identity = repr((arg, sorted(both.items())))
       if identity in identities:
         raise InputError(f"{path}: sweep(add) added {title} twice")
@@ -127,26 +131,50 @@ def read_sweep(spec: str, seeds: int = 1) -> list[Member]:
       if name.lower() in members or len(name) > LONGEST:
         name = _folder_name(title, identity)
       load_config(member_spec, _overrides(both))
-      members[name.lower()] = Member(name, title, member_spec, _overrides(both), dict(metrics))
+      overrides = _overrides(both)
+      members[name.lower()] = Member(name, title, group, member_spec, overrides, dict(metrics))
   return list(members.values())
+
+
+def _title(arg: str, fields: Mapping[str, Any]) -> str:
+  """What was added, in words; a seed of None is left out."""
+  words = [
+    f"{key.rpartition('.')[2]}={v}" for key, v in fields.items() if key != "seed" or v is not None
+  ]
+  return ",".join([*filter(None, [arg]), *words]) or "base"
+
+
+def adopt(members: Sequence[Member], workdir: Path) -> None:
+  """Gives the folders of members that an older version named the names of today."""
+  for member in members:
+    old = workdir / re.sub(r"[^\w.,=+-]+", "_", member.title, flags=re.ASCII)
+    with contextlib.suppress(OSError):  # too long for a name: such a one never was
+      if old.name != member.name and old.is_dir() and not (workdir / member.name).exists():
+        old.rename(workdir / member.name)
 
 
 def _folder_name(title: str, identity: str = "") -> str:
   """A title as the name of a folder; with an identity cut, and told from others by its hash."""
-  name = re.sub(r"[^\w.,=+-]+", "_", title, flags=re.ASCII)
+  name = re.sub(r"[^\w.,=+-]+", "_", title, flags=re.ASCII).replace(",", "+")
   if not identity:
     return name
   return f"{name[: LONGEST - 9]}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def run_member(
-  member: Member, workdir: Path, watch: Callable[[subprocess.Popen | None], None] = lambda p: None
+  member: Member,
+  workdir: Path,
+  watch: Callable[[subprocess.Popen | None], None] = lambda p: None,
+  until: int | None = None,
 ) -> int:
   """Runs what is left of a member's commands; the exit code of the one that failed, or 0.
 
-  `watch` is told the process that runs, and None when it has ended.
+  `watch` is told the process that runs, and None when it has ended. With `until` the member is
+  trained to that step alone.
   """
   home, commands = workdir / member.name, member.commands(workdir)
+  if until is not None:
+    commands = [[*commands[0], "--until", str(until)]]
   home.mkdir(parents=True, exist_ok=True)
   (home / "failed.json").unlink(missing_ok=True)
   for command in commands:
@@ -165,7 +193,8 @@ def run_member(
         failure = {"command": command, "code": code, "line": _last_line(home / "log.txt")}
         write(home / "failed.json", json.dumps(failure, indent=2) + "\n")
       return code
-  write(home / "done.json", json.dumps(commands, indent=2) + "\n")
+  if until is None:
+    write(home / "done.json", json.dumps(commands, indent=2) + "\n")
   return 0
 
 
@@ -185,6 +214,7 @@ def run_local(
   jobs: int,
   say: Callable[[str], None],
   near: Callable[[int], None] = lambda number: None,
+  until: int | None = None,
 ) -> list[int]:
   """Runs members in processes of this machine, `jobs` at a time; their exit codes.
 
@@ -215,13 +245,62 @@ def run_local(
     if stopping.is_set():
       return STOPPED
     say(f"{member.name}: {workdir / member.name / 'log.txt'}")
-    code = run_member(member, workdir, watch)
-    ended = {0: "done", STOPPED: "stopped"}.get(code, f"failed with exit code {code}")
+    code = run_member(member, workdir, watch, until)
+    ended = {0: "done" if until is None else f"at step {until}", STOPPED: "stopped"}.get(
+      code, f"failed with exit code {code}"
+    )
     say(f"{member.name}: {ended}")
     return code
 
   with _handled(stop), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     return list(pool.map(one, range(len(members))))
+
+
+def run_budget(
+  members: Sequence[Member], workdir: Path, jobs: int, say: Callable[[str], None]
+) -> list[int]:
+  """Runs members by `config.sweep_budget`: after each number of steps the best of them go on.
+
+  Who goes on is written once (W/budget.json). A call that was stopped is repeated: members that are
+  as far have nothing to do.
+  """
+  budget = load_config(members[0].spec, members[0].overrides).sweep_budget
+  for until in budget.steps:
+    going = [member for member in members if not dropped_at(member, workdir)]
+    if str(until) in (chosen := _chosen(workdir)):
+      continue
+    codes = run_local(going, workdir, jobs, say, until=until)
+    if any(codes):
+      return codes
+    values = {m.name: metric_at(workdir / m.name, budget.metric, until) for m in going}
+    best = survivors(values, budget.keep, smaller=budget.metric.endswith("loss"))
+    if not best:
+      raise InputError(
+        f"config.sweep_budget: no member has {budget.metric} by step {until}; accepted: a metric "
+        "of config.evals that is due by then"
+      )
+    write(workdir / "budget.json", json.dumps({**chosen, str(until): best}, indent=2) + "\n")
+    say(f"after {until} steps {len(best)} of {len(going)} members go on: {', '.join(best)}")
+  left = [member for member in members if not dropped_at(member, workdir)]
+  return run_local(unfinished(left, workdir), workdir, jobs, say)
+
+
+def dropped_at(member: Member, workdir: Path) -> int:
+  """The steps after which `run_budget` dropped a member; 0 if it did not."""
+  chosen = _chosen(workdir)
+  return min((int(steps) for steps, best in chosen.items() if member.name not in best), default=0)
+
+
+def _chosen(workdir: Path) -> dict[str, list[str]]:
+  file = workdir / "budget.json"
+  return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def metric_at(home: Path, metric: str, step: int) -> float | None:
+  """The last value of a metric up to a step; None if there is none."""
+  lines = read_metrics(home) if (home / "metrics.jsonl").is_file() else []
+  values = [line[metric] for line in lines if line.get(metric) is not None and line["step"] <= step]
+  return values[-1] if values else None
 
 
 @contextlib.contextmanager
@@ -353,102 +432,6 @@ def _slurm(command: Sequence[str]) -> str:
   except subprocess.CalledProcessError as error:
     reason = " ".join(error.stderr.split())
     raise InputError(f"--via slurm: {command[0]} ended with {error.returncode}: {reason}") from None
-
-
-# --- The table.
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """One metric: what `vr report` shows of the members' results, without the paper's rows."""
-
-  name: str
-  title: str
-  columns: Sequence[str]
-  lines: Sequence[Line]
-  bars: Sequence[tuple[str, Sequence[Any]]]
-  axis: Sequence[str]
-
-
-def write_table(members: Sequence[Member], workdir: Path) -> list[Path]:
-  """Writes sweep.md and sweep.html; the members that have no results are listed with the reason."""
-  states = [(_shown(member), *_state(member, workdir)) for member in members]
-  sections = [s for s in (_section(n, members, workdir) for n in _metric_names(members)) if s]
-  text = "\n".join(_markdown(workdir.resolve().name, states, sections)) + "\n"
-  write(workdir / "sweep.md", text)
-  page = render(
-    workdir / "sweep.html",
-    "sweep.html.j2",
-    title=workdir.resolve().name,
-    states=states,
-    sections=sections,
-    count=len(members),
-  )
-  return [workdir / "sweep.md", page]
-
-
-def _shown(member: Member) -> str:
-  """A member's name; where it was cut, with all that was added."""
-  return f"{member.name}: {member.title}" if len(member.title) > LONGEST else member.name
-
-
-def _metric_names(members: Sequence[Member]) -> list[str]:
-  return list(dict.fromkeys(name for member in members for name in member.metrics))
-
-
-def _state(member: Member, workdir: Path) -> tuple[str, str, str]:
-  """(how far a member is, its steps, its last loss)."""
-  home = workdir / member.name
-  lines = read_metrics(home) if (home / "metrics.jsonl").is_file() else []
-  steps = str(lines[-1]["step"]) if lines else ""
-  losses = [line["loss"] for line in lines if line["loss"] is not None]  # null: of a skipped step
-  loss = f"{losses[-1]:.4f}" if losses else ""
-  if (home / "failed.json").is_file():
-    failure = json.loads((home / "failed.json").read_text())
-    return f"failed: {failure['line']}", steps, loss
-  if not unfinished([member], workdir):
-    return "done", steps, loss
-  return "under way" if lines else "not started", steps, loss
-
-
-def _section(metric: str, members: Sequence[Member], workdir: Path) -> Section | None:
-  measured: list[tuple[str, Result]] = []
-  for member in members:
-    folders = sorted((workdir / member.name / metric).glob("*/result.json"))
-    if folders and (workdir / member.name / "done.json").is_file():
-      measured.append((member.name, load(folders[0].parent)))
-  if not measured:
-    return None
-  labels, results = [name for name, _ in measured], [result for _, result in measured]
-  task = benchmark(results[0].benchmark)
-  columns, lines = headline_table(task, results, labels)
-  ours = [line for line in lines if not line.paper]
-  # The paper's values are of other questions, or stand in the paper's own table.
-  bars = [
-    (name, [dataclasses.replace(bar, reference=None) for bar in row])
-    for name, row in bar_rows(task, results, labels)
-  ]
-  return Section(metric, task.title, columns, ours, bars, task.kind.axis)
-
-
-def _markdown(
-  title: str, states: Sequence[tuple[str, str, str, str]], sections: Sequence[Section]
-) -> Iterator[str]:
-  yield f"# {title}"
-  yield ""
-  yield "| member | state | steps | last loss |"
-  yield "|---|---|---|---|"
-  for state in states:
-    yield f"| {' | '.join(cell.replace('|', '/') for cell in state)} |"
-  for section in sections:
-    yield ""
-    yield f"## {section.name}: {section.title}"
-    yield ""
-    yield f"| member | {' | '.join(section.columns)} |"
-    yield "|---|" + "---|" * len(section.columns)
-    for line in section.lines:
-      cells = [f"{c.text} ({c.note})" if c.note else c.text for c in line.cells]
-      yield f"| {line.name} | {' | '.join(cells)} |"
 
 
 # --- Reading the file.

@@ -36,13 +36,21 @@ class Sweep:
     default=None, metadata={"help": "one member, without the table", "metavar": "NAME"}
   )
   table: bool = field(default=False, metadata={"help": "the table alone, of what is there"})
+  baseline: str = field(
+    default="",
+    metadata={
+      "help": "the member that the others are compared with (the first)",
+      "metavar": "NAME",
+    },
+  )
 
 
 def run(options: Sweep) -> int:
   """Returns 0, or the exit code of the first member that failed or was stopped."""
   from vr_jax.addresses import local
   from vr_jax.configs import find_config, split_spec
-  from vr_jax.sweep import queue_again, read_sweep, run_local, unfinished, write_table
+  from vr_jax.sweep import adopt, queue_again, read_sweep, run_local, unfinished
+  from vr_jax.sweep_table import write_table
 
   members = read_sweep(options.config, options.seeds)
   path = find_config(split_spec(options.config)[0])
@@ -50,6 +58,7 @@ def run(options: Sweep) -> int:
   run = f"{options.config} {options.seeds}"
   if min(options.jobs, options.seeds) < 1:
     raise InputError("--jobs and --seeds: accepted: at least 1")
+  adopt(members, workdir)
   left = unfinished(members, workdir)
   if options.via == "print":
     _print_commands(left, workdir)
@@ -66,15 +75,26 @@ def run(options: Sweep) -> int:
     _say(f"{workdir}: {len(members)} members, {len(left)} of them to run")
     if options.via == "local":
       with locked(workdir, run):
-        codes = run_local(left, workdir, options.jobs, _say)
+        codes = _run_here(members, left, workdir, options.jobs)
     else:
       with locked(workdir, run, "queueing"):  # the first members may begin meanwhile
         if _queue(options, left, workdir):
           return 0
-  table, page = write_table(members, workdir)
+  table, *pages = write_table(members, workdir, options.baseline)
   print(table.read_text(encoding="utf-8"), end="")
-  _say(f"{table}, {page}")
+  _say(", ".join(map(str, [table, *pages])))
   return _first_failure(codes)
+
+
+def _run_here(
+  members: Sequence["Member"], left: Sequence["Member"], workdir: Path, jobs: int
+) -> list[int]:
+  from vr_jax.configs import load_config
+  from vr_jax.sweep import run_budget, run_local
+
+  if load_config(members[0].spec, members[0].overrides).sweep_budget.steps:
+    return run_budget(members, workdir, jobs, _say)
+  return run_local(left, workdir, jobs, _say)
 
 
 def _print_commands(members: Sequence["Member"], workdir: Path) -> None:

@@ -19,6 +19,9 @@ class Train:
   extend: bool = field(
     default=False, metadata={"help": "go on to another total than the run had; see docs/scaling.md"}
   )
+  until: int | None = field(
+    default=None, metadata={"help": "stop and save after so many steps", "metavar": "STEP"}
+  )
 
 
 def run(options: Train, overrides: Sequence[str]) -> int:
@@ -34,9 +37,10 @@ def run(options: Train, overrides: Sequence[str]) -> int:
     join()
     keep_on_disk()
     try:
-      finished = train(config, options.workdir, extend=options.extend).finished
+      result = train(config, options.workdir, extend=options.extend, until=options.until)
     except KeyboardInterrupt:
       # Threads of XLA that are in the middle of a step do not survive the interpreter's end.
       sys.stderr.flush()
       os._exit(130)
-    return 0 if finished else STOPPED
+    there = options.until is not None and result.step >= options.until
+    return 0 if result.finished or there else STOPPED

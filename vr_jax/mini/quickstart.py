@@ -205,7 +205,7 @@ def summary_lines(scored: dict[str, Summary]) -> Iterator[str]:
 
 def loss_curves(workdir: Path) -> Iterator[LossCurve]:
   for stage in STAGES:
-    lines = [x for x in read_metrics(workdir / f"stage{stage}") if x["loss"] is not None]
+    lines = [x for x in read_metrics(workdir / f"stage{stage}") if x.get("loss") is not None]
     yield LossCurve(
       f"Stage {stage}", [line["step"] for line in lines], [line["loss"] for line in lines]
     )

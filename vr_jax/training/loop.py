@@ -72,7 +72,9 @@ class Result(NamedTuple):
   metrics: dict[str, float]
 
 
-def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> Result:
+def train(
+  config: ConfigDict, workdir: Path | str, *, extend: bool = False, until: int | None = None
+) -> Result:
   """Trains until the config's total, or resumes what is in `workdir`.
 
   Precedence: the newest checkpoint in `workdir`, then `model_init`, then random initialisation. A
@@ -84,6 +86,7 @@ def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> R
   Args:
     extend: the total may differ from that which the run in `workdir` had. From here on learning
       rates are those of a run that had the new total from its first step.
+    until: stops and saves after so many steps, as a signal would; the run goes on later.
 
   Raises:
     InputError: a config that does not fit, a work directory of another config, data that cannot be
@@ -97,10 +100,10 @@ def train(config: ConfigDict, workdir: Path | str, *, extend: bool = False) -> R
   check_shared(workdir)
   part = f"process {jax.process_index()}" if jax.process_count() > 1 else None
   with locked(workdir, to_json(config), part):
-    return _train(config, workdir, extend)
+    return _train(config, workdir, extend, until)
 
 
-def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
+def _train(config: ConfigDict, workdir: Path, extend: bool, until: int | None) -> Result:
   before = together(lambda: _check_workdir(workdir, config, extend=extend))
   going_on = before.going_on(config)
   task = together(lambda: make_task(going_on))
@@ -169,11 +172,12 @@ def _train(config: ConfigDict, workdir: Path, extend: bool) -> Result:
 
     done = first
     for step in range(first, total):
-      stop, due = stopped(step), bool(evals.due(step))
-      if due and not stop:
+      stop = stopped(step)
+      if evals.due(step) and not stop:
         read_and_evaluate(step)
       if evals.ended:
         break
+      stop = stop or (until is not None and step >= until)
       # Save, then draw: drawing moves the position, which must be that of the saved state. And read
       # what the step before gave, then save.
       if stop or (step % config.ckpt_steps == 0 and step > first):

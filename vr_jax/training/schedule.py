@@ -173,10 +173,8 @@ def _groups(config: ConfigDict, rules: Params) -> list[tuple[Params, Direction]]
     options = config.schedule[index][1]
     settings = {key: options[key] for key in OPTIMIZERS[name].accepted if key in options}
     if name == "adamw":
-      asked = options.get("optimizer", config.optimizer)
-      settings = {key: config[key] for key in ("b1", "b2", "eps")} | (
-        settings if asked == name else {}  # Muon's b1 is not that of the rest
-      )
+      by_name = options.get("optimizer", config.optimizer) == name  # else Muon's b1, not this one's
+      settings = {k: config[k] for k in ("b1", "b2", "eps")} | (settings if by_name else {})
     paths = {path: path for path, group in names.items() if group == (index, name)}
     like = flax.traverse_util.unflatten_dict(paths, sep="/")
     groups.append((like, direction(name, settings, like)))

@@ -45,6 +45,7 @@ MAY_CHANGE = (
   "wandb",
   "evals",
   "early_stop",
+  "sweep_budget",
   "input.epoch_seeds",  # the checkpoint's stands
   "input.threads",
   "input.media",

@@ -14,6 +14,7 @@ _ESCAPED = {
   "~": r"\textasciitilde{}",
   "^": r"\textasciicircum{}",
   "≥": r"$\geq$",
+  "±": r"$\pm$",
   "–": "--",
 }
 

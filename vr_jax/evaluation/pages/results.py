@@ -186,7 +186,7 @@ def headline_table(
   The paper's rows are there where a result is of the published file's items. The best value of a
   column is marked where there are several.
   """
-  ours = [_main(benchmark.kind, r) for r in results]
+  ours = [main_metrics(benchmark.kind, r) for r in results]
   columns = list(dict.fromkeys(name for values in ours for name in values))
   columns.sort(key=lambda name: name not in ("All", "Average"))  # the one number first
   if len(columns) > MOST_COLUMNS:
@@ -241,7 +241,7 @@ def _signed(value: float, unit: str) -> str:
   return ("+" if value > 0 else "") + _number(value, unit)
 
 
-def _main(kind: Kind, result: Result) -> dict[str, Metric]:
+def main_metrics(kind: Kind, result: Result) -> dict[str, Metric]:
   """The metrics of the headline by column: types and the whole, dimensions, or caption metrics."""
   if not kind.columns:
     return {m.name: m for m in result.metrics}
@@ -263,7 +263,7 @@ def bar_rows(
   rows: dict[str, list[Bar]] = {}
   for label, result in zip(labels, results, strict=True):
     reference = _reference(benchmark, result) if benchmark.is_published(result.items) else {}
-    for name, m in _main(benchmark.kind, result).items():
+    for name, m in main_metrics(benchmark.kind, result).items():
       if m.value is None:
         continue
       paper = reference.get(name)
