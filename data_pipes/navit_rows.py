@@ -9,6 +9,8 @@ sequence slot.
     ids with <image> and <REGION> expanded ─► slots     ┘
 """
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,6 +55,13 @@ class Picture:
   def tokens(self) -> int:
     """Scene tokens that it gives."""
     return len(self.patches) // self.merge**2
+
+  @functools.cached_property
+  def digest(self) -> bytes:
+    """A hash of all that it is."""
+    content = hashlib.blake2b(b"%d %d %d:" % (*self.grid, self.merge), digest_size=16)
+    content.update(np.ascontiguousarray(self.patches))
+    return content.digest()
 
   def positions(self) -> np.ndarray:
     """(row, column) of each patch, int32 [h*w, 2], in the order of the patches."""

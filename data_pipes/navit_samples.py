@@ -6,7 +6,7 @@ text ── navit_prompts ─► ids with every visual token written out ┘
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ from data_pipes.navit_prompts import (
 )
 from data_pipes.navit_rows import Crop, Picture, Sample
 from data_pipes.object_crops import CropRule, crop_objects, crop_patches
-from data_pipes.prompts import Text
 from data_pipes.records import Record
 from data_pipes.shards import StoredClip
 from data_pipes.tokenizer import Tokenizer
@@ -58,13 +57,20 @@ class NavitRules:
   true_local: bool = False
 
 
-class _Seen(NamedTuple):
-  """What the media gives: parts of a Sample, and what stands for them in the text."""
+class SeenScene(NamedTuple):
+  """The scene of a video or an image, as all questions about it take it.
 
-  scene: list[Picture]
-  scene_text: list[str]
-  objects: list[Crop]
-  object_text: list[str]
+  ids: frames of the source. pictures: their patches; none for PixelRefer-Lite. texts: what each
+  media tag of a question becomes.
+  """
+
+  ids: list[int]
+  pictures: list[Picture]
+  texts: list[str]
+
+
+Frames = Mapping[int, np.ndarray]  # RGB uint8 [H, W, 3] of the source's size, by number
+Objects = Sequence[Mapping[int, Any]]  # per object {frame number: mask or segmentation}
 
 
 def training_sample(
@@ -82,17 +88,21 @@ def training_sample(
   Raises InputError, which names the record.
   """
   try:
-    seen = _Seen([], [], [], [])
+    seen, crops, object_texts = SeenScene([], [], []), [], []
     if record.media is not None:
       video, given = _opened(record, media_root)
-      frames = video.frames if pixels else lambda ids: [blank(*video.size, 3) for _ in ids]
-      seen = _see(video, record.media, record.objects, rules, given, record.size, frames)
-    text = dialogue_text(
-      record.turns, tokenizer, record.media, seen.scene_text, seen.object_text
-    ).cut(rules.max_ids)
+      objects = chosen_objects(record.objects, video, rules)
+      scene = _scene(video, record.media, rules) if given is None else given
+      marked = annotated_frames(video, objects).ids
+      seen, frames = _read(video, record.media, rules, scene, marked, pixels)
+      crops, object_texts = _see_objects(
+        video, record.media, objects, rules, frames, record.size, training=True
+      )
+    text = dialogue_text(record.turns, tokenizer, record.media, seen.texts, object_texts)
   except (InputError, OSError) as error:
     raise InputError(f"{record.where}: {error}") from error
-  return _sample(text, seen, record.media)
+  text = text.cut(rules.max_ids)
+  return Sample(text.ids, text.labels, seen.pictures, crops, video=record.media == "video")
 
 
 def question_sample(
@@ -100,9 +110,10 @@ def question_sample(
   question: str,
   tokenizer: Tokenizer,
   rules: NavitRules,
-  objects: Sequence[Mapping[int, Any]] = (),
+  objects: Objects = (),
   start: float | None = None,
   end: float | None = None,
+  seen: tuple[SeenScene, Frames] | None = None,
 ) -> tuple[str, Sample]:
   """A question about a video or an image: the text after the template, and the sample.
 
@@ -110,9 +121,10 @@ def question_sample(
     source: what `open_video` takes, or None for a question about nothing. An image file is an
       image; so are tokens then merged (stride 1), whatever the caller says (published: a setting).
     question: with `<region>` once for each object.
-    objects: per object {frame number: mask or segmentation}, see `clips.read_clip`. All families
-      but Lite look at one frame of an object, the first where it is seen.
+    objects: see `clips.read_clip`. All families but Lite look at one frame of an object, the first
+      where it is seen.
     start, end: seconds between which scene frames are taken.
+    seen: the scene and the frames of the objects, where `see_scene` has read them.
 
   Raises InputError.
   """
@@ -120,17 +132,56 @@ def question_sample(
     prompt, text = question_text(question, tokenizer, None, [], [])
     return prompt, Sample(text.ids, text.labels)
   video = open_video(source)
-  media = "image" if video.kind == "image" else "video"
-  scene = None
-  if media == "video" and not rules.crop.lite:
-    scene = scene_frames(video, rules.fps, rules.max_frames, start, end, rules.frame_rule)
-  seen = _see(video, media, objects, rules, scene)
-  prompt, text = question_text(question, tokenizer, media, seen.scene_text, seen.object_text)
-  return prompt, _sample(text, seen, media)
+  objects = chosen_objects(objects, video, rules)
+  scene, frames = seen or see_scene(video, rules, annotated_frames(video, objects).ids, start, end)
+  media = media_of(video)
+  crops, texts = _see_objects(video, media, objects, rules, frames)
+  prompt, text = question_text(question, tokenizer, media, scene.texts, texts)
+  return prompt, Sample(text.ids, text.labels, scene.pictures, crops, video=media == "video")
 
 
-def _sample(text: Text, seen: _Seen, media: str | None) -> Sample:
-  return Sample(text.ids, text.labels, seen.scene, seen.objects, video=media == "video")
+def see_scene(
+  video: Video,
+  rules: NavitRules,
+  marked: Sequence[int] = (),
+  start: float | None = None,
+  end: float | None = None,
+) -> tuple[SeenScene, Frames]:
+  """The scene between two times, and the frames `marked` as they are; each is decoded once."""
+  media = media_of(video)
+  return _read(video, media, rules, _scene(video, media, rules, start, end), marked)
+
+
+def media_of(video: Video) -> str:
+  """What a question calls it: image or video."""
+  return "image" if video.kind == "image" else "video"
+
+
+def chosen_objects(objects: Objects, video: Video, rules: NavitRules) -> Objects:
+  """The objects with the frames that the model looks at.
+
+  Raises InputError: a frame that the video lacks; no object for PixelRefer-Lite.
+  """
+  if rules.crop.lite and not objects:
+    raise InputError("PixelRefer-Lite sees marked objects alone; accepted: at least one <region>")
+  if not rules.crop.lite:
+    objects = choose_mask_frames(objects, single=True)
+  _check_numbers(objects, video)
+  return objects
+
+
+def _scene(
+  video: Video,
+  media: str,
+  rules: NavitRules,
+  start: float | None = None,
+  end: float | None = None,
+) -> Scene:
+  if rules.crop.lite:
+    return Scene([], [])
+  if media == "image":
+    return Scene([0], [0.0])
+  return scene_frames(video, rules.fps, rules.max_frames, start, end, rules.frame_rule)
 
 
 def _opened(record: Record, root: str | os.PathLike) -> tuple[Video, Scene | None]:
@@ -146,44 +197,63 @@ def _opened(record: Record, root: str | os.PathLike) -> tuple[Video, Scene | Non
   return open_video(files), Scene(list(range(len(record.frames.files))), record.frames.times)
 
 
-def _see(
+def _read(
   video: Video,
   media: str,
-  objects: Sequence[Mapping[int, Any]],
   rules: NavitRules,
-  scene: Scene | None,
-  size: tuple[int, int] | None = None,
-  training_frames: Callable[[list[int]], list[np.ndarray]] | None = None,
-) -> _Seen:
-  """What a sample takes of its media; `training_frames` reads the frames in training."""
-  lite = rules.crop.lite
-  if lite and not objects:
-    raise InputError("PixelRefer-Lite sees marked objects alone; accepted: at least one <region>")
-  if not lite:
-    objects = choose_mask_frames(objects, single=True)
-  _check_numbers(objects, video)
-  if scene is None:
-    if media == "image" or lite:
-      scene = Scene([0] if media == "image" else [], [])
-    else:
-      scene = scene_frames(video, rules.fps, rules.max_frames, rule=rules.frame_rule)
-  marked = annotated_frames(video, objects)
-  pictures = (training_frames or video.frames)([*scene.ids, *marked.ids])
-  masked = pictures[len(scene.ids) :]
+  scene: Scene,
+  marked: Sequence[int],
+  pixels: bool = True,
+) -> tuple[SeenScene, Frames]:
+  """Patches of the scene's frames and the marked frames in one pass, which holds no others."""
+  ids = [] if rules.crop.lite else scene.ids
+  numbers, stride = sorted({*ids, *marked}), STRIDES[media]
+  in_scene, in_full, coming = set(ids), set(marked), iter(numbers)  # frames come in this order
+  pictures: dict[int, Picture] = {}
+  frames: dict[int, np.ndarray] = {}
 
-  stride = STRIDES[media]
-  patches = [] if lite else [
-    to_patches(picture, rules.max_length, stride, len(scene.ids))
-    for picture in pictures[: len(scene.ids)]
-  ]  # fmt: skip
+  def take(frame: np.ndarray) -> np.ndarray:
+    number = next(coming)
+    if number in in_scene:
+      pictures[number] = to_patches(frame, rules.max_length, stride, len(ids))
+    if number in in_full:
+      frames[number] = frame
+    return frame[:0].copy()  # of no pixels, so that the decoded frame goes
+
+  if pixels:
+    video.frames(numbers, take)
+  else:
+    for _ in numbers:
+      take(blank(*video.size, 3))
+  patches = [pictures[number] for number in ids]
   counts = [picture.tokens for picture in patches]
-  scene_text = [image_text(n) for n in counts] if media == "image" else []
+  texts = [image_text(n) for n in counts] if media == "image" else []
   if media == "video" and patches:
-    scene_text = [video_text(counts, scene.times)]
+    texts = [video_text(counts, scene.times)]
+  return SeenScene(ids, patches, texts), frames
 
+
+def _see_objects(
+  video: Video,
+  media: str,
+  objects: Objects,
+  rules: NavitRules,
+  frames: Frames,
+  size: tuple[int, int] | None = None,
+  training: bool = False,
+) -> tuple[list[Crop], list[str]]:
+  """The crops of all objects, and what stands for each object in the text.
+
+  Args:
+    frames: those of the objects.
+    size: (height, width) that polygons refer to; by default the frame's.
+  """
+  lite = rules.crop.lite
+  marked = annotated_frames(video, objects)
   places = {number: i for i, number in enumerate(marked.ids)}
+  masked = [frames[number] for number in marked.ids]
   masks: list[np.ndarray] = []
-  frames: list[int] = []
+  at_frames: list[int] = []
   texts: list[str] = []
   each: list[tuple[int, int]] = []  # the slice of crops of each object
   for i, by_frame in enumerate(objects):
@@ -195,26 +265,25 @@ def _see(
       if lite and media == "video" and len(by_frame) > 1 and not mask.any():
         continue  # as published; an object that is seen nowhere is refused below
       masks.append(mask)
-      frames.append(at)
+      at_frames.append(at)
     if by_frame and first == len(masks):
       raise InputError(f"object {i}: found no mask in {len(by_frame)} frames; accepted: one")
     each.append((first, len(masks)))
   crops = crop_objects(
-    masked, masks, frames, rules.crop, rules.tokens, rules.published, rules.true_local
+    masked, masks, at_frames, rules.crop, rules.tokens, rules.published, rules.true_local
   )
   for first, last in each:
     tokens = [crop.tokens for crop in crops[first:last]]
     if lite and media == "video":
-      texts.append(timed_object_text(tokens, [marked.times[at] for at in frames[first:last]]))
+      texts.append(timed_object_text(tokens, [marked.times[at] for at in at_frames[first:last]]))
     else:
       texts.append(object_text(sum(tokens)))
   # In training each crop may fill the whole budget, but for Lite, where the frames share it.
-  share = (len(masked) if lite else 1) if training_frames else None
-  made = crop_patches(crops, rules.crop, rules.max_length, share)
-  return _Seen(patches, scene_text, made, texts)
+  share = (len(masked) if lite else 1) if training else None
+  return crop_patches(crops, rules.crop, rules.max_length, share), texts
 
 
-def _check_numbers(objects: Sequence[Mapping[int, Any]], video: Video) -> None:
+def _check_numbers(objects: Objects, video: Video) -> None:
   for i, by_frame in enumerate(objects):
     for number in by_frame:
       if not 0 <= number < len(video):

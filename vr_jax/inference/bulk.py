@@ -6,10 +6,11 @@ A line of the requests; its regions are SPECs as on the command line, or the fie
     {"video": "dog.jpg", "question": "Describe <region>.", "regions": [{"point": [40, 60]}]}
 
 `id` is by default the number of the line; "seconds": [start, end] takes the scene from that part of
-the video; "fps" are the frames a second of a folder of frames, for times in regions. A line of the
-answers holds id, video, question, the hash of the request, the settings, and either what an Answer
-holds or, under "error", why the request could not be answered. That of a line which is no request
-holds its number under "line", and no id.
+the video; "fps" are the frames a second of a folder of frames, for times in regions; "starts" are
+the cells that k-means begins with, of each crop, see `Request`. A line of the answers holds id,
+video, question, the hash of the request, the settings, and either what an Answer holds or, under
+"error", why the request could not be answered. That of a line which is no request holds its number
+under "line", and no id.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ KEYS = {
   "regions": (list,),
   "seconds": (list,),
   "fps": (int, float),
+  "starts": (list,),
 }
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal for a bar
 FREE = ("batch_size", "share")  # options that change no answer
@@ -57,13 +59,15 @@ class RequestLine:
   regions: tuple[Any, ...]
   seconds: tuple[Any, ...] | None = None
   fps: float | None = None
+  starts: tuple[Any, ...] = ()
 
   @property
   def sha256(self) -> str:
     """Hash of the request, so that an answer to another request is known as such."""
-    times: list[Any] = [] if self.seconds is None else [self.seconds]
-    times += [] if self.fps is None else [{"fps": self.fps}]
-    content = json.dumps([self.video, self.question, self.regions, *times], sort_keys=True)
+    more: list[Any] = [] if self.seconds is None else [self.seconds]
+    more += [] if self.fps is None else [{"fps": self.fps}]
+    more += [{"starts": self.starts}] if self.starts else []
+    content = json.dumps([self.video, self.question, self.regions, *more], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def request(self) -> Request:
@@ -80,7 +84,14 @@ class RequestLine:
       if unknown:
         raise InputError(f"region: key {unknown[0]!r}; accepted: {', '.join(accepted)}")
       parts.append(Region(**fields))
-    return Request(self.video, self.question, parts, seconds=self.seconds, fps=self.fps)
+    return Request(
+      self.video,
+      self.question,
+      parts,
+      seconds=self.seconds,
+      fps=self.fps,
+      starts=self.starts,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +216,7 @@ def _parse(line: bytes, number: int) -> RequestLine:
     tuple(fields.get("regions", ())),
     tuple(fields["seconds"]) if "seconds" in fields else None,
     fields.get("fps"),
+    tuple(fields.get("starts", ())),
   )
 
 

@@ -1,22 +1,31 @@
 """Requests as read for models whose tower takes pictures of any size; without jax."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_pipes.batch import Clip
-from data_pipes.clips import choose_mask_frames
-from data_pipes.errors import InputError
-from data_pipes.navit_frames import annotated_frames, scene_frames
+from data_pipes.errors import InputError, shown
+from data_pipes.navit_frames import annotated_frames
 from data_pipes.navit_rows import Crop, Sample
-from data_pipes.navit_samples import NavitRules, question_sample
+from data_pipes.navit_samples import (
+  Frames,
+  NavitRules,
+  Objects,
+  SeenScene,
+  chosen_objects,
+  question_sample,
+  see_scene,
+)
 from data_pipes.prompts import Text
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video
 from vr_jax.inference.options import Options
-from vr_jax.inference.reading import Group, Question, Reader, Refused
+from vr_jax.inference.reading import Group, Question, Reader, Refused, file_identity
 from vr_jax.inference.regions import objects_of
 from vr_jax.inference.requests import Request
 
@@ -32,37 +41,132 @@ class PictureQuestion(Question):
   sample: Sample = dataclasses.field(default_factory=lambda: Sample(np.zeros(0), np.zeros(0)))
 
 
+class _Marked(NamedTuple):
+  names: list[str]
+  objects: Objects
+
+
+class KnownScenes:
+  """Scenes of files that were read before, by the file and what decides its frames."""
+
+  def __init__(self, most: int):
+    self._most = most
+    self._kept: collections.OrderedDict[Hashable, SeenScene] = collections.OrderedDict()
+    self._locks: dict[Hashable, threading.Lock] = {}
+
+  def get(
+    self, key: Hashable, read: Callable[[], tuple[SeenScene, Frames]]
+  ) -> tuple[SeenScene, Frames | None]:
+    """What `read` gives, or without frames the scene that is known.
+
+    Threads may ask at once: the first reads, the others wait for it.
+    """
+    frames = None
+    with self._locks.setdefault(key, threading.Lock()):
+      scene = self._kept.get(key)
+      if scene is None:
+        scene, frames = read()
+      self._kept[key] = scene
+      self._kept.move_to_end(key)
+    while len(self._kept) > self._most:
+      oldest, _ = self._kept.popitem(last=False)
+      self._locks.pop(oldest, None)
+    return scene, frames
+
+  def forget(self) -> None:
+    self._kept.clear()
+
+
 class PictureReader(Reader):
   """Reads the requests of one call; each is a group of its own."""
 
-  def __init__(self, tokenizer: Tokenizer, rules: NavitRules, options: Options, notice: str = ""):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    rules: NavitRules,
+    options: Options,
+    notice: str = "",
+    scenes: KnownScenes | None = None,
+  ):
+    """`scenes` knows what was seen of files before."""
     self._tokenizer, self._rules, self._options, self._notice = tokenizer, rules, options, notice
+    self._scenes = scenes
 
   def read(self, requests: Sequence[tuple[int, Request]]) -> list[Group | Refused]:
-    """Reads requests about one video; a bad one is refused alone."""
+    """Reads requests about one video at one time span; a bad one is refused alone.
+
+    Each frame is decoded once, for all of them. If that fails, as on a damaged frame of one object,
+    each is read by itself to learn which one it is.
+    """
+    first = requests[0][1]
+    try:
+      source = open_video(first.video, fps=first.fps, upright=True)
+      if source.kind == "image" and first.seconds is not None:
+        raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
+    except InputError as error:
+      return [(i, error) for i, _ in requests]
     results: list[Group | Refused] = []
+    marked: list[tuple[int, Request, _Marked]] = []
     for i, request in requests:
       try:
-        results.append(self._read(i, request))
+        marked.append((i, request, self._marked(request, source)))
+      except InputError as error:
+        results.append((i, error))
+    if not marked:
+      return results
+    try:
+      seen = self._see(first, source, {n for *_, m in marked for o in m.objects for n in o})
+    except InputError as error:
+      if len(requests) == 1:
+        return [(requests[0][0], error)]
+      return [result for one in requests for result in self.read([one])]
+    for i, request, objects in marked:
+      try:
+        results.append(self._group(i, request, source, objects, seen))
       except InputError as error:
         results.append((i, error))
     return results
 
-  def _read(self, index: int, request: Request) -> Group:
-    source = open_video(request.video, fps=request.fps, upright=True)
-    if source.kind == "image" and request.seconds is not None:
-      raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
+  def _marked(self, request: Request, source: Video) -> _Marked:
+    """The objects of a request on the frames that the model looks at, and their names."""
     marked = objects_of(request.regions, source)
-    objects = [m.masks for m in marked] + list(request.annotation)
     names = [m.name for m in marked]
+    objects = [m.masks for m in marked] + list(request.annotation)
     names += [f"object {n}" for n in range(len(names), len(objects))]
+    return _Marked(names, chosen_objects(objects, source, self._rules))
+
+  def _see(self, first: Request, source: Video, marked: set[int]) -> tuple[SeenScene, Frames]:
+    """The scene and the marked frames; of a known scene nothing is decoded."""
+    rules, numbers = self._rules, sorted(marked)
+    start, end = first.seconds or (None, None)
+    file = file_identity(first.video) if self._options.share else None
+    if file is None or self._scenes is None or rules.crop.lite:
+      return see_scene(source, rules, numbers, start, end)
+    key = (file, first.seconds, first.fps, rules.fps, rules.max_frames, rules.frame_rule)
+    scene, frames = self._scenes.get(key, lambda: see_scene(source, rules, numbers, start, end))
+    if frames is None:
+      frames = dict(zip(numbers, source.frames(numbers), strict=True))
+    return scene, frames
+
+  def _group(
+    self,
+    index: int,
+    request: Request,
+    source: Video,
+    marked: _Marked,
+    seen: tuple[SeenScene, Frames],
+  ) -> Group:
+    names, objects = marked
     question = (request.preface() if request.preface else "") + request.question
-    start, end = request.seconds or (None, None)
-    _, sample = question_sample(source, question, self._tokenizer, self._rules, objects, start, end)
+    _, sample = question_sample(source, question, self._tokenizer, self._rules, objects, seen=seen)
     if request.starts:
-      sample = dataclasses.replace(sample, objects=started(sample.objects, request.starts))
+      sample = dataclasses.replace(
+        sample, objects=started(sample.objects, request.starts, self._rules.tokens)
+      )
     frames = self._frames_of_crops(source, objects)
-    clip = Clip({}, self._scene(source, objects, start, end), ())
+    scene = seen[0].ids
+    if self._rules.crop.lite:
+      scene = [0] if source.kind == "image" else annotated_frames(source, objects).ids
     made = picture_question(
       index,
       sample,
@@ -72,26 +176,11 @@ class PictureReader(Reader):
     )
     # What is shared is told by its content, see `pictures.PictureVisual`.
     shared = b"" if self._options.share else None
-    return Group(clip, shared, np.zeros(0, np.int32), [made])
+    return Group(Clip({}, scene, ()), shared, np.zeros(0, np.int32), [made])
 
-  def _scene(
-    self, source: Video, objects: Sequence[Mapping[int, Any]], start: Any, end: Any
-  ) -> list[int]:
-    if source.kind == "image":
-      return [0]
-    if self._rules.crop.lite:
-      return annotated_frames(source, [list(o) for o in objects]).ids
-    rules = self._rules
-    return scene_frames(source, rules.fps, rules.max_frames, start, end, rules.frame_rule).ids
-
-  def _frames_of_crops(
-    self, source: Video, objects: Sequence[Mapping[int, Any]]
-  ) -> list[tuple[int, int]]:
-    """(object, frame) of each crop, as `question_sample` chooses them."""
-    lite = self._rules.crop.lite
-    if not lite:
-      objects = choose_mask_frames(objects, single=True)
-    several = lite and source.kind != "image"
+  def _frames_of_crops(self, source: Video, objects: Objects) -> list[tuple[int, int]]:
+    """(object, frame) of each crop, as `question_sample` cuts them."""
+    several = self._rules.crop.lite and source.kind != "image"
     return [
       (i, number)
       for i, by_frame in enumerate(objects)
@@ -104,15 +193,27 @@ def _is_empty(mask: Any) -> bool:
   return mask is None or (isinstance(mask, np.ndarray) and not mask.any())
 
 
-def started(crops: Sequence[Crop], starts: Sequence[Sequence[int]]) -> list[Crop]:
-  """The crops with the cells that k-means starts from; an empty one leaves the default."""
+def started(crops: Sequence[Crop], starts: Sequence[Sequence[int]], tokens: int) -> list[Crop]:
+  """The crops with the cells that k-means starts from, `tokens` of each; [] leaves the default.
+
+  Raises InputError: not as many as crops or tokens, a cell that a crop lacks, one twice, cells for
+  a crop whose cells are not joined.
+  """
   if len(starts) != len(crops):
     raise InputError(f"{len(starts)} starts for {len(crops)} crops; accepted: one for each")
-  for crop, start in zip(crops, starts, strict=True):
-    if any(not 0 <= cell < crop.cells for cell in start):
-      raise InputError(f"starts {list(start)}; accepted: cells from 0 to {crop.cells - 1}")
+  for i, (crop, start) in enumerate(zip(crops, starts, strict=True)):
+    if not len(start):
+      continue
+    if crop.cells <= tokens:
+      raise InputError(f"starts of crop {i}: its {crop.cells} cells are not joined; accepted: []")
+    inside = [cell for cell in set(start) if 0 <= cell < crop.cells]
+    if len(start) != tokens or len(inside) < tokens:
+      raise InputError(
+        f"starts of crop {i}: {shown(list(start))}; accepted: {tokens} different cells from 0 to "
+        f"{crop.cells - 1}"
+      )
   return [
-    dataclasses.replace(crop, start=list(start) or None)
+    dataclasses.replace(crop, start=[int(cell) for cell in start] or None)
     for crop, start in zip(crops, starts, strict=True)
   ]
 

@@ -42,7 +42,12 @@ from vr_jax.inference.call import Call
 from vr_jax.inference.generate import bucket
 from vr_jax.inference.model import Model, classes
 from vr_jax.inference.options import Options
-from vr_jax.inference.picture_reading import PictureQuestion, PictureReader, picture_question
+from vr_jax.inference.picture_reading import (
+  KnownScenes,
+  PictureQuestion,
+  PictureReader,
+  picture_question,
+)
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import KEPT, ObjectTokens, Prefix
 from vr_jax.inference.programs import Programs
@@ -73,6 +78,7 @@ class PictureVisual:
     self._placement = placement
     self._sizes = row_sizes(module.cfg.img)
     self._kept: collections.OrderedDict[bytes, PicturePrefix] = collections.OrderedDict()
+    self.scenes = KnownScenes(KEPT)  # what was read of files
     self.counts: collections.Counter[str] = collections.Counter()
 
   def see(
@@ -102,6 +108,7 @@ class PictureVisual:
   def forget(self) -> None:
     """Drops what is kept, and begins to count anew."""
     self._kept.clear()
+    self.scenes.forget()
     self.counts.clear()
 
   def _prefill(self, head: Sample, slots: int, ids: Ids) -> PicturePrefix:
@@ -202,8 +209,7 @@ def _content(head: Sample) -> bytes:
   """A hash of ids and pictures: what tells a prefix from all others."""
   content = hashlib.blake2b(np.ascontiguousarray(head.ids, np.int32), digest_size=16)
   for picture in head.scene:
-    content.update(b"%d %d %d:" % (*picture.grid, picture.merge))
-    content.update(np.ascontiguousarray(picture.patches))
+    content.update(picture.digest)
   return content.digest()
 
 
@@ -264,7 +270,8 @@ class PictureModel(Model):
     )
 
   def reader(self, options: Options) -> PictureReader:
-    return PictureReader(self.tokenizer, self.rules(options), options, self.notice)
+    scenes = self.visual.scenes
+    return PictureReader(self.tokenizer, self.rules(options), options, self.notice, scenes)
 
   def _split(self, sample: Sample) -> int:
     """Where the prefix ends: behind the scene, or before an object that comes earlier."""

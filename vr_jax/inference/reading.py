@@ -171,17 +171,10 @@ class Reader:
 
   def _file(self, request: Request) -> Hashable:
     """What tells a file and the scene taken from it; None where nothing may be known of it."""
-    video = request.video
-    if self._visual is None or not self._options.share or not isinstance(video, str | os.PathLike):
+    if self._visual is None or not self._options.share:
       return None
-    try:
-      status = os.stat(video)
-    except OSError:
-      return None
-    if not stat.S_ISREG(status.st_mode):
-      return None  # of a folder, each file may change
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return (os.path.realpath(video), *identity, request.seconds, request.fps, self._shape.scene)
+    file = file_identity(request.video)
+    return None if file is None else (file, request.seconds, request.fps, self._shape.scene)
 
   def _known_object(self, file: Hashable, masks: Mapping[int, Any]) -> "ObjectTokens | None":
     if file is None or not all(isinstance(mask, GridMask) for mask in masks.values()):
@@ -192,6 +185,8 @@ class Reader:
     self, index: int, request: Request, source: Video
   ) -> tuple[Question, list[Mapping[int, Any]]]:
     """The question without its cells, and the masks of its objects."""
+    if request.starts:
+      raise InputError("starts: this model joins no cells of objects; accepted: none")
     rules = self._shape.grid, self._aspect_ratio, self._options.mask_rule
     marked = objects_of(request.regions, source, lambda mask: grid_mask(mask, *rules))
     objects = [m.masks for m in marked] + list(request.annotation)
@@ -254,6 +249,20 @@ def around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
 
 def _cells(masks: Mapping[int, GridMask]) -> dict[int, np.ndarray]:
   return {number: mask.cells for number, mask in masks.items()}
+
+
+def file_identity(video: Any) -> Hashable:
+  """What tells a file from all others and from what it was before; None of anything else."""
+  if not isinstance(video, str | os.PathLike):
+    return None
+  try:
+    status = os.stat(video)
+  except OSError:
+    return None
+  if not stat.S_ISREG(status.st_mode):
+    return None  # of a folder, each file may change
+  identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+  return (os.path.realpath(video), *identity)
 
 
 def _identity(video: Any) -> Hashable:

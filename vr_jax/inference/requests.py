@@ -28,7 +28,8 @@ class Request:
       called when the video is read.
     fps: frames a second of a folder of frames, for the times of regions.
     starts: for models that join an object's cells by k-means, the cells that it starts from, of
-      each crop; by default they are evenly spaced. (The published code draws them at random.)
+      each crop in the order of their tokens; [] for one of no more cells than tokens. By default
+      they are evenly spaced. (The published code draws them at random.)
 
   Raises:
     InputError: a field that is not of its kind. What regions and annotation hold is looked at when
@@ -60,6 +61,7 @@ class Request:
         raise InputError(f"annotation: frame {shown(number)}; accepted: a frame number")
     if self.fps is not None:
       object.__setattr__(self, "fps", check_fps(self.fps))
+    self._check_starts()
     if self.seconds is None:
       return
     failure, accepted = f"seconds={shown(self.seconds)}", "two numbers, start and end"
@@ -68,6 +70,19 @@ class Request:
     if isinstance(self.seconds, str) or not abs(start) + abs(end) < LONGEST:
       raise InputError(f"{failure}; accepted: {accepted}")
     object.__setattr__(self, "seconds", (start, end))
+
+  def _check_starts(self) -> None:
+    """Lists of whole numbers; how many and how large is known when the crops are."""
+
+    def is_list(value: Any) -> bool:
+      return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+
+    for start in self.starts if is_list(self.starts) else [self.starts]:
+      cells = start if is_list(start) else [None]
+      if not all(isinstance(c, int | np.integer) and not isinstance(c, bool) for c in cells):
+        raise InputError(
+          f"starts {shown(self.starts)}; accepted: for each crop a list of numbers of cells"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,7 +224,7 @@ def asked_sample(golden: Golden, case: Case) -> Sample:
     case[f"kmeans_{j}_n"]
   ran = iter(starts)  # k-means ran for the objects of more cells than tokens
   begun = [next(ran) if crop.cells > rules.tokens else [] for crop in made]
-  return Sample(text.ids, text.labels, scene, started(made, begun), video)
+  return Sample(text.ids, text.labels, scene, started(made, begun, rules.tokens), video)
 
 
 def _generate(golden: Golden, case: Case) -> Produced:
