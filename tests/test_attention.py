@@ -222,3 +222,19 @@ def test_splash_compiles_for_inference_on_several_chips(axis, sizes, is_causal):
   with jax.set_mesh(mesh):
     compiled = jax.jit(run).lower(*shapes, segments).compile()
   assert "tpu_custom_call" in compiled.as_text()
+
+
+@pytest.mark.parametrize("scores", [module.SCORES, 1 << 14])
+def test_pictures_in_one_row_see_themselves_alone(scores, monkeypatch):
+  """Whatever window is taken, or the row itself, gives what each picture gives alone."""
+  monkeypatch.setattr(module, "SCORES", scores)
+  q, k, v, *_ = inputs(1, 640, 2, 2, 8)
+  run = jax.jit(lambda segments: attention(q, k, v, scale=0.3, causal=module.Inside(segments)))
+  for sizes in ((7,) * 70, (90, 200, 60), (3, 500), (300, 1)):
+    segments = np.full((1, 640), -1, np.int32)
+    segments[0, : sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
+    y, at = run(segments), 0
+    for size in sizes[:3]:
+      part = slice(at, at := at + size)
+      alone = attention(q[:, part], k[:, part], v[:, part], scale=0.3)
+      np.testing.assert_allclose(y[:, part], alone, atol=2e-6)

@@ -52,7 +52,8 @@ class Causal:
 class Inside:
   """Full attention inside segments, for queries that are their own keys: pictures in one row.
 
-  segments i32 [B,L]: a slot sees every slot of its own segment; -1 is padding.
+  segments i32 [B,L]: a slot sees every slot of its own segment, which stands in one piece; -1 is
+  padding, behind them.
   """
 
   segments: Int[Array, "B L"]
@@ -113,7 +114,13 @@ def attention(
   kernel = next(kernel for kernel in KERNELS if kernel.refuses(call) is None)
   if call.platform != "cpu":
     _say(call)
-  return kernel.run(q, k, v, mask, causal, scale, soft_cap, rules, names)
+
+  def run(q, k, v):
+    return kernel.run(q, k, v, mask, causal, scale, soft_cap, rules, names)
+
+  if isinstance(causal, Inside):
+    return _of_pictures(run, q, k, v, causal.segments, scale, soft_cap)
+  return run(q, k, v)
 
 
 def choice(call: Call) -> dict[str, str]:
@@ -190,6 +197,82 @@ def _specs(q, k, rules, names):
   )
 
 
+# --- Pictures ---------------------------------------------------------------------------------
+
+WINDOWS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # keys
+SCORES = 1 << 22  # of a head, that are held at once
+
+
+def _of_pictures(over_row, q, k, v, segments, scale, soft_cap):
+  """Each block of queries over a window of keys that holds all of its pictures.
+
+  Over the whole row each frame of a clip of 180 would cost 180 times what it needs. How long a
+  window must be is known when the pictures are: the least of a few sizes that is enough is taken,
+  or `over_row` where none is.
+
+      row       a a a a a a b b b b b b c c c c c c - -
+      block             └─┬─┘
+      window    └─────────┴─────────┘
+  """
+  sizes = [size for size in WINDOWS if size <= 0.8 * q.shape[1]]
+  if not sizes:
+    return over_row(q, k, v)
+  first, last = _runs(segments)
+  windows = [(size, min(max(size // 8, 32), BLOCK)) for size in sizes]
+  enough = jnp.stack([_longest(first, last, block) <= size for size, block in windows])
+  level = jnp.where(enough.any(), jnp.argmax(enough), len(windows))
+  branches = [
+    functools.partial(_over_windows, segments, first, *window, scale, soft_cap)
+    for window in windows
+  ]
+  return jax.lax.switch(level, [*branches, over_row], q, k, v)
+
+
+def _runs(segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+  """The first and the last slot of each slot's segment; padding may see anything and sees itself.
+
+  segments   0 0 0 1 1 -1 -1
+  first      0 0 0 3 3  5  6
+  last       2 2 2 4 4  5  6
+  """
+  slots = jnp.arange(segments.shape[1])
+  padding = segments < 0
+  begins = (jnp.diff(segments, axis=1, prepend=-2) != 0) | padding
+  ends = (jnp.diff(segments, axis=1, append=-2) != 0) | padding
+  first = jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+  last = jax.lax.cummin(jnp.where(ends, slots, len(slots)), axis=1, reverse=True)
+  return first, last
+
+
+def _longest(first: Int[Array, "B L"], last: Int[Array, "B L"], block: int) -> Int[Array, ""]:
+  """How many keys the pictures of a block of queries have at most."""
+  L = first.shape[1]
+  ends = jnp.minimum(jnp.arange(block - 1, L - 1 + block, block), L - 1)
+  return (last[:, ends] + 1 - first[:, ::block]).max()
+
+
+def _over_windows(segments, first, size, block, scale, soft_cap, q, k, v):
+  B, L = segments.shape
+  count = -(-L // block)
+  here = jnp.pad(segments, ((0, 0), (0, count * block - L)), constant_values=-1)
+  queries = jnp.pad(q, ((0, 0), (0, count * block - L), (0, 0), (0, 0)))
+  queries, here = (rearrange(x, "B (n b) ... -> n B b ...", b=block) for x in (queries, here))
+  starts = jnp.minimum(first[:, ::block], L - size).T
+  slices = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, size))
+
+  def attend(one):
+    queries, here, start = one
+    seen = here[:, :, None] == slices(segments, start)[:, None]
+    return _masked(queries, slices(k, start), slices(v, start), seen, scale, soft_cap)
+
+  together = max(1, SCORES // (B * block * size))
+  if together >= count:
+    y = jax.vmap(attend)((queries, here, starts))
+  else:
+    y = jax.lax.map(attend, (queries, here, starts), batch_size=together)
+  return rearrange(y, "n B b N H -> B (n b) N H")[:, :L]
+
+
 # --- xla --------------------------------------------------------------------------------------
 
 
@@ -212,6 +295,7 @@ def _xla(q, k, v, mask, causal, scale, soft_cap, rules, names):
 
 
 def _inside(q, k, v, segments, scale, soft_cap):
+  """A few blocks of queries, one after another over the whole row, to hold less at once."""
   L = q.shape[1]
   size = BLOCK * -(-L // (BLOCK * XLA_BLOCKS))
   parts = []
