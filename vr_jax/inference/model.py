@@ -204,7 +204,11 @@ class Model:
       if not isinstance(group, Group):
         yield group
         continue
-      prefix, objects = self._see(group, group.questions)
+      try:
+        prefix, objects = self._see(group, group.questions)
+      except InputError as error:
+        yield from ((question.index, error) for question in group.questions)
+        continue
       remaining = iter(objects)
       for question in group.questions:
         tokens = list(itertools.islice(remaining, len(question.objects)))
@@ -370,7 +374,11 @@ class Model:
         questions.append((lane, question))
     if not questions:
       return True
-    prefix, objects = self._see(group, [question for _, question in questions])
+    try:
+      prefix, objects = self._see(group, [question for _, question in questions])
+    except InputError as error:  # it does not fit the memory
+      call.refused += [(question.index, error) for _, question in questions]
+      return True
     remaining = iter(objects)
     for lane, question in questions:
       tokens = list(itertools.islice(remaining, len(question.objects)))
