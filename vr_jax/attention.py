@@ -214,18 +214,34 @@ def _of_pictures(over_row, q, k, v, segments, scale, soft_cap):
       block             └─┬─┘
       window    └─────────┴─────────┘
   """
-  sizes = [size for size in WINDOWS if size <= 0.8 * q.shape[1]]
-  if not sizes:
+  windows = _windows(q.shape[1])
+  if not windows:
     return over_row(q, k, v)
   first, last = _runs(segments)
-  windows = [(size, min(max(size // 8, 32), BLOCK)) for size in sizes]
-  enough = jnp.stack([_longest(first, last, block) <= size for size, block in windows])
-  level = jnp.where(enough.any(), jnp.argmax(enough), len(windows))
   branches = [
     functools.partial(_over_windows, segments, first, *window, scale, soft_cap)
     for window in windows
   ]
-  return jax.lax.switch(level, [*branches, over_row], q, k, v)
+  return jax.lax.switch(_level(first, last, windows), [*branches, over_row], q, k, v)
+
+
+def _windows(L: int) -> list[tuple[int, int]]:
+  """Keys of a window and queries of a block, of those that a row of L slots is long enough for."""
+  return [(size, min(max(size // 8, 32), BLOCK)) for size in WINDOWS if size <= 0.8 * L]
+
+
+def _level(first, last, windows) -> Int[Array, ""]:
+  """The first window that is enough, or their number."""
+  enough = jnp.stack([_longest(first, last, block) <= size for size, block in windows])
+  return jnp.where(enough.any(), jnp.argmax(enough), len(windows))
+
+
+def keys_of_pictures(segments: Int[Array, "B L"]) -> int:
+  """How many keys each patch of these rows is compared with, for accounts of FLOPs."""
+  L = segments.shape[1]
+  windows = _windows(L)
+  level = int(_level(*_runs(segments), windows)) if windows else 0
+  return windows[level][0] if level < len(windows) else L
 
 
 def _runs(segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:

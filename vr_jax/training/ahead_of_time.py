@@ -6,6 +6,7 @@ the target's own compiler and reads memory, FLOPs and collectives off the result
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 import tempfile
@@ -15,11 +16,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipes.batch import RowShape, empty_row
 from data_pipes.errors import InputError
+from data_pipes.navit_images import blank
+from data_pipes.navit_rows import Crop, Ids, Picture, Row, Sample, Shape, build_row, needed_shape
+from data_pipes.patch_packing import BLOCK
+from data_pipes.prompts import IGNORE
+from vr_jax.attention import keys_of_pictures
 from vr_jax.flops import count_flops
 from vr_jax.hardware import Target, target_devices
 from vr_jax.hlo import Collectives, Program
@@ -29,6 +36,7 @@ from vr_jax.models.decoder import DecoderConfig
 from vr_jax.models.videorefer import VideoReferConfig, init_params
 from vr_jax.sharding import batch_sharding, check_rules, make_mesh
 from vr_jax.training.loop import accum_steps, state_target
+from vr_jax.training.navit_data import navit_work_of
 from vr_jax.training.schedule import make_optimizer
 from vr_jax.training.start import model_config
 from vr_jax.training.step import TrainState, make_step
@@ -44,7 +52,7 @@ class Step:
 
   config: ConfigDict
   cfg: VideoReferConfig
-  shape: RowShape
+  shape: RowShape | Shape
   mesh: Mesh
   run: Callable[[TrainState, Any], Any]
   state: TrainState
@@ -81,8 +89,16 @@ def make_abstract_step(config: ConfigDict, mesh: Mesh) -> Step:
   step = make_step(
     videorefer_loss(config, cfg), optimizer, accum_mean=config.accum_mean, shardings=shardings
   )
-  shape = assumed_shape(config, cfg)
-  rows = row_structs(shape, (parts, config.input.batch_size // parts), sharding)
+  leading = parts, config.input.batch_size // parts
+  if cfg.img.kind == "navit":
+    shape, row = assumed_packed_row(config, cfg)
+  else:
+    shape = assumed_shape(config, cfg)
+    row = empty_row(shape)
+  rows = {
+    name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
+    for name, array in row.items()
+  }
   return Step(config, cfg, shape, mesh, step, state, rows)
 
 
@@ -109,12 +125,54 @@ def assumed_shape(config: ConfigDict, cfg: VideoReferConfig) -> RowShape:
   )
 
 
-def row_structs(shape: RowShape, leading: tuple[int, ...], sharding: Any) -> dict:
-  """Shapes of the arrays of `data_pipes.batch.Row` with leading axes."""
-  return {
-    name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
-    for name, array in empty_row(shape).items()
-  }
+TEXT, SUPERVISED = 150, 100  # ids of a sample beside its visual tokens, and targets among them
+
+
+@functools.cache
+def _packed(cfg: VideoReferConfig, length: int, objects: int) -> tuple[Shape, Row]:
+  K, s = cfg.region.tokens, cfg.img.merge
+  lite = cfg.region.kind == "cells_in_context"
+
+  def picture(height: int, width: int, merge: int = 1) -> Picture:
+    return Picture(blank(height * width, 3 * cfg.img.patch_size**2), (height, width), merge)
+
+  def sample() -> Sample:
+    # A frame has its share of 7/8 of the tokens, as the paper's clips have on average.
+    tokens = max(1, 7 * cfg.img.max_tokens // 8 // cfg.num_frames)
+    scene = [] if lite else [picture(s, s * tokens, s) for _ in range(cfg.num_frames)]
+    beside = {"local": picture(16, 16), "whole": picture(24, 24)} if lite else {}
+    crops = [
+      Crop(picture(10, 10), np.ones((10, 10), np.uint8), (0, 0, 8, 8, 9, 9), **beside)
+      for _ in range(objects)
+    ]
+    visual = [ids.image] * (tokens * len(scene)) + [ids.region] * (K * objects)
+    labels = np.full(len(visual) + TEXT, IGNORE)
+    labels[-SUPERVISED:] = 0
+    return Sample(np.array(visual + [0] * TEXT), labels, scene, crops, video=not lite)
+
+  ids = Ids(cfg.llm.vocab_size - 2, cfg.llm.vocab_size - 1, K)
+  samples = [sample()]
+  samples += [sample() for _ in range(length // len(samples[0].ids) - 1)]
+  tower_row = -(-cfg.img.max_tokens // BLOCK) * BLOCK  # holds an image of all tokens
+  shape = needed_shape([samples], merge=s, tokens_per_object=K, patches=tower_row)
+  shape = dataclasses.replace(shape, length=length)
+  return shape, build_row(samples, shape, ids)
+
+
+def assumed_packed_row(config: ConfigDict, cfg: VideoReferConfig) -> tuple[Shape, Row]:
+  """Shape and content of a packed row of a config without its data, for pictures of any size.
+
+  It holds as many samples as fit `input.pack` slots: a video of `num_frames` frames with one object
+  and 150 text ids; of PixelRefer-Lite, an object on 8 frames. `input.row_objects` says otherwise.
+
+  Raises InputError: no `input.pack`, or less than a sample takes.
+  """
+  if not config.input.pack:
+    raise InputError(
+      "config.input.pack=0: pictures of any size come in packed rows; accepted: slots"
+    )
+  objects = config.input.row_objects or (8 if cfg.region.kind == "cells_in_context" else 1)
+  return _packed(cfg, config.input.pack, objects)
 
 
 # --- Compiling --------------------------------------------------------------------------------
@@ -252,6 +310,10 @@ def saved_bytes(cfg: DecoderConfig, tokens: int, policy: str, tensor: int = 1) -
 def needed_flops(step: Step) -> int:
   """FLOPs that the mathematics asks of a step whose rows are all full."""
   shape, trained = step.shape, trained_parts(step.config, step.cfg)
+  if isinstance(shape, Shape):
+    _, row = assumed_packed_row(step.config, step.cfg)
+    of_row = navit_work_of({k: x[None] for k, x in row.items()}, step.cfg, trained)[1]
+    return step.config.input.batch_size * of_row
   supervised = min(step.config.loss_budget or shape.length, 100)
   row = training_flops(step.cfg, trained, shape.frames, shape.length, supervised)
   return step.config.input.batch_size * row
@@ -262,7 +324,14 @@ def executed_flops(step: Step) -> int:
   loss = videorefer_loss(_set(step.config, sharding_rules=()), step.cfg)
   optimizer = make_optimizer(step.config, step.state.params(), total_steps=1000, data_size=10**6)
   run = make_step(loss, optimizer, accum_mean=step.config.accum_mean)
-  return count_flops(run, step.state, step.rows)
+  flops = count_flops(run, step.state, step.rows)
+  if not isinstance(step.shape, Shape):
+    return flops
+  # Counted as if each patch were compared with all of its row; forward alone, the tower is frozen.
+  _, row = assumed_packed_row(step.config, step.cfg)
+  img, (X, N) = step.cfg.img, row["patch_segments"].shape
+  spared = 4 * X * N * (N - keys_of_pictures(jnp.asarray(row["patch_segments"]))) * img.width
+  return flops - step.config.input.batch_size * img.layers * spared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,11 +403,16 @@ class Report:
     chip, peak = self.target.chip, self.measured.peak
     mesh = " x ".join(f"{name}={size}" for name, size in self.mesh.items())
     row = self.row
+    if "tower_rows" in row:
+      held = f"{row['tower_rows']} x {row['patches']} patches, {row['objects']} objects"
+    else:
+      held = (
+        f"{row['frames']} frames, {row['objects']} objects of up to {row['object_frames']} frames"
+      )
     lines = [
       f"{self.config} on {self.target} ({self.target.chips} chips)",
       f"mesh        {mesh}; batch {self.batch} = {self.parts} x {self.device_rows} rows a device; "
-      f"rows of {row['length']} slots, {row['frames']} frames, {row['objects']} objects of up to "
-      f"{row['object_frames']} frames; remat {self.remat}",
+      f"rows of {row['length']} slots, {held}; remat {self.remat}",
     ]
     if self.quick:
       lines.append("quick       compiled with 1 and 2 decoder layers, extrapolated to all of them")
