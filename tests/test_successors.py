@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,13 @@ from data_pipes.navit_rows import (
   needed_shape,
   pack,
 )
+from data_pipes.video import open_video
 from vr_jax import cli
+from vr_jax.compiling import compilations
+from vr_jax.inference import bulk
 from vr_jax.inference.options import Options
+from vr_jax.inference.placement import parse_mesh
+from vr_jax.inference.regions import Region
 from vr_jax.inference.requests import Request
 from vr_jax.interop.convert import convert
 from vr_jax.interop.navit import config_json, model_slots, tower_json, tower_prefix
@@ -272,3 +278,110 @@ def test_a_model_without_scene_needs_an_object(folder, tmp_path, capsys):
   command = ["ask", "--checkpoint", str(folder), "--video", str(tmp_path / "image.png")]
   assert cli.main([*command, "--question", "What is it?"]) == 2
   assert "accepted: at least one <region>" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  """A GIF of six frames that change, so that none of the scene is dropped."""
+  path = tmp_path_factory.mktemp("clip") / "clip.gif"
+  rng = np.random.default_rng(5)
+  frames = [Image.fromarray(rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)) for _ in range(6)]
+  frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+  return path
+
+
+def questions(clip) -> list[Request]:
+  """Three about one clip: of two objects at different times, of one, and of none."""
+  boxes = [Region(box=(8, 8, 40, 30), frame=2), Region(box=(20, 4, 58, 24), frame=4)]
+  return [
+    Request(clip, "Is <region> left of <region>?", boxes),
+    Request(clip, "What is <region>?", boxes[1:]),
+    Request(clip, "What happens?"),
+  ]
+
+
+OPTIONS = {"max_new_tokens": 2, "batch_size": 2, "scene_frames": 3}
+
+
+@pytest.fixture(scope="module")
+def answering(folder, clip):
+  """A model that has been warmed up for the clip."""
+  model = load(folder)
+  model.warm_up(media=[clip], **OPTIONS)
+  return model
+
+
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
+def test_questions_about_a_clip_see_it_once_and_compile_nothing(answering, clip, monkeypatch):
+  decoded: list[int] = []
+  animation = type(open_video(clip))
+  read = animation._read
+  monkeypatch.setattr(animation, "_read", lambda self, n: [decoded.extend(n), read(self, n)][1])
+  answering.visual.forget()
+  before = compilations()
+  first = answering.ask_many(questions(clip), **OPTIONS)
+  assert sorted(decoded) == [0, 2, 4, 5]
+  assert answering.visual.counts["prefixes"] == 1
+  assert answering.ask_many(questions(clip)[2:], **OPTIONS) == first[2:]
+  assert sorted(decoded) == [0, 2, 4, 5]
+  assert compilations() == before
+  alone = [answering.ask_many([one], share=False, **OPTIONS)[0] for one in questions(clip)]
+  assert alone == first
+  assert [len(answer.objects) for answer in first] == [2, 1, 0]
+  assert first[0].scene_frames == (0, 2, 5)
+
+
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
+def test_requests_may_say_where_k_means_starts(answering, clip, tmp_path):
+  """In Python and as lines of a file; what does not fit is refused alone."""
+  request = questions(clip)[1]
+  (group,) = answering.reader(Options(scene_frames=3)).read([(0, request)])
+  even = list(even_start(group.questions[0].sample.objects[0].cells, 6))
+  starts = [even, list(range(6)), even[:5], [0] * 6, [10**6, 1, 2, 3, 4, 5]]
+  requests = [dataclasses.replace(request, starts=[start]) for start in starts]
+  answers = dict(answering.answer_each([*requests, request], **OPTIONS))
+  assert answers[0] == answers[5]
+  assert "accepted: 6 different cells from 0 to" in str(answers[2])
+  assert [isinstance(answers[i], InputError) for i in range(5)] == [False, False, True, True, True]
+  line = {"video": str(clip), "question": request.question, "regions": ["box:20,4,58,24@4"]}
+  lines = [{**line, "starts": [list(map(int, start))]} for start in (even, range(6))]
+  (tmp_path / "requests.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+  bulk.run(lambda: answering, tmp_path / "requests.jsonl", tmp_path / "out.jsonl", **OPTIONS)
+  written = [json.loads(one) for one in (tmp_path / "out.jsonl").read_text().splitlines()]
+  expected = {answers[0].token_ids, answers[1].token_ids}
+  assert {tuple(one["token_ids"]) for one in written} == expected
+  for wrong in ("abc", [1], [["a"]], [[True]], 7):
+    with pytest.raises(InputError, match="accepted: for each crop a list"):
+      dataclasses.replace(request, starts=wrong)
+
+
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
+def test_pictures_that_do_not_fit_the_memory_are_refused_with_the_numbers(
+  folder, clip, monkeypatch
+):
+  model = load(folder)
+  monkeypatch.setattr(model.visual, "_limit", 1000)
+  (answer,) = (answer for _, answer in model.answer_each(questions(clip)[2:], **OPTIONS))
+  assert isinstance(answer, InputError)
+  words = r"a tower row of 128 patches does not fit the memory: weights .* of 0\.0 MiB"
+  assert re.search(words, str(answer))
+
+
+@pytest.mark.parametrize(
+  ("folder", "options"),
+  [
+    pytest.param("placed_cells", {"weights": "bfloat16"}, marks=pytest.mark.slow),
+    pytest.param("cells", {"weights": "int8"}, marks=pytest.mark.int8),
+    pytest.param("cells", {"mesh": "data=2"}, marks=pytest.mark.slow),
+    pytest.param("cells_in_context", {"mesh": "data=2"}, marks=pytest.mark.slow),
+  ],
+  indirect=["folder"],
+)
+def test_other_weights_and_meshes_answer(folder, options, clip):
+  mesh = {"mesh": parse_mesh(options["mesh"])} if "mesh" in options else {}
+  model = load(folder, **{**options, **mesh})
+  answers = model.ask_many(questions(clip)[:2], **OPTIONS)
+  if mesh:
+    assert answers == load(folder).ask_many(questions(clip)[:2], **OPTIONS)
+  assert model.weights == options.get("weights", "float32")
+  assert all(answer.token_ids for answer in answers)

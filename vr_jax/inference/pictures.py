@@ -9,9 +9,10 @@ crop, E decoder width, L prefix slot.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from data_pipes.navit_rows import (
 from data_pipes.navit_samples import NavitRules
 from data_pipes.object_crops import CROP_RULES
 from data_pipes.patch_packing import BLOCK
-from vr_jax.inference.batching import Prompt, Sizes
+from vr_jax.inference.batching import CHUNK, Plan, Prompt, Sizes, device_memory
 from vr_jax.inference.call import Call
 from vr_jax.inference.generate import bucket
 from vr_jax.inference.model import Model, classes
@@ -50,8 +51,10 @@ from vr_jax.inference.picture_reading import (
 )
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import KEPT, ObjectTokens, Prefix
-from vr_jax.inference.programs import Programs
+from vr_jax.inference.programs import Programs, bytes_of
 from vr_jax.inference.reading import Group, Question
+from vr_jax.inference.regions import Region
+from vr_jax.inference.requests import Request
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.navit import NavitConfig
 from vr_jax.models.videorefer import VideoRefer
@@ -73,9 +76,18 @@ class PicturePrefix(Prefix):
 class PictureVisual:
   """Encodes pictures, crops and prefixes; `counts` says how many of each."""
 
-  def __init__(self, module: VideoRefer, params: Any, programs: Programs, placement: Placement):
+  def __init__(
+    self,
+    module: VideoRefer,
+    params: Any,
+    programs: Programs,
+    placement: Placement,
+    memory_limit: int | None = None,
+  ):
+    """`memory_limit` bytes a device may be asked for, by default what it has."""
     self._module, self._params, self._programs = module, params, programs
     self._placement = placement
+    self._limit = device_memory() if memory_limit is None else memory_limit
     self._sizes = row_sizes(module.cfg.img)
     self._kept: collections.OrderedDict[bytes, PicturePrefix] = collections.OrderedDict()
     self.scenes = KnownScenes(KEPT)  # what was read of files
@@ -110,6 +122,12 @@ class PictureVisual:
     self._kept.clear()
     self.scenes.forget()
     self.counts.clear()
+
+  def compile(self) -> None:
+    """Compiles the tower for all sizes of rows that fit the memory."""
+    for size in self._sizes:
+      with contextlib.suppress(InputError):  # the request that needs such a row is refused
+        self._encoder(size)
 
   def _prefill(self, head: Sample, slots: int, ids: Ids) -> PicturePrefix:
     packed, features = self._encode(head.pictures())
@@ -155,11 +173,9 @@ class PictureVisual:
     """The pictures in rows, and the features of each row."""
     cfg = self._module.cfg.img
     packed = pack(pictures, self._sizes, 3 * cfg.patch_size**2)
-    features = []
-    for row in packed.rows:
-      arguments = tuple(x[None] for x in row)
-      encode = self._program("encode_pictures", len(row.patches), *arguments)
-      features.append(encode(self._params, *arguments))
+    features = [
+      self._encoder(len(row.patches))(self._params, *(x[None] for x in row)) for row in packed.rows
+    ]
     self.counts["pictures"] += len(packed.start)
     self.counts["patches"] += sum(len(row.patches) for row in packed.rows)
     return packed, tuple(features)
@@ -191,18 +207,49 @@ class PictureVisual:
       more = (KVCache.empty(llm, 1, slots),) if slots else ()
       return self._module.apply({"params": params}, joined, batch, *more, method=method)
 
+    sizes = tuple(f.shape[1] for f in features)
     shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
-    name = (method, tuple(f.shape[1] for f in features), shapes, slots)
     out = self._placement.prefix(llm) if slots else self._placement.whole
-    program = self._programs(name, run, self._params, features, batch, out=out)
+    made = f"a prefix of {slots} slots" if slots else "what is made"
+    what = f"{made} of {sum(sizes)} patches"
+    program = self._fitting(what, (method, sizes, shapes, slots), run, features, batch, out=out)
     return program(self._params, features, batch)
 
-  def _program(self, method: str, size: int, *arguments: np.ndarray):
-    def run(params, *arguments):
-      return self._module.apply({"params": params}, *arguments, method=method)
+  def _encoder(self, size: int) -> Callable:
+    """The tower for a row of so many patches."""
 
-    out = self._placement.whole
-    return self._programs((method, size), run, self._params, *arguments, out=out)
+    def run(params, *row):
+      return self._module.apply({"params": params}, *row, method="encode_pictures")
+
+    array, values = self._placement.array, 3 * self._module.cfg.img.patch_size**2
+    row = array((1, size, values), "uint8"), array((1, size), "int32"), array((1, size, 2), "int32")
+    what, name = f"a tower row of {size} patches", ("encode_pictures", size)
+    return self._fitting(what, name, run, *row, out=self._placement.whole)
+
+  def _fitting(
+    self, what: str, name: Hashable, function: Callable, *arguments: Any, out: Any
+  ) -> Callable:
+    """The compiled program. Raises InputError, with the numbers, where the memory is too small."""
+    accepted = "accepted: fewer scene_frames, a part of the video (seconds) or fewer objects"
+    try:
+      program = self._programs(name, function, self._params, *arguments, out=out)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise InputError(f"{what} does not fit the memory, says the compiler; {accepted}") from error
+    analysis = program.memory_analysis()
+    if analysis is None:  # a backend that does not tell
+      return program
+    plan = Plan(
+      weights=bytes_of(self._params),
+      rows=bytes_of(arguments) + analysis.output_size_in_bytes,
+      prefixes=sum(bytes_of(prefix.cache) for prefix in self._kept.values()),
+      scratch=analysis.temp_size_in_bytes,
+      limit=self._limit,
+    )
+    if plan.total > plan.limit:
+      raise InputError(f"{what} does not fit the memory: {plan}; {accepted}")
+    return program
 
 
 def _content(head: Sample) -> bytes:
@@ -225,7 +272,9 @@ class PictureModel(Model):
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)
-    self.visual = PictureVisual(self._module, self.params, self._programs, self._placement)
+    self.visual = PictureVisual(
+      self._module, self.params, self._programs, self._placement, self._memory_limit
+    )
     image, region = (self.tokenizer.id_of(token) for token in ("<image>", "<REGION>"))
     if image is None or region is None:
       raise InputError("the tokenizer has no <image> or no <REGION>: no tokenizer of this model")
@@ -248,9 +297,32 @@ class PictureModel(Model):
         answers[index] = answer.token_ids
     return [answers[i] for i in range(len(samples))]
 
-  def warm_up(self, *, question_slots: int = 0, **options: Any) -> None:
-    """Nothing: what is compiled depends on the sizes of the pictures."""
-    Options(**options)
+  def warm_up(
+    self, *, question_slots: int = CHUNK, media: Sequence[Any] = (), **options: Any
+  ) -> None:
+    """Compiles the tower, and all that questions of up to so many tokens about such media need.
+
+    What comes behind the tower has the sizes of the pictures.
+
+    Args:
+      media: videos or images of the sizes that will be asked about, as `ask` takes them. One object
+        is marked on each, in its middle.
+
+    Raises:
+      InputError: an option, or media that cannot be read or do not fit the memory.
+    """
+    settings = Options(**options)
+    self.visual.compile()
+    middle = Region(box=("30%", "30%", "70%", "70%"), frame=0)
+    requests = enumerate(Request(one, "What is <region>?", [middle]) for one in media)
+    for group in self.reader(settings).ahead(requests):
+      if not isinstance(group, Group):
+        raise group[1]
+      (question,) = group.questions
+      self._see(group, [question])
+      prefix, least = self._lane(question)
+      for slots in classes(max(question_slots, least)):
+        self._engine(self._row_sizes(settings, prefix, slots))
 
   def object_similarity(self, request: Any) -> Any:
     raise InputError("the objects of this model are crops, which are not merged over frames")
