@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from test_interop_videorefer import model, random_params
+from test_successors import TOKENS, publish
 
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import export, make_meta, read_tokenizer_files
@@ -455,6 +456,59 @@ def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
   assert done.returncode == 0, done.stderr[-3000:]
   ids, text = done.stdout.rstrip("\n").split("\n", 1)
   assert len(set(answer["token_ids"])) > 3
+  assert json.loads(ids) == list(answer["token_ids"])
+  assert text == answer["text"]
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_successors_go_out_and_back(kind, tmp_path):
+  """Logits and greedy tokens of our PyTorch code, from .bin shards, and the exact way back."""
+  import torch
+  from safetensors.torch import load_file
+
+  folder = publish(kind, tmp_path / "published")
+  before = nested(arrays(open_source(folder).params, "float32"))
+  tensors = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  shards = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(tensors)}
+  for file in set(shards.values()):
+    torch.save({n: x for n, x in tensors.items() if shards[n] == file}, folder / file)
+  index = json.dumps({"weight_map": shards})
+  (folder / "pytorch_model.bin.index.json").write_text(index)
+  parity = convert(folder, tmp_path / "out", "torch", **QUIET)
+  assert parity["passed"] is True
+  assert {tensor["name"] for tensor in parity["tensors"]} <= set(tensors)
+  compared = parity["logits"]["videorefer"]
+  assert compared["relative"] < TOLERANCE
+  assert compared["greedy_equal"] == 32
+  assert convert(tmp_path / "out", tmp_path / "back", "vr", logits="never", **QUIET)["passed"]
+  after = nested(arrays(open_source(tmp_path / "back").params, "float32"))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize("kind", ["placed_cells", "cells_in_context"])
+def test_a_pytorch_only_process_repeats_the_answer_of_a_successor(kind, golden, tmp_path, capsys):
+  from vr_jax import cli
+
+  folder = publish(kind, tmp_path / "published")
+  convert(folder, tmp_path / "out", "torch", logits="never", **QUIET)
+  video = str(golden / "media/clip_mp4.mp4")
+  question, regions = "What is <region> doing?", ["box:10,10,60,50@3"]
+  command = ["ask", "--checkpoint", str(folder), "--video", video, "--json", "--region", *regions]
+  assert cli.main([*command, "--question", question, "--max-new-tokens", "24"]) == 0
+  answer = json.loads(capsys.readouterr().out)
+  environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+  program = (IS_WITHOUT_JAX if PYTORCH_ONLY else WITHOUT_JAX) + ANSWER
+  done = subprocess.run(
+    [PYTORCH_ONLY or sys.executable, "-c", program, str(tmp_path / "out"), video, question,
+     *regions],
+    capture_output=True,
+    text=True,
+    env=environment,
+    cwd=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  ids, text = done.stdout.rstrip("\n").split("\n", 1)
   assert json.loads(ids) == list(answer["token_ids"])
   assert text == answer["text"]
 

@@ -179,8 +179,9 @@ def test_an_adapter_of_some_matrices_leaves_the_others_alone(tmp_path):
 # --- The folder for PyTorch -------------------------------------------------------------------
 
 
-def test_the_code_of_a_torch_folder_imports_what_the_docs_name_and_nothing_else():
-  code = torch_folder.code()
+@pytest.mark.parametrize("kind", torch_folder.CLASSES)
+def test_the_code_of_a_torch_folder_imports_what_the_docs_name_and_nothing_else(kind):
+  code = torch_folder.code(kind)
   needed = set()
   for name, text in code.items():
     for node in ast.parse(text).body:
@@ -191,4 +192,5 @@ def test_the_code_of_a_torch_folder_imports_what_the_docs_name_and_nothing_else(
       elif isinstance(node, ast.Import):
         needed |= {alias.name.split(".")[0] for alias in node.names}
   needed -= sys.stdlib_module_names
-  assert needed == {"torch", "transformers", "numpy", "av", "PIL", "tokenizers", "jinja2"}
+  more = {"einops"} if kind == "navit" else set()
+  assert needed == {"torch", "transformers", "numpy", "av", "PIL", "tokenizers", "jinja2"} | more

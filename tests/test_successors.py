@@ -28,6 +28,7 @@ from data_pipes.navit_rows import (
 from data_pipes.video import open_video
 from vr_jax import cli
 from vr_jax.compiling import compilations
+from vr_jax.configs import base_config
 from vr_jax.inference import bulk
 from vr_jax.inference.options import Options
 from vr_jax.inference.placement import parse_mesh
@@ -47,6 +48,7 @@ from vr_jax.models.videorefer import VideoRefer, VideoReferConfig, init_params
 from vr_jax.params import by_path
 from vr_jax.parity import golden as parity
 from vr_jax.parity.golden import FAIL, PASS, run_parity
+from vr_jax.training.start import starting_params
 
 GOLDEN = Path(__file__).parent / "golden/successors"
 TOWER = NavitConfig(patch_size=14, width=16, depth=2, heads=2, mlp_dim=24, max_tokens=48)
@@ -77,16 +79,14 @@ def random_params(cfg: VideoReferConfig):
   return jax.tree.map(lambda s: (0.3 * rng.standard_normal(s.shape)).astype(np.float32), shapes)
 
 
-@pytest.fixture(scope="module", params=list(TOKENS))
-def folder(request, tmp_path_factory):
-  """A published folder of each kind, with random weights."""
-  cfg = config(request.param)
-  made = tmp_path_factory.mktemp("published") / request.param
+def publish(kind: str, made: Path) -> Path:
+  """A published folder of a kind of region encoder, with random weights."""
+  cfg = config(kind)
   shutil.copytree(GOLDEN / "data_side/tokenizer", made)
   params = random_params(cfg)
   shapes = {path: x.shape for path, x in by_path(params).items()}
-  tensors = collect(params, model_slots(shapes, cfg, tower_prefix(request.param)))
-  if request.param == "cells_in_context":
+  tensors = collect(params, model_slots(shapes, cfg, tower_prefix(kind)))
+  if kind == "cells_in_context":
     tensors["model.region_encoder.mask_embedding.weight"] = np.ones((16, 1, 1, 1), np.float32)
   save_file(tensors, made / "model.safetensors")
   fields = config_json(cfg, {}, {"eos_ids": (1002, 1000), "pad_id": 1000}, "float32")
@@ -99,6 +99,11 @@ def folder(request, tmp_path_factory):
   for name, content in tower_json(TOWER).items():
     (tower / name).write_text(json.dumps(content))
   return made
+
+
+@pytest.fixture(scope="module", params=list(TOKENS))
+def folder(request, tmp_path_factory):
+  return publish(request.param, tmp_path_factory.mktemp("published") / request.param)
 
 
 def picture(h, w, merge=1, seed=0):
@@ -239,8 +244,40 @@ def test_what_a_folder_is_shows_in_its_tensors(folder, tmp_path):
 
 
 def test_formats_that_do_not_know_the_tower_are_refused(folder, tmp_path):
-  with pytest.raises(InputError, match="--to torch does not know towers"):
-    convert(folder, tmp_path / "out", "torch", **QUIET)
+  with pytest.raises(InputError, match="--to big_vision does not know towers"):
+    convert(folder, tmp_path / "out", "big_vision", **QUIET)
+
+
+def parts_of(folder, where, kept):
+  """The folder with only the tensors that `kept` takes."""
+  shutil.copytree(folder, where)
+  tensors = load_file(folder / "model.safetensors")
+  save_file({n: x for n, x in tensors.items() if kept(n)}, where / "model.safetensors")
+  return where
+
+
+# What a folder is shows in its tensors; only this model_type may lack the region encoder.
+@pytest.mark.parametrize("folder", ["cells"], indirect=True)
+def test_training_starts_from_the_parts_of_others(folder, tmp_path):
+  """Plain VideoLLaMA3 gives all but the region encoder, VL3-SigLIP-NaViT the tower."""
+  cfg = config("cells")
+  params, shapes = random_params(cfg), jax.eval_shape(lambda: random_params(cfg))
+  plain = parts_of(folder, tmp_path / "plain", lambda name: ".region_encoder." not in name)
+  tower = tmp_path / "tower"
+  tower.mkdir()
+  prefix = tower_prefix("cells")
+  tensors = load_file(folder / "model.safetensors")
+  alone = {n.removeprefix(prefix): x + 1 for n, x in tensors.items() if n.startswith(prefix)}
+  save_file(alone, tower / "model.safetensors")
+  (tower / "config.json").write_text(json.dumps(tower_json(TOWER)["config.json"]))
+  given = base_config()
+  given.model_init = tuple((part, str(plain)) for part in ("connector", "llm"))
+  given.model_init += (("img", str(tower)),)
+  started = starting_params(given, shapes)
+  assert set(started) == {"img", "connector", "llm"}
+  for part in ("connector", "llm"):
+    jax.tree.map(np.testing.assert_array_equal, started[part], params[part])
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), started["img"], params["img"])
 
 
 # --- Answers ----------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipes.batch import Clip
+from data_pipes.clips import whole_mask
 from data_pipes.errors import InputError, shown
 from data_pipes.navit_frames import annotated_frames
 from data_pipes.navit_rows import Crop, Sample
@@ -167,12 +168,18 @@ class PictureReader(Reader):
     scene = seen[0].ids
     if self._rules.crop.lite:
       scene = [0] if source.kind == "image" else annotated_frames(source, objects).ids
+    lost = [
+      f"{names[i]}: its mask on frame {number} leaves no cell of the crop, so that the model is "
+      "told of no object; accepted: mask_rule keep, or a larger mask"
+      for (i, number), crop in zip(frames, sample.objects, strict=True)
+      if not crop.cells and crop.whole is None
+    ]
     made = picture_question(
       index,
       sample,
       [names[i] for i, _ in frames],
       [number for _, number in frames],
-      (self._notice,) if self._notice else (),
+      [line for line in (self._notice, *lost) if line],
     )
     # What is shared is told by its content, see `pictures.PictureVisual`.
     shared = b"" if self._options.share else None
@@ -185,12 +192,8 @@ class PictureReader(Reader):
       (i, number)
       for i, by_frame in enumerate(objects)
       for number, mask in by_frame.items()
-      if not (several and len(by_frame) > 1 and _is_empty(mask))
+      if not (several and len(by_frame) > 1 and not whole_mask(mask, source.size, None, "").any())
     ]
-
-
-def _is_empty(mask: Any) -> bool:
-  return mask is None or (isinstance(mask, np.ndarray) and not mask.any())
 
 
 def started(crops: Sequence[Crop], starts: Sequence[Sequence[int]], tokens: int) -> list[Crop]:
@@ -223,12 +226,12 @@ def picture_question(
   sample: Sample,
   names: Sequence[str] = (),
   frames: Sequence[int] = (),
-  warnings: tuple[str, ...] = (),
+  warnings: Sequence[str] = (),
 ) -> PictureQuestion:
   """A sample as a question; names and frames of its crops are told in the answer."""
   names = tuple(names) or tuple(f"object {i}" for i in range(len(sample.objects)))
   frames = frames or [0] * len(sample.objects)
   objects = [{number: crop.mask} for number, crop in zip(frames, sample.objects, strict=True)]
   return PictureQuestion(
-    index, Text(sample.ids, sample.labels), names, objects, warnings, sample=sample
+    index, Text(sample.ids, sample.labels), names, objects, tuple(warnings), sample=sample
   )

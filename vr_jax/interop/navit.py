@@ -175,10 +175,7 @@ def open_published(folder: Path) -> Source:
     path=folder,
     parts={part: parts[part] for part in PARTS if part in parts},
     params=params,
-    settings={
-      name: getattr(cfg, name)
-      for name in ("name", "num_frames", "image_aspect_ratio", "max_text_ids")
-    },
+    settings=cfg.settings(),
     tokenizer_files=find_tokenizer_files(folder),
     generation=dataclasses.asdict(generation(folder)),
     notes=tuple(notes),

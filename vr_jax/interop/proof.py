@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
@@ -23,9 +24,11 @@ import numpy as np
 from einops import rearrange
 
 from data_pipes.batch import Clip, Row, build_row, collate, fit_shape, needs
+from data_pipes.navit_rows import Crop, Ids, Picture, Sample, needed_shape, tokens_of
+from data_pipes.navit_rows import build_row as build_picture_row
 from data_pipes.prompts import IGNORE, MEDIA_IDS, Text
 from vr_jax.inference.generate import Generator
-from vr_jax.interop import torch_folder, videorefer
+from vr_jax.interop import torch_folder
 from vr_jax.interop.source import Source
 from vr_jax.interop.table import Part, arrays, nested, outputs
 from vr_jax.models.connector import Connector, scene_token_count
@@ -51,6 +54,8 @@ def logits(
   if reason:
     return {"skipped": reason}
   parts = {}
+  if set(source.parts) == {"img"} and source.parts["img"].kind == "navit":
+    return {"skipped": "no other implementation of a tower for pictures of any size alone"}
   if source.whole and to in ("vr", "videorefer", "torch"):
     parts = _whole(source, to, result)
   elif to == "hf" and "llm" in source.parts and "connector" not in source.parts:
@@ -95,8 +100,6 @@ def _is_paligemma(source: Source) -> bool:
 
 def cannot(source: Source, mode: str, adapter: str | None = None) -> str | None:
   """Why the models are not run, None if they can be."""
-  if "img" in source.parts and source.parts["img"].kind == "navit":
-    return "no second implementation of towers that read pictures of any size"
   packages = ("torch", "transformers", "peft") if adapter else ("torch", "transformers")
   missing = [n for n in packages if importlib.util.find_spec(n) is None]
   if missing:
@@ -117,6 +120,8 @@ def fixed_row(cfg: VideoReferConfig, seed: int = 0) -> Row:
 
   The first object is seen on more frames than it keeps tokens of, the second on one.
   """
+  if cfg.img.kind == "navit":
+    return _fixed_pictures(cfg, seed)
   rng = np.random.default_rng(seed)
   size, grid, scene = cfg.img.image_size, cfg.img.grid, max(cfg.num_frames, 2)
   frames = {}
@@ -152,6 +157,40 @@ def fixed_row(cfg: VideoReferConfig, seed: int = 0) -> Row:
     length_multiple=8,
   )
   return collate([build_row(t, c, shape, region_id) for t, c in zip(texts, clips, strict=True)])
+
+
+def _fixed_pictures(cfg: VideoReferConfig, seed: int) -> Row:
+  """`fixed_row` for pictures of any size: a clip with an object of many cells and one of few, some
+  frames of which hardly change, and an image with one object."""
+  rng, s, K = np.random.default_rng(seed), cfg.img.merge, cfg.region.tokens
+  lite = cfg.region.kind == "cells_in_context"
+  values = 3 * cfg.img.patch_size**2
+  image, region = cfg.llm.vocab_size - 2, cfg.llm.vocab_size - 1
+
+  def picture(h: int, w: int, merge: int = 1) -> Picture:
+    return Picture(rng.integers(0, 256, (h * w, values)).astype(np.uint8), (h, w), merge)
+
+  def crop(h: int, w: int, cells: int) -> Crop:
+    mask = (np.arange(h * w) < cells).reshape(h, w).astype(np.uint8)
+    beside = {"local": picture(2, 3), "whole": picture(3, 3)} if lite else {}
+    return Crop(picture(h, w), mask, (3, 5, 40, 60, 48, 64), **beside)
+
+  clip = [picture(2 * s, 2 * s, s) for _ in range(3)]
+  clip.insert(2, Picture(clip[1].patches.copy(), clip[1].grid, s))
+  still, side = [picture(3, 5)], math.isqrt(2 * K) + 2
+  samples = []
+  for scene, crops in ((clip, [crop(side, side, 2 * K), crop(3, 4, 2)]), (still, [crop(4, 4, 9)])):
+    scene = () if lite else scene
+    words = rng.integers(0, cfg.llm.vocab_size - 2, (4, 6))
+    ids = [words[0], np.full(sum(p.tokens for p in scene), image), words[1]]
+    for i, one in enumerate(crops):
+      ids += [np.full(tokens_of(one, K), region), words[2 + i]]
+    joined = np.concatenate(ids).astype(np.int32)
+    video = len(scene) > 1
+    samples.append(Sample(joined, np.full_like(joined, IGNORE), scene, crops, video))
+  shape = needed_shape([[sample] for sample in samples], merge=s, tokens_per_object=K)
+  rows = [build_picture_row([sample], shape, Ids(image, region, K)) for sample in samples]
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "segments"}
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> dict[str, Any]:
@@ -236,7 +275,7 @@ def torch_inputs(torch: Any, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
   names = {"tokens": "input_ids", "valid": "attention_mask"}
   tensors = {names.get(k, k): torch.from_numpy(np.array(v)) for k, v in row.items()}
   tensors.pop("supervised")
-  kept = (torch.uint8, torch.bool)
+  kept = (torch.uint8, torch.bool, torch.float32)
   return {k: v if v.dtype in kept else v.long() for k, v in tensors.items()}
 
 
@@ -249,20 +288,22 @@ def torch_model(source: Source) -> Iterator[tuple[Any, Any]]:
   with tempfile.TemporaryDirectory() as folder:
     package = Path(folder, "videorefer_torch_model")
     package.mkdir()
-    for name, content in torch_folder.code().items():
+    for name, content in torch_folder.code(cfg.img.kind).items():
       (package / name).write_bytes(content)
     sys.path.insert(0, folder)
     try:
       for name in [n for n in sys.modules if n.startswith(package.name)]:
         del sys.modules[name]
-      code = importlib.import_module(f"{package.name}.modeling_videorefer")
+      file, name = torch_folder.CLASSES[cfg.img.kind][0].split(".")
+      code = importlib.import_module(f"{package.name}.{file}")
+      config = importlib.import_module(f"{package.name}.configuration_videorefer")
     finally:
       sys.path.remove(folder)
     fields = json.loads(json.dumps(cfg.to_dict()))
-    module = code.VideoReferForCausalLM(code.VideoReferConfig(videorefer=fields)).float().eval()
+    module = getattr(code, name)(config.VideoReferConfig(videorefer=fields)).float().eval()
     state = module.state_dict()
     shapes = source.params.shapes
-    for output in outputs(videorefer.model_slots(cfg, shapes), shapes):
+    for output in outputs(torch_folder.output_slots(cfg, shapes), shapes):
       value = np.array(output.make(source.params).astype(np.float32))
       state.pop(output.name).copy_(torch.from_numpy(value))
     if state:

@@ -86,7 +86,7 @@ def lay_out(
   Raises:
     InputError: the source cannot be said in that format.
   """
-  navit_formats = ("vr", "videorefer", "peft")
+  navit_formats = ("vr", "videorefer", "torch", "peft")
   if "img" in source.parts and source.parts["img"].kind == "navit" and to not in navit_formats:
     raise InputError(
       f"{source.path}: --to {to} does not know towers that read pictures of any size; accepted: "
@@ -189,7 +189,7 @@ def _to_successor(
 def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Target:
   """A folder with our own PyTorch model, its processor and its weights."""
   cfg = source.model_config()
-  if cfg.img.pool:
+  if getattr(cfg.img, "pool", False):
     raise InputError(f"{source.path}: the tower has a pooling head, which VideoRefer does not use")
   target = Target()
   made = outputs(torch_folder.output_slots(cfg, source.params.shapes), source.params.shapes)
@@ -199,7 +199,7 @@ def to_torch(source: Source, folder: Path, cast: Cast, shard_bytes: int) -> Targ
   target.files["generation_config.json"] = _json(generation_json(source.generation))
   processor = {"auto_map": {"AutoProcessor": fields["auto_map"]["AutoProcessor"]}}
   target.files["processor_config.json"] = _json(processor)
-  target.files |= torch_folder.code()
+  target.files |= torch_folder.code(cfg.img.kind)
   target.files |= source.tokenizer_files
   return target
 

@@ -12,7 +12,7 @@ import data_pipes
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.checkpoint import find_tokenizer_files
-from vr_jax.interop import videorefer
+from vr_jax.interop import navit, videorefer
 from vr_jax.interop.fields import read_config
 from vr_jax.interop.generation import generation
 from vr_jax.interop.parts import read_part, read_settings
@@ -22,6 +22,16 @@ from vr_jax.models.videorefer import PARTS, VideoReferConfig
 
 MODEL_TYPE = "videorefer_torch"
 CODE = Path(__file__).parent / "torch_model"
+CLASSES = {  # model and processor, by the kind of tower
+  "siglip": (
+    "modeling_videorefer.VideoReferForCausalLM",
+    "processing_videorefer.VideoReferProcessor",
+  ),
+  "navit": (
+    "modeling_pictures_videorefer.PictureForCausalLM",
+    "processing_pictures_videorefer.PictureProcessor",
+  ),
+}
 _IMPORT = re.compile(r"^from (data_pipes|vr_jax\.inference)\.(\w+) import", re.MULTILINE)
 
 
@@ -42,8 +52,8 @@ def open_torch(folder: Path) -> Source:
   if len(widths) > 1:
     raise InputError(f"{where}: connector, region and llm have {len(widths)} widths; accepted: one")
   cfg = VideoReferConfig(**settings, **parts)
-  shapes = videorefer.model_shapes(cfg)
-  params = Mapped(Safetensors(folder), videorefer.model_slots(cfg, shapes), shapes)
+  shapes = (navit if cfg.img.kind == "navit" else videorefer).model_shapes(cfg)
+  params = Mapped(Safetensors(folder), output_slots(cfg, shapes), shapes)
   return Source(
     kind="PyTorch folder of vr_jax",
     path=folder,
@@ -57,14 +67,14 @@ def open_torch(folder: Path) -> Source:
 
 def config_json(cfg: VideoReferConfig, dtype: str) -> dict[str, Any]:
   """The fields of config.json."""
-  name = "modeling_videorefer.VideoReferForCausalLM"
+  name, processor = CLASSES[cfg.img.kind]
   return {
-    "architectures": ["VideoReferForCausalLM"],
+    "architectures": [name.split(".")[1]],
     "auto_map": {
       "AutoConfig": "configuration_videorefer.VideoReferConfig",
       "AutoModel": name,
       "AutoModelForCausalLM": name,
-      "AutoProcessor": "processing_videorefer.VideoReferProcessor",
+      "AutoProcessor": processor,
     },
     "model_type": MODEL_TYPE,
     "torch_dtype": dtype,
@@ -72,11 +82,16 @@ def config_json(cfg: VideoReferConfig, dtype: str) -> dict[str, Any]:
   }
 
 
-def code() -> dict[str, bytes]:
-  """The Python files of the folder: our model, and what its processor imports, side by side."""
+def code(kind: str) -> dict[str, bytes]:
+  """The Python files of the folder: our model, and what its processor imports, side by side.
+
+  `kind` is that of the tower.
+  """
   package = {"data_pipes": Path(data_pipes.__file__).parent}
   package["vr_jax.inference"] = Path(vr_jax.__file__).parent / "inference"
   files = {path.name: path for path in sorted(CODE.glob("*_videorefer.py"))}
+  if kind != "navit":
+    files = {name: path for name, path in files.items() if "_pictures_" not in name}
   contents: dict[str, bytes] = {}
   while files:
     name, path = files.popitem()
@@ -90,4 +105,6 @@ def code() -> dict[str, bytes]:
 
 def output_slots(cfg: VideoReferConfig, shapes: Shapes) -> list[Slot]:
   """The slots of a folder: the published names, whatever the decoder."""
+  if cfg.img.kind == "navit":
+    return navit.model_slots(shapes, cfg, navit.tower_prefix(cfg.region.kind))
   return videorefer.model_slots(cfg, shapes)

@@ -65,6 +65,10 @@ class VideoReferConfig:
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
+  def settings(self) -> dict[str, Any]:
+    """The fields beside the parts."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PARTS}
+
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> "VideoReferConfig":
     """Reads what `to_dict` (through JSON) wrote.

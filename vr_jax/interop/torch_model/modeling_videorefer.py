@@ -336,11 +336,15 @@ class VideoReferModel(nn.Module):
 
   def __init__(self, cfg):
     super().__init__()
-    c, width_in = cfg["llm"], cfg["img"]["width"]
-    self.c = c
+    self.c = c = cfg["llm"]
     self.embed_tokens = nn.Embedding(c["vocab_size"], c["width"])
     self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c["depth"]))
     self.norm = RMSNorm(c["width"], c)
+    self.make_visual(cfg)
+
+  def make_visual(self, cfg):
+    """Tower, connector and region encoder."""
+    c, width_in = cfg["llm"], cfg["img"]["width"]
     self.vision_tower = nn.Module()
     self.vision_tower.vision_tower = nn.Module()
     self.vision_tower.vision_tower.vision_model = Tower(cfg["img"])
@@ -370,6 +374,10 @@ class VideoReferModel(nn.Module):
     objects, kept = self.region_encoder(features, region_masks, region_frames)
     exists = torch.cat([torch.ones_like(rows[:, :, 0], dtype=torch.bool), kept.flatten(1)], 1)
     rows = torch.cat([rows, objects.flatten(1, 2).to(rows.dtype)], 1)
+    return self.placed(rows, exists, input_ids, visual, attention_mask)
+
+  def placed(self, rows, exists, input_ids, visual, attention_mask):
+    """`splice` with the visual tokens [B,X,E] and which of them exist."""
     row, is_visual = visual.clamp(min=0), visual >= 0
     text = self.embed(input_ids)
     taken = rows.gather(1, row[:, :, None].expand(-1, -1, rows.shape[-1])).to(text.dtype)
@@ -415,11 +423,12 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
   base_model_prefix = "model"
   accepts_loss_kwargs = True  # num_items_in_batch, of the Trainer
   _no_split_modules = ["DecoderLayer", "TowerLayer"]  # noqa: RUF012
+  parts = VideoReferModel
 
   def __init__(self, config):
     super().__init__(config)
     c = config.videorefer["llm"]
-    self.model = VideoReferModel(config.videorefer)
+    self.model = self.parts(config.videorefer)
     self.lm_head = None if c["tied_head"] else nn.Linear(c["width"], c["vocab_size"], bias=False)
     self.soft_cap = c["final_soft_cap"]
     self.post_init()
@@ -456,9 +465,13 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
     """
     if inputs_embeds is not None or output_attentions or output_hidden_states:
       raise TypeError("inputs_embeds, output_attentions and output_hidden_states are not supported")
-    embeds, positions, order = self.model.splice(
+    spliced = self.model.splice(
       frames, scene, region_masks, region_frames, input_ids, visual, attention_mask
     )
+    return self.scored(*spliced, visual, labels, num_items_in_batch)
+
+  def scored(self, embeds, positions, order, visual, labels, num_items_in_batch):
+    """What `forward` gives, of spliced rows."""
     hidden, cache = self.model.decode(embeds, positions)
     logits = self.logits(hidden)
     if labels is None:
@@ -496,6 +509,37 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
     Greedy by default. What is not given is that of generation_config.json; the penalty falls on
     generated tokens only. An option that is not named here is a TypeError.
     """
+    embeds, positions, _ = self.model.splice(
+      frames, scene, region_masks, region_frames, input_ids, visual, attention_mask
+    )
+    return self.continued(
+      embeds,
+      positions,
+      max_new_tokens=max_new_tokens,
+      do_sample=do_sample,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      repetition_penalty=repetition_penalty,
+      eos_token_id=eos_token_id,
+      pad_token_id=pad_token_id,
+    )
+
+  def continued(
+    self,
+    embeds,
+    positions,
+    *,
+    max_new_tokens=256,
+    do_sample=False,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    repetition_penalty=None,
+    eos_token_id=None,
+    pad_token_id=None,
+  ):
+    """What `generate` gives, of spliced rows."""
     if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
       raise ValueError(
         f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p};"
@@ -507,9 +551,6 @@ class VideoReferForCausalLM(PreTrainedModel, GenerationMixin):
     pad = settings.pad_token_id if pad_token_id is None else pad_token_id
     eos = torch.tensor([eos] if isinstance(eos, int) else eos or [], device=self.device)
     pad = 0 if pad is None else pad
-    embeds, positions, _ = self.model.splice(
-      frames, scene, region_masks, region_frames, input_ids, visual, attention_mask
-    )
     hidden, cache = self.model.decode(embeds, positions)
     length = (positions >= 0).sum(1)
     last = (length - 1).clamp(min=0)

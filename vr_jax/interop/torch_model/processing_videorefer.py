@@ -30,6 +30,8 @@ class VideoReferProcessor:
   model_input_names = ("frames", "scene", "region_masks", "region_frames", "input_ids", "visual",
                        "attention_mask")  # fmt: skip
 
+  auto_class = "processing_videorefer.VideoReferProcessor"
+
   def __init__(self, tokenizer, model, files):
     """`model`: the `videorefer` fields of config.json; `files`: the tokenizer's, by name."""
     self.tokenizer, self.model, self.files = tokenizer, model, files
@@ -54,7 +56,7 @@ class VideoReferProcessor:
     """Writes what `from_pretrained` and AutoProcessor need: settings, tokenizer, code."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    auto_map = {"AutoProcessor": "processing_videorefer.VideoReferProcessor"}
+    auto_map = {"AutoProcessor": self.auto_class}
     fields = {"auto_map": auto_map, "videorefer": self.model}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     for name, content in self.files.items():
