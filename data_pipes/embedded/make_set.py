@@ -5,6 +5,8 @@ W/scene_captions.json     stage 1: one caption of the whole video
 W/short_captions.json     stage 2: VideoRefer-700K short captions, an object a turn
 W/detailed_captions.json  stage 2.5: VideoRefer-700K detailed captions
 W/qa.json                 stage 3: VideoRefer-700K QA, most with options
+W/pixelrefer_stage1.json  the dialogues of stages 1 to 2.5 in PixelRefer's SFT format
+W/pixelrefer_stage2.json  those of stage 3
 W/bench_d.json            VideoRefer-Bench-D, held-out videos
 W/bench_q.json            VideoRefer-Bench-Q, held-out videos
 """
@@ -31,11 +33,17 @@ from data_pipes.embedded.render import render, write_video
 from data_pipes.embedded.scenes import FRAMES, HEIGHT, WIDTH, Scene, make_scene
 from data_pipes.files import write_text
 from data_pipes.frame_rules import grid_frames
-from data_pipes.masks import encode_mask, segmentation_to_mask
+from data_pipes.masks import encode_mask, string_to_counts
+from data_pipes.prompts import Turn
+from data_pipes.tokenizer import REGION
 
 TRAIN_SEED, TEST_SEED = 0, 900_000_000  # apart, whatever the number of videos
 # Questions of each type in VideoRefer-Bench-Q, in the order of TYPES.
 BENCH_SHARES = (236, 255, 253, 142, 114)
+SFT = {
+  "pixelrefer_stage1": ("scene_captions", "short_captions", "detailed_captions"),
+  "pixelrefer_stage2": ("qa",),
+}
 CLEAR = 0.6  # of its largest visible area: a frame that shows a thing well enough to ask from
 
 Annotation = dict[str, dict]
@@ -99,9 +107,8 @@ def video_name(seed: int) -> str:
 
 
 def _training_items(seeds, annotations, dialogues) -> dict[str, list[dict]]:
-  files: dict[str, list[dict]] = {
-    name: [] for name in ("scene_captions", "short_captions", "detailed_captions", "qa")
-  }
+  names = ("scene_captions", "short_captions", "detailed_captions", "qa", *SFT)
+  files: dict[str, list[dict]] = {name: [] for name in names}
   balance = Balance(0)
   for seed in seeds:
     scene, rng = make_scene(seed), np.random.default_rng((seed, 2))
@@ -113,19 +120,45 @@ def _training_items(seeds, annotations, dialogues) -> dict[str, list[dict]]:
     }
     for name, some in made.items():
       files[name] += [_training_item(seed, d, annotations[seed]) for d in some]
+    rng = np.random.default_rng((seed, 7))
+    for name, parts in SFT.items():
+      some = [d for part in parts for d in made[part]]
+      files[name] += [_sft_item(seed, d, annotations[seed], rng) for d in some]
   return files
 
 
 def _training_item(seed: int, dialogue: Dialogue, annotation: list[Annotation]) -> dict:
-  item = {
+  item = _item(seed, dialogue)
+  if dialogue.things:
+    item["annotation"] = [annotation[i] for i in dialogue.things]
+  return item
+
+
+def _item(seed: int, dialogue: Dialogue) -> dict:
+  """What the formats share."""
+  return {
     "video": video_name(seed),
     "conversations": [{"from": turn.role, "value": turn.text} for turn in dialogue.turns],
     "height": HEIGHT,
     "width": WIDTH,
   }
-  if dialogue.things:
-    item["annotation"] = [annotation[i] for i in dialogue.things]
-  return item
+
+
+def _sft_item(
+  seed: int, dialogue: Dialogue, annotation: list[Annotation], rng: np.random.Generator
+) -> dict:
+  """The same in the SFT format: each mention of a thing has a mask on one frame that shows it.
+
+  A region brings its brackets there.
+  """
+  masks = []
+  for i in dialogue.things:
+    frame = clear_frame([annotation[i]], rng)
+    assert frame is not None  # one thing alone is seen well where it is seen best
+    masks.append({frame: annotation[i][frame]["segmentation"]})
+  turns = [Turn(turn.role, turn.text.replace(f"[{REGION}]", REGION)) for turn in dialogue.turns]
+  item = _item(seed, Dialogue(tuple(turns), dialogue.things)) | {"video": [video_name(seed)]}
+  return item | ({"masks": masks} if masks else {})
 
 
 def clear_frame(annotations: list[Annotation], rng: np.random.Generator) -> str | None:
@@ -141,7 +174,7 @@ def clear_frame(annotations: list[Annotation], rng: np.random.Generator) -> str 
 def _area(segmentation: dict | None) -> int:
   if segmentation is None:
     return 0
-  return int(segmentation_to_mask(segmentation, HEIGHT, WIDTH).sum())
+  return int(string_to_counts(segmentation["counts"])[1::2].sum())
 
 
 def bench_d_items(scenes: list[Scene], annotations: dict[int, list[Annotation]]) -> list[dict]:

@@ -52,18 +52,18 @@ def paint(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
   return np.zeros_like(u, np.float32)
 
 
-def background(rng: np.random.Generator) -> np.ndarray:
+def background(rng: np.random.Generator, scale: int = 1) -> np.ndarray:
   """A dull backdrop float32 [H, W, 3]: a shaded tint, sometimes checked or grainy."""
   tint = rng.uniform(50, 190) + rng.uniform(-18, 18, 3)
   slope = rng.uniform(-30, 30, 2)
-  y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+  y, x = np.mgrid[0 : HEIGHT * scale, 0 : WIDTH * scale].astype(np.float32) / scale
   shade = slope[0] * (x / WIDTH - 0.5) + slope[1] * (y / HEIGHT - 0.5)
   kind = rng.integers(0, 3)
   if kind == 1:
     side = rng.uniform(10, 24)
     shade = shade + 7.0 * ((x // side + y // side) % 2)
   elif kind == 2:
-    shade = shade + rng.normal(0, 5.0, (HEIGHT, WIDTH))
+    shade = shade + rng.normal(0, 5.0, x.shape)
   return (tint + shade[..., None]).astype(np.float32)
 
 
@@ -73,28 +73,36 @@ def _pixels(samples: np.ndarray) -> np.ndarray:
   return einops.reduce(samples, "n (h hk) (w wk) -> n h w", "mean", hk=k, wk=k)
 
 
-def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-  """Frames uint8 [N, H, W, 3] and visible masks bool [O, N, H, W] of a scene."""
+def render(scene: Scene, scale: int = 1, marking: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+  """Frames uint8 [N, H, W, 3] and visible masks bool [O, N, H, W] of a scene.
+
+  Args:
+    scale: pixels a unit of length of the scene; H and W are HEIGHT and WIDTH times that.
+    marking: by how much stripes and dots are larger than usual, for things that are.
+  """
   rng = np.random.default_rng((scene.seed, 1))
-  frames = np.repeat(background(rng)[None], FRAMES, 0)
-  masks = np.zeros((len(scene.things), FRAMES, HEIGHT, WIDTH), bool)
+  backdrop = background(rng, scale)
+  height, width, _ = backdrop.shape
+  frames = np.repeat(backdrop[None], FRAMES, 0)
+  masks = np.zeros((len(scene.things), FRAMES, height, width), bool)
   for o, thing in enumerate(scene.things):
-    reach = int(np.ceil(thing.radii.max())) + 2
+    radii, centres = thing.radii * scale, thing.centres * scale
+    reach = int(np.ceil(radii.max())) + 2
     size = 2 * reach * OVERSAMPLE
-    corner = np.floor(thing.centres).astype(int) - reach  # N 2: the stamp's top left pixel
+    corner = np.floor(centres).astype(int) - reach  # N 2: the stamp's top left pixel
     grid = (np.arange(size) + 0.5) / OVERSAMPLE
-    u = grid[None, None, :] + (corner[:, 0] - thing.centres[:, 0])[:, None, None]
-    v = grid[None, :, None] + (corner[:, 1] - thing.centres[:, 1])[:, None, None]
+    u = grid[None, None, :] + (corner[:, 0] - centres[:, 0])[:, None, None]
+    v = grid[None, :, None] + (corner[:, 1] - centres[:, 1])[:, None, None]
     u, v = np.broadcast_arrays(u, v)
-    radii = thing.radii[:, None, None]
+    radii = radii[:, None, None]
     inside = coverage(thing.shape, u / radii, v / radii).astype(np.float32)
-    marks = paint(thing.texture, u, v) * inside
+    marks = paint(thing.texture, u / (scale * marking), v / (scale * marking)) * inside
     inside, marks = _pixels(inside), _pixels(marks)
     palette = np.array([COLOURS[c] for c in COLOUR_NAMES], np.float32)[thing.colours]
     for n in range(FRAMES):
       left, top = corner[n]
-      x0, x1 = max(left, 0), min(left + 2 * reach, WIDTH)
-      y0, y1 = max(top, 0), min(top + 2 * reach, HEIGHT)
+      x0, x1 = max(left, 0), min(left + 2 * reach, width)
+      y0, y1 = max(top, 0), min(top + 2 * reach, height)
       if x0 >= x1 or y0 >= y1:
         continue
       part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
@@ -113,7 +121,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
   """Writes frames uint8 [N, H, W, 3] as H.264 (yuv420p, a key frame each second)."""
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=Fraction(FPS))
-    stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
     stream.options = {"crf": "17", "preset": "veryfast", "g": str(FPS), "threads": "1"}
     for frame in frames:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

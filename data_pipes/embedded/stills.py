@@ -7,6 +7,7 @@ Letters: X frame, O thing, N patch, S state.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -32,15 +33,15 @@ from data_pipes.masks import mask_to_grid
 THINGS = 9
 
 
-def crowd(seed: int) -> Scene:
-  """THINGS things strewn over the picture, overlapping a little, anew in every frame."""
+def crowd(seed: int, radii: Sequence[float] = tuple(RADII.values())) -> Scene:
+  """THINGS things of these radii strewn over the picture, overlapping a little, anew each frame."""
   rng = np.random.default_rng((seed, 3))
   things = [
     Thing("", str(rng.choice(SHAPES)), str(rng.choice(TEXTURES)), "") for _ in range(THINGS)
   ]
   for n in range(FRAMES):
     for o, thing in enumerate(things):
-      thing.radii[n] = rng.choice(list(RADII.values()))
+      thing.radii[n] = rng.choice(radii)
       thing.colours[n] = rng.integers(len(COLOUR_NAMES))
       for _ in range(20):
         thing.centres[n] = rng.uniform((3, 3), (WIDTH - 3, HEIGHT - 3))
@@ -53,6 +54,15 @@ def crowd(seed: int) -> Scene:
   return Scene(seed, things, 0, 0, "")
 
 
+def compressed(frames: np.ndarray) -> list[np.ndarray]:
+  """Frames after H.264."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "crowd.mp4"
+    write_video(path, frames)
+    with av.open(str(path)) as container:
+      return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+
+
 def picture_rows(seed: int, image_size: int, grid: int) -> dict[str, np.ndarray]:
   """The FRAMES pictures of a crowd as the model sees them, after H.264.
 
@@ -61,11 +71,7 @@ def picture_rows(seed: int, image_size: int, grid: int) -> dict[str, np.ndarray]
   """
   scene = crowd(seed)
   frames, masks = render(scene)
-  with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "crowd.mp4"
-    write_video(path, frames)
-    with av.open(str(path)) as container:
-      decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+  decoded = compressed(frames)
   cells = mask_to_grid(einops.rearrange(masks, "o x h w -> (o x) h w"), grid, rule="published")
   return {
     "frames": np.stack([to_model(frame, image_size) for frame in decoded]),

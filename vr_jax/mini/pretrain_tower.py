@@ -7,7 +7,7 @@ neighbour (`data_pipes.embedded.states`) by a linear map, which is dropped after
 Letters: X picture, S pixel, N patch, O thing, D tower width, V state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -53,13 +53,16 @@ class StateTower(nn.Module):
 
 
 def state_loss(
-  predicted: Float[Array, "*b V"], target: Float[Array, "*b V"], weight: Float[Array, "*b"]
+  predicted: Float[Array, "*b V"],
+  target: Float[Array, "*b V"],
+  weight: Float[Array, "*b"],
+  fields: Iterable[str] = tuple(FIELDS),
 ) -> Float[Array, ""]:
   """Mean over the weighted places: cross entropy of the classes, squared error of the values."""
   total = jnp.zeros(weight.shape)
-  for name, (_, kind) in FIELDS.items():
+  for name in fields:
     p, t = predicted[..., SLICES[name]], target[..., SLICES[name]]
-    if kind == "class":
+    if FIELDS[name][1] == "class":
       total += optax.softmax_cross_entropy(p, t)
     else:
       total += 4 * jnp.square(p - t).sum(-1)

@@ -77,6 +77,19 @@ def k_means(
   return jax.lax.scan(step, carry, None, length=iterations)[0][0]
 
 
+def cell_features(
+  features: Float[Array, "B n D"], batch: Mapping[str, Array]
+) -> Float[Array, "B R N D"]:
+  """The features of each cell, float32: four patches by their weights."""
+  corners = _taken(features, batch["cells"]).astype(jnp.float32)
+  return jnp.einsum("BRNcD,BRNc->BRND", corners, batch["cell_weights"], precision="highest")
+
+
+def _taken(features: Float[Array, "B n D"], index: Int[Array, "B ..."]) -> Float[Array, "B ... D"]:
+  """The patches of each row by number; where there is none (-1), any."""
+  return jax.vmap(lambda row, index: row[jnp.maximum(index, 0)])(features, index)
+
+
 class CellEncoder(nn.Module):
   """VideoRefer-VideoLLaMA3: cells, k-means, MLP.
 
@@ -96,9 +109,7 @@ class CellEncoder(nn.Module):
   ) -> tuple[Float[Array, "B R K E"], Bool[Array, "B R K"]]:
     """(object tokens in `cfg.dtype`, which of them count) of the rows of a batch."""
     features = shard_act(features, self.rules, "batch", None, None)
-    take = jax.vmap(lambda row, index: row[jnp.maximum(index, 0)])
-    corners = take(features, batch["cells"]).astype(jnp.float32)
-    x = jnp.einsum("BRNcD,BRNc->BRND", corners, batch["cell_weights"], precision="highest")
+    x = cell_features(features, batch)
     if self.placed:
       x = x + nn.Dense(features.shape[-1], name="position")(batch["cell_places"])
     counts = batch["cell_counts"]
@@ -106,7 +117,7 @@ class CellEncoder(nn.Module):
     if self.context:
       kept = jnp.broadcast_to(counts[..., None] >= 0, kept.shape)  # rows without a cell attend too
       for name in ("local", "whole"):
-        tokens = self._attend(name, tokens, take(features, batch[name]), batch[name] >= 0)
+        tokens = self._attend(name, tokens, _taken(features, batch[name]), batch[name] >= 0)
     tokens = shard_act(tokens, self.rules, "batch", "object", None, None)
     mlp = Mlp(self.cfg.width, 2, self.cfg.dtype, self.rules)
     nn.share_scope(self, mlp)

@@ -114,28 +114,31 @@ def _full_size(name: str, decoder: str) -> VideoReferConfig:
   )
 
 
+# Of the demonstration models; Qwen2's switches, so that they export as one.
+MINI_DECODER = DecoderConfig(
+  width=128,
+  depth=6,
+  heads=4,
+  kv_heads=4,
+  head_dim=32,
+  mlp_dim=384,
+  vocab_size=784,
+  activation="silu",
+  norm_plus_one=False,
+  scale_embedding=False,
+  qkv_bias=True,
+)
+
 VARIANTS = {
   cfg.name: cfg
   for cfg in (
-    # The demonstration model of the embedded set; Qwen2's switches, so that it exports as one.
+    # The demonstration model of the embedded set.
     VideoReferConfig(
       name="vr-mini",
       img=SiglipConfig(image_size=96, patch_size=8, width=96, depth=4, heads=3, mlp_dim=384),
       connector=ConnectorConfig(width=128),
       region=RegionConfig(width=128),
-      llm=DecoderConfig(
-        width=128,
-        depth=6,
-        heads=4,
-        kv_heads=4,
-        head_dim=32,
-        mlp_dim=384,
-        vocab_size=784,
-        activation="silu",
-        norm_plus_one=False,
-        scale_embedding=False,
-        qkv_bias=True,
-      ),
+      llm=MINI_DECODER,
       num_frames=8,
     ),
     _full_size("videorefer-7b", "qwen2-7b"),
@@ -161,6 +164,18 @@ def _any_size(name: str, decoder: str, kind: str, tokens: int) -> VideoReferConf
   )
 
 
+# The demonstration model of PixelRefer's kind: the layers of vr-mini's tower that run, its decoder
+# with the ids up to <REGION>. 256 tokens a call let one crop have 16 x 16 patches.
+MINI_NAVIT = VideoReferConfig(
+  name="vr-mini-navit",
+  img=NavitConfig(width=96, depth=3, heads=3, mlp_dim=384, max_tokens=256),
+  connector=ConnectorConfig(kind="mlp2x_gelu", width=128),
+  region=RegionConfig(width=128, tokens=2, kind="placed_cells"),
+  llm=dataclasses.replace(MINI_DECODER, vocab_size=788),
+  num_frames=16,
+  image_aspect_ratio="any",
+)
+
 # Models whose tower reads pictures of any size; by name as VARIANTS.
 SUCCESSORS = {
   cfg.name: cfg
@@ -170,7 +185,7 @@ SUCCESSORS = {
     _any_size(f"pixelrefer-{size}", decoder, "placed_cells", 32),
     _any_size(f"pixelrefer-lite-{size}", decoder, "cells_in_context", 32),
   )
-}
+} | {MINI_NAVIT.name: MINI_NAVIT}
 
 
 def get_variant(name: str) -> VideoReferConfig:
