@@ -1,28 +1,37 @@
 """Many callers of one model: each gets the answer it would get alone, and compiles nothing."""
 
+import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import vr_jax
 from data_pipes.errors import InputError
 from vr_jax.compiling import compilations
-from vr_jax.inference import service as service_module
+from vr_jax.inference import generate
+from vr_jax.inference.fairness import FairQueue
 from vr_jax.inference.service import Busy, Closed, Service
+from vr_jax.inference.tickets import Cancelled, Done, Failed, Started, Text
 
+SIZES = {"rows": 3, "new_tokens": 32, "question_slots": 128, "scene_frames": 4, "row_classes": ()}
 OPTIONS = {"max_new_tokens": 8, "scene_frames": 4, "batch_size": 3}
 WAYS = (
   {},
   {"max_new_tokens": 3},
   {"temperature": 1.0, "seed": 5},
   {"temperature": 0.7, "top_p": 0.8},
+  {"repetition_penalty": 1.3, "logprobs": 2},
 )
 
 
 @pytest.fixture(scope="module")
 def model(golden):
-  return vr_jax.load(golden / "tiny_videorefer_qwen2")
+  model = vr_jax.load(golden / "tiny_videorefer_qwen2")
+  model.eos_ids = ()  # answers of known lengths
+  return model
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +45,101 @@ def requests(golden):
   ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service(model):
-  with Service(model, **OPTIONS) as running:
+  with Service(model, **SIZES, max_new_tokens=8) as running:
     yield running
+
+
+def no_more_than(seconds, condition):
+  end = time.monotonic() + seconds
+  while not condition() and time.monotonic() < end:
+    threading.Event().wait(0.005)
+  assert condition()
 
 
 def test_each_of_many_callers_gets_the_answer_it_would_get_alone(service, model, requests):
   mixed = [(request, way) for request in requests for way in WAYS]
-  expected = [model.ask(r.video, r.question, r.regions, **OPTIONS | way) for r, way in mixed]
+  expected = [model.ask_many([r], **OPTIONS | way)[0] for r, way in mixed]
   before = compilations()
   with ThreadPoolExecutor(24) as callers:
-    answers = list(callers.map(lambda one: service.submit(one[0], **one[1]).result(60), 2 * mixed))
-  assert answers == 2 * expected
+
+    def ask(one, i):
+      ticket = service.submit(one[0], **one[1], client=i % 4, stream=i % 3 == 0)
+      if i % 5 == 4:
+        ticket.cancel()
+        return None
+      return ticket.result(60)
+
+    answers = list(callers.map(ask, 2 * mixed, range(2 * len(mixed))))
+  for i, answer in enumerate(answers):
+    assert answer is None or answer == (2 * expected)[i]
   assert compilations() == before
-  assert not service._tickets
+  assert service.metrics()["compilations"] == 0
+  no_more_than(5, lambda: not service._tickets and service.metrics()["rows_busy"] == 0)
 
 
 def test_text_comes_as_it_is_made(service, model, requests):
-  ticket = service.submit(requests[0])
-  pieces = list(ticket)
-  assert "".join(pieces) == ticket.result().text
-  assert ticket.result() == model.ask_many([requests[0]], **OPTIONS)[0]
+  ticket = service.submit(requests[0], stream=True)
+  events = list(ticket)
+  assert isinstance(events[0], Started)
+  assert isinstance(events[-1], Done)
+  pieces = [event for event in events if isinstance(event, Text)]
+  assert len(pieces) > 1
+  answer = ticket.result()
+  assert "".join(piece.delta for piece in pieces) == answer.text
+  assert sum((piece.token_ids for piece in pieces), ()) == answer.token_ids
+  assert answer == model.ask_many([requests[0]], **OPTIONS)[0]
+  assert (answer.reason, answer.usage.completion) == ("length", 8)
+  times = answer.timings
+  assert 0 <= times.queue <= times.first_token <= times.total
+  again = service.submit(requests[0]).result(60).usage
+  assert 0 < again.cached < again.prompt == answer.usage.prompt
+
+
+def test_coroutines_wait_without_a_thread(service, requests):
+  async def ask(request):
+    return [event async for event in service.submit(request, stream=True)]
+
+  async def ask_all():
+    return await asyncio.gather(*map(ask, requests))
+
+  for events in asyncio.run(ask_all()):
+    assert isinstance(events[-1], Done)
+
+
+def test_a_stop_text_ends_the_answer(service, requests):
+  whole = service.submit(requests[1], max_new_tokens=24).result(60)
+  stop = whole.text[len(whole.text) // 2 :][:3]
+  ticket = service.submit(requests[1], max_new_tokens=24, stop=(stop, "never"), stream=True)
+  pieces = [event.delta for event in ticket if isinstance(event, Text)]
+  answer = ticket.result()
+  assert answer.text == "".join(pieces) == whole.text[: whole.text.index(stop)].strip()
+  assert answer.reason == "stop"
+  assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+  assert len(answer.token_ids) < 24
+
+
+def test_log_probabilities_go_with_the_tokens(service, requests):
+  answer = service.submit(requests[1], max_new_tokens=4, logprobs=3).result(60)
+  assert [score.token_id for score in answer.logprobs] == list(answer.token_ids)
+  for score in answer.logprobs:
+    assert score.top[0] == (score.token_id, score.logprob)  # greedy
+    assert score.top[0][1] >= score.top[1][1] >= score.top[2][1]
+  assert len(answer.logprobs[0].top) == 3
+  hot = service.submit(requests[1], max_new_tokens=4, logprobs=0, temperature=2, seed=3).result(60)
+  assert all(score.logprob < 0 and not score.top for score in hot.logprobs)
+
+
+def test_scores_are_logarithms_of_shares():
+  logits = np.random.default_rng(0).normal(0, 3, (2, 40)).astype(np.float32)
+  shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  empty, rows, token = generate.empty_scores(2, 3), np.arange(2), np.array([7, 11])
+  scores, ids = generate._note_scores(logits, token, rows, np.array([1, 3]), *empty.values())
+  expected = np.log([shares[0, 7], *np.sort(shares[0])[::-1][:5]])
+  np.testing.assert_allclose(scores[0, 1], expected, atol=1e-5)
+  assert list(ids[0, 1]) == list(np.argsort(-logits[0])[:5])
+  assert not scores[1].any()  # its row has ended
 
 
 def test_what_cannot_be_answered_costs_itself_alone(service, requests):
@@ -65,47 +147,96 @@ def test_what_cannot_be_answered_costs_itself_alone(service, requests):
   tickets = [service.submit(request) for request in (bad, requests[1])]
   with pytest.raises(InputError, match=r"absent\.mp4"):
     tickets[0].result(60)
+  assert isinstance(next(iter(tickets[0])), Failed)
   assert tickets[1].result(60).text
-  with pytest.raises(InputError, match="max_new_tokens=9; accepted: up to 8"):
-    service.submit(requests[1], max_new_tokens=9)
-  with pytest.raises(InputError, match="scene_frames is set when the service starts"):
-    service.submit(requests[1], scene_frames=8)
+  for options, match in (
+    ({"max_new_tokens": 33}, "max_new_tokens=33; accepted: up to 32"),
+    ({"scene_frames": 8}, "scene_frames=8; accepted: 4"),
+    ({"stop": ["a"] * 5}, "accepted: up to 4 texts"),
+    ({"logprobs": 6}, "logprobs=6; accepted: a whole number from 0 to 5"),
+  ):
+    with pytest.raises(InputError, match=match):
+      service.submit(requests[1], **options)
+  long = vr_jax.Request(requests[1].video, "Why? " * 200)
+  with pytest.raises(InputError, match="tokens; accepted: 128, which the service was started with"):
+    service.submit(long).result(60)
 
 
-def test_a_cancelled_request_makes_room(model, requests, monkeypatch):
-  """Its row is freed in the midst of its answer, and a queue that was full takes the next."""
-  model_eos, model.eos_ids = model.eos_ids, ()
-  try:
-    with Service(model, waiting=1, max_new_tokens=512, batch_size=1, scene_frames=4) as running:
-      ticket = running.submit(requests[1])
-      next(iter(ticket))  # it is being answered
-      with pytest.raises(Busy, match="1 requests wait already"):
-        running.submit(requests[1])
-      ticket.cancel()
-      with pytest.raises(InputError, match="cancelled"):
-        ticket.result()
-      monkeypatch.setattr(service_module, "IDLE_SECONDS", 0.01)
-      for _ in range(1000):
-        try:
-          following = running.submit(requests[1], max_new_tokens=2)
-          break
-        except Busy:
-          threading.Event().wait(0.01)
-      assert len(following.result(60).token_ids) == 2
-  finally:
-    model.eos_ids = model_eos
+def test_an_answer_ends_at_its_deadline(service, requests):
+  late = service.submit(requests[1], deadline=0.0).result(60)
+  assert (late.reason, late.text) == ("length", "")
+  assert "deadline" in late.warnings[-1]
+
+
+@pytest.mark.parametrize("state", ["queued", "started"])
+def test_a_cancelled_request_frees_its_place(service, requests, state):
+  ticket = service.submit(requests[1], max_new_tokens=32, stream=True)
+  if state == "started":
+    next(iter(ticket))
+  ticket.cancel()
+  with pytest.raises(Cancelled):
+    ticket.result()
+  no_more_than(5, lambda: service.metrics()["rows_busy"] == 0)
+  assert service.submit(requests[1]).result(60).text
+
+
+def test_the_queue_and_a_client_have_their_limits(service, requests, monkeypatch):
+  limits = service.limits
+  monkeypatch.setattr(
+    service, "limits", type(limits)(**vars(limits) | {"queue": 6, "per_client": 2})
+  )
+  with service.model.device:  # nothing is answered meanwhile
+    tickets = [service.submit(requests[1], client=i // 2) for i in range(6)]
+    with pytest.raises(Busy, match="6 requests wait already"):
+      service.submit(requests[1])
+    tickets.pop().cancel()
+    with pytest.raises(Busy, match="2 requests of this client"):
+      service.submit(requests[1], client=0)
+  assert all(ticket.result(60).text for ticket in tickets)
+
+
+def test_clients_take_turns():
+  queue = FairQueue()
+  for i in range(6):
+    queue.push("many", i, 32)
+  queue.push("few", "a", 32)
+  queue.push("few", "b", 32)
+  order = [queue.pop() for _ in range(8)]
+  assert order.index("a") <= 2
+  assert order.index("b") <= 4
+  assert [i for i in order if isinstance(i, int)] == list(range(6))
+  assert queue.pop() is None
+  queue.push("a", 1, 1000)
+  queue.push("b", 2, 1000)
+  assert queue.pop(lambda item: item == 2) == 2
+  queue.drop(lambda item: True)
+  assert not len(queue)
+
+
+def test_a_drained_service_ends_what_it_has(model, requests):
+  running = Service(model, **SIZES)
+  tickets = [running.submit(request, max_new_tokens=8) for request in requests]
+  assert running.ready
+  assert running.drain(60)
+  assert not running.ready
+  assert all(ticket.result().text for ticket in tickets)
   with pytest.raises(Closed):
     running.submit(requests[1])
+  running.close()
 
 
 def test_our_own_fault_reaches_every_caller(model, requests, monkeypatch):
-  running = Service(model, **OPTIONS)
+  running = Service(model, **SIZES)
   monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the traceback of the device thread
 
   def broken(*_):
     raise ZeroDivisionError("a fault of ours")
 
-  monkeypatch.setattr(model.visual, "see", broken)
-  with pytest.raises(ZeroDivisionError):
-    running.submit(requests[1]).result(60)
+  with monkeypatch.context() as patch:
+    patch.setattr(model.visual, "seeing", broken)
+    with pytest.raises(ZeroDivisionError):
+      running.submit(requests[1]).result(60)
+    with pytest.raises(ZeroDivisionError):
+      model.ask_many([requests[1]], **OPTIONS)
   running.close()
+  assert model.ask_many([requests[1]], **OPTIONS)

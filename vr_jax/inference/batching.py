@@ -1,4 +1,4 @@
-"""The engine: many answers at once in rows of fixed shape, refilled as answers end.
+"""The engine: the programs that answer many questions at once in rows of fixed shape.
 
 Letters: B row (an answer under way), S cache slot, M new token, Q row of one extend, K slot of one
 extend, E decoder width, W vocabulary.
@@ -6,6 +6,9 @@ extend, E decoder width, W vocabulary.
     prefix of the video ─ open ─► Q rows ─ extend by K slots, as often as the question needs ─┐
     state of B rows ◄────────────────────────── admit into rows that are free ◄───────────────┘
     state ─ decode until a row ends or some steps are done ─► new tokens ─► free rows
+    state of few rows ◄─ resize ─► state of more rows
+
+`rows.py` keeps the rows, `scheduling.py` says what runs next.
 
 All programs are compiled before the first request and none later. Their shapes do not depend on
 the requests, and each row is computed by itself, so an answer does not depend on the others.
@@ -14,7 +17,7 @@ the requests, and each row is computed by itself, so an answer does not depend o
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,21 +36,39 @@ from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
 CHUNK, CPU_CHUNK = 64, 16  # K on accelerators and on CPUs
-WAITING = 8  # the most prefixes that wait for rows of another size, see `Model._run`
+WAITING = 8  # prefixes that prompts may hold while they wait for a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Static sizes: B rows, and the slots that prefix, question and answer have in each."""
+  """Static sizes: B rows, and the slots that prefix, question and answer have in each.
+
+  `fewer`: numbers of rows below B, ascending, that few answers are computed on.
+  """
 
   rows: int
   prefix: int
   question: int
   new_tokens: int
+  fewer: tuple[int, ...] = ()
 
   @property
   def slots(self) -> int:
     return self.prefix + self.question + self.new_tokens
+
+  @property
+  def row(self) -> tuple[int, int, int]:
+    """What a row of these sizes is made of."""
+    return self.prefix, self.question, self.new_tokens
+
+  @property
+  def classes(self) -> tuple[int, ...]:
+    return (*self.fewer, self.rows)
+
+  def holds(self, other: "Sizes") -> bool:
+    """Whether rows of these sizes do for a request that asks for others."""
+    same = (self.rows, self.prefix, self.question) == (other.rows, other.prefix, other.question)
+    return same and self.new_tokens >= other.new_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,15 +106,6 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-  """New token ids of the prompt `index`, and whether its answer is complete."""
-
-  index: int
-  tokens: tuple[int, ...]
-  done: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
   """Bytes on a device, and how many it has."""
 
@@ -114,7 +126,7 @@ class Plan:
 
 
 class Engine:
-  """Answers prompts on B rows. Compiles on construction; `run` only runs."""
+  """The programs of B rows. Compiles on construction; what follows only runs."""
 
   def __init__(
     self,
@@ -138,8 +150,18 @@ class Engine:
     # slots, and for that of rows where there are few.
     cpu = placement.platform == "cpu"
     self._chunk = CPU_CHUNK if cpu else CHUNK
-    self._together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
+    self.together = placement.whole_rows(min(4, sizes.rows) if cpu else 4)
+    alone = placement.whole_rows(1)
+    self._counts = (alone, self.together) if sizes.fewer and cpu else (self.together,)
     self._llm = module.cfg.llm
+    # By Q, by B, or by both.
+    self._open: dict[int, Any] = {}
+    self._extend: dict[int, Any] = {}
+    self._empty: dict[int, Any] = {}
+    self._admit: dict[tuple[int, int], Any] = {}
+    self._decode: dict[int, Any] = {}
+    self._release: dict[int, Any] = {}
+    self._resize: dict[tuple[int, int], Any] = {}
     limit = device_memory() if memory_limit is None else memory_limit
     self.plan = self._planned(programs, placement, limit, scratch=False)
     if self.plan.total <= limit:
@@ -152,65 +174,69 @@ class Engine:
         "accepted: a smaller batch_size, max_new_tokens or question, or weights='int8'"
       )
 
-  def run(
-    self,
-    prompts: Iterable[Prompt | None],
-    *,
-    every: int | None = None,
-    is_dropped: Callable[[int], bool] = lambda index: False,
-  ) -> Iterator[Progress | None]:
-    """Answers the prompts, taking the next one whenever a row is free.
+  def empty(self, rows: int) -> Decoding:
+    """So many rows without an answer, one of the sizes' classes."""
+    return self._empty[rows]()
 
-    Yields None when there is nothing to do and more may come.
+  def prefill(self, batch: Sequence[Prompt]) -> Generator[None, None, tuple[KVCache, jax.Array]]:
+    """Caches and logits [Q,W] of rows behind the prompts, up to Q of them; a pause after each part.
 
-    Args:
-      prompts: drawn one by one, so they may be made as they are needed; None where there is none
-        yet.
-      every: report after so many steps; by default when answers are complete.
-      is_dropped: whether nobody waits for the answer to a prompt any more; its row is then free.
+    The caches are those of `admit`.
     """
-    waiting = _Waiting(prompts, is_dropped)
-    state = self._empty()
-    # By index, so that no row keeps its prompt's prefix on the device.
-    rows: list[int | None] = [None] * self.sizes.rows
-    reported = [0] * len(rows)  # tokens
-    while True:
-      dropped = np.array([index is not None and is_dropped(index) for index in rows])
-      if dropped.any():
-        state = self._release(state, dropped)
-        rows = [None if gone else index for index, gone in zip(rows, dropped, strict=True)]
-      while None in rows and (batch := waiting.take(min(self._together, rows.count(None)))):
-        free = [i for i, index in enumerate(rows) if index is None][: len(batch)]
-        state = self._fill(state, batch, free)
-        for i, prompt in zip(free, batch, strict=True):
-          rows[i], reported[i] = prompt.index, 0
-      if all(index is None for index in rows):
-        if waiting.empty:
-          return
-        yield None
-        continue
-      steps = np.int32(self.sizes.new_tokens if every is None else every)
-      state = self._decode(self._params, state, steps, np.bool_(not waiting.empty))
-      tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
-      for i, index in enumerate(rows):
-        if index is None or (every is None and not done[i]):
-          continue
-        new = tuple(int(t) for t in tokens[i, reported[i] : lengths[i]])
-        reported[i] = int(lengths[i])
-        rows[i] = None if done[i] else index
-        yield Progress(index, new, bool(done[i]))
+    Q = next(Q for Q in self._counts if len(batch) <= Q)
+    filled = _filled(batch, Q)
+    rows = self._open[Q](tuple(p.prefix.cache for p in filled))
+    logits = np.zeros((Q, self._llm.vocab_size), np.float32)
+    for i, part in enumerate(self._chunks(filled)):
+      if i:
+        yield
+      rows, logits = self._extend[Q](self._params, rows, logits, *part)
+    return rows, logits
+
+  def admit(
+    self,
+    state: Decoding,
+    prefilled: tuple[KVCache, jax.Array],
+    batch: Sequence[Prompt],
+    free: Sequence[int],
+  ) -> Decoding:
+    """The state, consumed, with the prompts in these free rows and their first token chosen."""
+    rows, logits = prefilled
+    B, Q = len(state.done), len(logits)
+    filled = _filled(batch, Q)
+    where = np.array([*free, *[B] * (Q - len(batch))], np.int32)
+    ends = self.sizes.prefix + np.array([len(p.tokens) for p in filled], np.int32)
+    limits = np.array([p.limit for p in filled], np.int32)
+    seeds = np.array([p.seed for p in filled], np.uint32)
+    places = np.array([p.place for p in filled], np.int32)
+    sampling = jax.tree.map(lambda *xs: np.concatenate(xs), *(p.sampling.rows(1) for p in filled))
+    return self._admit[B, Q](state, rows, logits, ends, where, limits, seeds, places, sampling)
+
+  def decode(self, state: Decoding, steps: int, stop_at_end: bool) -> Decoding:
+    """The state, consumed, up to so many steps later; with `stop_at_end` until a row ends."""
+    program = self._decode[len(state.done)]
+    return program(self._params, state, np.int32(steps), np.bool_(stop_at_end))
+
+  def release(self, state: Decoding, gone: np.ndarray) -> Decoding:
+    """The state, consumed, without the answers of these rows, bool [B]."""
+    return self._release[len(gone)](state, gone)
+
+  def resize(self, state: Decoding, kept: Sequence[int], rows: int) -> Decoding:
+    """As many rows as said, the first of which are these of the state."""
+    where = np.array([*kept, *[-1] * (rows - len(kept))], np.int32)
+    return self._resize[len(state.done), rows](state, where)
 
   def score(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[float]:
     """The log-likelihood, in nats, of the last `counts[i]` tokens of each prompt.
 
     That is the sum of their log-probabilities, each given all that stands before it; 0 for none.
     """
-    Q, totals = self._together, []
+    Q, totals = self.together, []
     for at in range(0, len(prompts), Q):
       batch = list(prompts[at : at + Q])
-      filled = batch + batch[:1] * (Q - len(batch))
+      filled = _filled(batch, Q)
       scored = [*counts[at : at + Q], *[0] * (Q - len(batch))]
-      rows = self._open(tuple(p.prefix.cache for p in filled))
+      rows = self._open[Q](tuple(p.prefix.cache for p in filled))
       total = np.zeros(Q, np.float32)
       for part in self._chunks(filled, scored):
         rows, total = self._scorer()(self._params, rows, total, *part)
@@ -224,7 +250,7 @@ class Engine:
 
     With `scored`, also what each slot must foretell: the last so many tokens of its row, else -1.
     """
-    Q, K, E = self._together, self._chunk, self._llm.width
+    Q, K, E = len(filled), self._chunk, self._llm.width
     padded = -(-max(len(p.tokens) for p in filled) // K) * K
     tokens, is_visual = np.zeros((Q, padded), np.int32), np.zeros((Q, padded), bool)
     visual = np.zeros((Q, padded, E), self._llm.dtype)
@@ -240,28 +266,11 @@ class Engine:
     for at in range(0, padded, K):
       yield [x[:, at : at + K] for x in arrays]
 
-  def _fill(self, state: Decoding, batch: list[Prompt], free: list[int]) -> Decoding:
-    """Prefills the questions of the batch and puts them into free rows."""
-    Q = self._together
-    filled = batch + batch[:1] * (Q - len(batch))  # the rest is computed and dropped
-    counts = np.array([len(p.tokens) for p in filled], np.int32)
-    rows = self._open(tuple(p.prefix.cache for p in filled))
-    logits = np.zeros((Q, self._llm.vocab_size), np.float32)
-    for part in self._chunks(filled):
-      rows, logits = self._extend(self._params, rows, logits, *part)
-    where = np.array(free + [self.sizes.rows] * (Q - len(batch)), np.int32)
-    ends = self.sizes.prefix + counts
-    limits = np.array([p.limit for p in filled], np.int32)
-    seeds = np.array([p.seed for p in filled], np.uint32)
-    places = np.array([p.place for p in filled], np.int32)
-    sampling = jax.tree.map(lambda *xs: np.concatenate(xs), *(p.sampling.rows(1) for p in filled))
-    return self._admit(state, rows, logits, ends, where, limits, seeds, places, sampling)
-
   # --- Programs -------------------------------------------------------------------------------
 
-  def _state(self, pad_id: int) -> Decoding:
+  def _state(self, B: int, pad_id: int) -> Decoding:
     """B rows without an answer."""
-    B, M, W = self.sizes.rows, self.sizes.new_tokens, self._llm.vocab_size
+    M, W = self.sizes.new_tokens, self._llm.vocab_size
     cache = KVCache.empty(self._llm, B, self.sizes.slots)
     return Decoding(
       cache=dataclasses.replace(cache, end=jnp.zeros(B, jnp.int32), fresh=False),
@@ -273,6 +282,7 @@ class Engine:
       keys=jax.random.split(jax.random.key(0), B),
       seen=jnp.zeros((B, W), bool),
       sampling=jax.tree.map(jnp.asarray, Sampling().rows(B)),
+      **generate.empty_scores(B, M),
     )
 
   def _opened(self, prefixes: tuple[KVCache, ...]) -> KVCache:
@@ -290,8 +300,8 @@ class Engine:
       end=jnp.full(len(prefixes), self.sizes.prefix, jnp.int32),
     )
 
-  def _shapes(self, placement: Placement):
-    """Shapes of the state, of Q rows and of a prefix, with their shardings."""
+  def _shapes(self, placement: Placement, B: int, Q: int):
+    """Shapes of the state of B rows, of Q rows and of a prefix, with their shardings."""
 
     def placed(shapes, shardings):
       if shardings is None:
@@ -304,10 +314,9 @@ class Engine:
       cache = KVCache.empty(self._llm, 1, self.sizes.prefix)
       return dataclasses.replace(cache, fresh=False)
 
-    Q, B = self._together, self.sizes.rows
     prefix_shapes = placed(jax.eval_shape(prefix), placement.prefix(self._llm))
     row_shapes = jax.eval_shape(self._opened, (prefix_shapes,) * Q)
-    state = jax.eval_shape(lambda: self._state(0))
+    state = jax.eval_shape(lambda: self._state(B, 0))
     return (
       placed(state, placement.state(self._llm, B)),
       placed(row_shapes, placement.cache(self._llm, Q)),
@@ -315,36 +324,76 @@ class Engine:
     )
 
   def _planned(self, programs, placement, limit: int, scratch: bool) -> Plan:
-    state, rows, prefix = self._shapes(placement)
+    states = [self._shapes(placement, B, self.together)[0] for B in self.sizes.classes]
+    _, rows, prefix = self._shapes(placement, self.sizes.rows, self.together)
     return Plan(
       weights=bytes_of(self._params),
-      rows=bytes_of(state) + bytes_of(rows),
+      rows=sum(map(bytes_of, states[-2:])) + bytes_of(rows),  # two while one becomes the other
       prefixes=(KEPT + WAITING + 1) * bytes_of(prefix),
       scratch=programs.scratch() if scratch else 0,
       limit=limit,
     )
 
   def _compile(self, module, programs, placement, eos_ids, pad_id) -> None:
-    llm, array, name = self._llm, placement.array, (self.sizes, eos_ids, pad_id)
-    state, rows, prefix = self._shapes(placement)
-    state_placed = placement.state(llm, self.sizes.rows)
-    rows_placed = placement.cache(llm, self._together)
-    Q, K, W = self._together, self._chunk, llm.vocab_size
-    axis = placement.rows(Q)
+    for Q in self._counts:
+      self._compile_prefill(module, programs, placement, Q)
+    for B in self.sizes.classes:
+      self._compile_rows(module, programs, placement, B, eos_ids, pad_id)
+
+  def _compile_prefill(self, module, programs, placement, Q: int) -> None:
+    llm, name = self._llm, (self.sizes.row, Q)
+    _, rows, prefix = self._shapes(placement, self.sizes.rows, Q)
+    rows_placed, axis = placement.cache(llm, Q), placement.rows(Q)
+    K = self._chunk
 
     def per_row(dtype, *shape):
-      return array((Q, *shape), dtype, axis)
+      return placement.array((Q, *shape), dtype, axis)
 
     def extend(params, rows, logits, *slots):
       new, rows = module.apply({"params": params}, *slots, rows, method="extend_visual")
       return rows, jnp.where((slots[-1] >= 0).any(1)[:, None], new, logits)
+
+    def score(params, rows, totals, *slots):
+      new, rows = module.apply({"params": params}, *slots, rows, method=_likelihoods)
+      return rows, totals + new
+
+    logits = per_row("float32", llm.vocab_size)
+    slots = (
+      per_row("int32", K),
+      per_row(llm.dtype, K, llm.width),
+      per_row(bool, K),
+      per_row("int32", K),
+    )
+    on_mesh = placement.whole is not None
+    out = (rows_placed, logits.sharding) if on_mesh else None
+    self._open[Q] = programs(("open", name), self._opened, (prefix,) * Q, out=rows_placed)
+    self._extend[Q] = programs(
+      ("extend", name), extend, self._params, rows, logits, *slots, donate=(1,), out=out
+    )
+    targets, totals = per_row("int32", K), per_row("float32")
+    self._scorer = functools.partial(  # compiled when first asked for
+      programs,
+      ("score", name),
+      score,
+      self._params,
+      rows,
+      totals,
+      *slots,
+      targets,
+      donate=(1,),
+      out=(rows_placed, totals.sharding) if on_mesh else None,
+    )
+
+  def _compile_rows(self, module, programs, placement, B: int, eos_ids, pad_id) -> None:
+    array, name, M = placement.array, (self.sizes.row, B, eos_ids, pad_id), self.sizes.new_tokens
+    state, _, _ = self._shapes(placement, B, self.together)
+    placed = placement.state(self._llm, B)
 
     def admit(state, rows, logits, ends, where, limits, seeds, places, sampling):
       keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(
         seeds, places
       )
       rows = dataclasses.replace(rows, end=ends)
-      M = self.sizes.new_tokens
       new = generate.first(logits, rows, limits, keys, sampling, M, eos_ids, pad_id)
       return jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), state, new)
 
@@ -354,48 +403,44 @@ class Engine:
     def decode(params, state, steps, stop_at_end):
       return generate.decode(module, params, state, steps, stop_at_end, eos_ids, pad_id)
 
-    logits, whole = per_row("float32", W), placement.whole
-    out = None if whole is None else (rows_placed, logits.sharding)
-    slots = (
-      per_row("int32", K),
-      per_row(llm.dtype, K, llm.width),
-      per_row(bool, K),
-      per_row("int32", K),
-    )
-    integers, one = per_row("int32"), array((), "int32")
-    self._empty = programs(("empty", name), lambda: self._state(pad_id), out=state_placed)
-    self._open = programs(("open", self.sizes), self._opened, (prefix,) * Q, out=rows_placed)
-    self._extend = programs(
-      ("extend", self.sizes), extend, self._params, rows, logits, *slots, donate=(1,), out=out
-    )
-    targets, totals = per_row("int32", K), per_row("float32")
+    def resize(state, where):
+      rows = jax.tree.map(lambda x: x[jnp.maximum(where, 0)], state)
+      return rows.replace(done=rows.done | (where < 0))
 
-    def score(params, rows, totals, *slots):
-      new, rows = module.apply({"params": params}, *slots, rows, method=_likelihoods)
-      return rows, totals + new
+    self._empty[B] = programs(("empty", name), lambda: self._state(B, pad_id), out=placed)
+    for Q in self._counts:
+      _, rows, _ = self._shapes(placement, B, Q)
+      axis = placement.rows(Q)
+      logits = array((Q, self._llm.vocab_size), "float32", axis)
+      integers, floats = array((Q,), "int32", axis), array((Q,), "float32", axis)
+      seeds, bools = array((Q,), "uint32", axis), array((Q,), bool, axis)
+      sampling = RowSampling(floats, integers, floats, floats, bools)
+      arguments = (state, rows, logits, integers, integers, integers, seeds, integers, sampling)
+      key = ("admit", name, Q)
+      self._admit[B, Q] = programs(key, admit, *arguments, donate=(0,), out=placed)
+    arguments = (self._params, state, array((), "int32"), array((), bool))
+    self._decode[B] = programs(("decode", name), decode, *arguments, donate=(1,), out=placed)
+    gone = array((B,), bool, placement.rows(B))
+    key = ("release", self.sizes.row, B)
+    self._release[B] = programs(key, release, state, gone, donate=(0,), out=placed)
+    for other in set(self.sizes.classes) - {B}:
+      where = array((other,), "int32", placement.rows(other))
+      out = placement.state(self._llm, other)
+      key = ("resize", self.sizes.row, B, other)
+      self._resize[B, other] = programs(key, resize, state, where, out=out)
 
-    self._scorer = functools.partial(  # compiled when first asked for
-      programs,
-      ("score", self.sizes),
-      score,
-      self._params,
-      rows,
-      totals,
-      *slots,
-      targets,
-      donate=(1,),
-      out=None if whole is None else (rows_placed, totals.sharding),
-    )
-    floats, seeds = per_row("float32"), per_row("uint32")
-    sampling = RowSampling(floats, integers, floats, floats)
-    arguments = (state, rows, logits, integers, integers, integers, seeds, integers, sampling)
-    self._admit = programs(("admit", name), admit, *arguments, donate=(0,), out=state_placed)
-    arguments = (self._params, state, one, array((), bool))
-    self._decode = programs(("decode", name), decode, *arguments, donate=(1,), out=state_placed)
-    gone = array((self.sizes.rows,), bool, placement.rows(self.sizes.rows))
-    self._release = programs(
-      ("release", self.sizes), release, state, gone, donate=(0,), out=state_placed
-    )
+
+def classes(question_slots: int) -> list[int]:
+  """Sizes for the question's slots, up to the one that holds so many."""
+  sizes = [2 * CHUNK]
+  while sizes[-1] < question_slots:
+    sizes.append(4 * sizes[-1])
+  return sizes
+
+
+def _filled(batch: Sequence[Prompt], Q: int) -> list[Prompt]:
+  """The batch as Q prompts; what is computed of the rest is dropped."""
+  return [*batch, *[batch[0]] * (Q - len(batch))]
 
 
 def _likelihoods(
@@ -409,40 +454,6 @@ def _likelihoods(
   chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   each = chosen - jax.nn.logsumexp(logits, axis=-1)
   return jnp.where(targets >= 0, each, 0).sum(axis=1), cache
-
-
-class _Waiting:
-  """Prompts not yet begun; `empty` looks one ahead, and is False where more may come."""
-
-  def __init__(self, prompts: Iterable[Prompt | None], is_dropped: Callable[[int], bool]):
-    self._prompts = iter(prompts)
-    self._is_dropped = is_dropped
-    self._next: Prompt | None = None
-    self.empty = False
-
-  def take(self, count: int) -> list[Prompt]:
-    """Up to `count` prompts; fewer where there are no more, or none yet."""
-    taken: list[Prompt] = []
-    while len(taken) < count and self._look():
-      assert self._next is not None
-      taken.append(self._next)
-      self._next = None
-    self._look()
-    return taken
-
-  def _look(self) -> bool:
-    """Whether there is a next prompt now."""
-    while self._next is None and not self.empty:
-      try:
-        prompt = next(self._prompts)
-      except StopIteration:
-        self.empty = True
-        return False
-      if prompt is None:
-        return False
-      if not self._is_dropped(prompt.index):
-        self._next = prompt
-    return self._next is not None
 
 
 def device_memory() -> int:

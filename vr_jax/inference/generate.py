@@ -3,8 +3,8 @@
 `generate` answers one batch of rows; the engine (batching.py) refills rows of the same state as
 they end.
 
-Letters: B row, M new token, W vocabulary. A model is a Linen module with the methods
-`prefill(batch, cache) -> (logits [B,W], cache)` and
+Letters: B row, M new token, W vocabulary, A alternative of a token. A model is a Linen module with
+the methods `prefill(batch, cache) -> (logits [B,W], cache)` and
 `extend(tokens [B,K], positions [B,K], cache) -> (logits [B,K,W], cache)`: VideoRefer, or a Decoder.
 """
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vr_jax.inference.options import ALTERNATIVES
 from vr_jax.inference.sampling import RowSampling, Sampling, penalize, pick
 from vr_jax.models.decoder import KVCache
 
@@ -40,6 +41,8 @@ class Decoding:
     keys: the row's random key; token i is drawn with `fold_in(key, i)`.
     seen: tokens that the row has generated, for the repetition penalty.
     sampling: how each row's tokens are chosen.
+    scores: of each token its log-probability, then those of the likeliest; in rows that are scored.
+    likeliest: ids of the likeliest tokens in the place of each.
   """
 
   cache: KVCache
@@ -51,6 +54,8 @@ class Decoding:
   keys: Array
   seen: Bool[Array, "B W"]
   sampling: RowSampling
+  scores: Float[Array, "B M A1"]
+  likeliest: Int[Array, "B M A"]
 
 
 def bucket(length: int, smallest: int = 64) -> int:
@@ -161,6 +166,7 @@ def first(logits, cache, limits, keys, sampling, columns, eos_ids, pad_id) -> De
     keys=keys,
     seen=jnp.zeros((B, W), bool),
     sampling=jax.tree.map(jnp.asarray, sampling),
+    **empty_scores(B, columns),
   )
   return _choose(logits, state, eos_ids, pad_id)
 
@@ -189,6 +195,7 @@ def decode(model, params, state: Decoding, steps, stop_at_end, eos_ids, pad_id) 
 
 def _choose(logits, state: Decoding, eos_ids, pad_id) -> Decoding:
   """Writes the next token of every row that is not done."""
+  plain = logits
   # A row that has ended asks for nothing: what it was shall cost the others no more.
   penalty = jnp.where(state.done, 1, state.sampling.penalty)
   sampling = state.sampling.replace(
@@ -205,9 +212,32 @@ def _choose(logits, state: Decoding, eos_ids, pad_id) -> Decoding:
   column = jnp.where(state.done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
   lengths = state.lengths + ~state.done
   ended = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32)) | (lengths >= state.limits)
+  noted = lambda: _note_scores(plain, token, rows, column, state.scores, state.likeliest)  # noqa: E731
+  scores, likeliest = jax.lax.cond(
+    (state.sampling.scored & ~state.done).any(), noted, lambda: (state.scores, state.likeliest)
+  )
   return state.replace(
+    scores=scores,
+    likeliest=likeliest,
     tokens=state.tokens.at[rows, column].set(token, mode="drop"),
     lengths=lengths,
     done=state.done | ended,
     seen=state.seen.at[rows, token].set(True),
   )
+
+
+def _note_scores(logits, token, rows, column, scores, likeliest):
+  """The arrays with the log-probabilities of the tokens that were chosen from these logits."""
+  top, ids = jax.lax.top_k(logits, ALTERNATIVES)
+  chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
+  values = jnp.concatenate([chosen, top], axis=1) - jax.nn.logsumexp(logits, axis=1)[:, None]
+  scores = scores.at[rows, column].set(values, mode="drop")
+  return scores, likeliest.at[rows, column].set(ids.astype(jnp.int32), mode="drop")
+
+
+def empty_scores(rows: int, columns: int) -> dict[str, Array]:
+  """`scores` and `likeliest` of rows without tokens."""
+  return {
+    "scores": jnp.zeros((rows, columns, 1 + ALTERNATIVES), jnp.float32),
+    "likeliest": jnp.zeros((rows, columns, ALTERNATIVES), jnp.int32),
+  }

@@ -1,8 +1,10 @@
 """A model that answers questions about objects in videos: one by one, in a list, as a stream."""
 
-import collections
+import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,19 @@ from data_pipes.batch import fit_shape
 from data_pipes.errors import InputError
 from data_pipes.prompts import DESCRIBE, question_prompt
 from data_pipes.tokenizer import Tokenizer
-from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes
-from vr_jax.inference.call import Call, UnderWay, refusals
+from vr_jax.inference.batching import CHUNK, Engine, Prompt, Sizes, classes
+from vr_jax.inference.call import Call, UnderWay
 from vr_jax.inference.opening import open_weights
 from vr_jax.inference.options import Options
 from vr_jax.inference.placement import Placement
 from vr_jax.inference.prefix import ObjectTokens, Prefix, Visual, head_slots
 from vr_jax.inference.programs import Programs
-from vr_jax.inference.reading import Group, Question, Reader, Refused, around_media
+from vr_jax.inference.reading import Group, Question, Reader, around_media
 from vr_jax.inference.regions import Region
-from vr_jax.inference.requests import Answer, Request
+from vr_jax.inference.requests import Answer, Request, conversation
 from vr_jax.inference.sampling import Sampling
+from vr_jax.inference.service import Service
+from vr_jax.inference.tickets import Text, Ticket
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import Parameters, Tree
@@ -37,6 +41,8 @@ class Model:
     eos_ids, pad_id, sampling: how it decodes by default.
     notice: a warning that goes with every answer ("" for none).
     visual: encodes videos; `visual.counts` are the frames, objects and prefixes so far.
+    service: what answers `ask` and its like, whoever calls; see service.py.
+    device: a lock for those that run programs.
   """
 
   def __init__(
@@ -78,11 +84,14 @@ class Model:
     self._programs = Programs(mesh)
     self._engines: dict[Sizes, Engine] = {}
     self.visual = Visual(self._module, self.params, self._programs, self._placement)
+    self._head_slots = 0  # the least that a prefix has for the text before the media
+    self.device = threading.RLock()
+    self.service = Service(self, strict=False, queue=None, per_client=None)
 
   def ask(
     self,
     video: Any,
-    question: str,
+    question: str | Sequence[Mapping[str, Any]],
     regions: Sequence[Region] = (),
     *,
     on_text: Callable[[str], Any] | None = None,
@@ -92,7 +101,8 @@ class Model:
 
     Args:
       video: path of a video, GIF, image or folder of frames, or a list or array of RGB frames.
-      question: holds one `<region>` for each object; the i-th takes the i-th object.
+      question: holds one `<region>` for each object; the i-th takes the i-th object. Or messages,
+        {"role", "content", "regions"}, of user and assistant by turns (`requests.conversation`).
       regions: what marks the objects; regions with one name are one object on several frames.
       on_text: is given the answer piece by piece, as it comes.
       **options: of `Options`.
@@ -112,26 +122,34 @@ class Model:
   def stream(
     self,
     video: Any,
-    question: str,
+    question: str | Sequence[Mapping[str, Any]],
     regions: Sequence[Region] = (),
     *,
-    every: int = 4,
+    every: int = 1,
     **options: Any,
-  ) -> Iterator[str]:
-    """As `ask`, yielding the text as it comes, every few tokens; returns the Answer."""
-    ids: list[int] = []
-    sent = ""
-    request = Request(video, question, regions)
-    for _, tokens, result in self._run([request], Options(**options), every):
-      if isinstance(result, InputError):
-        raise result
-      ids += tokens
-      text = result.text if result else self.text(ids)
-      if (result or not text.endswith("\ufffd")) and text != sent:  # half a character waits
-        yield text[len(sent) :]
-        sent = text
-      if result:
-        return result
+  ) -> Generator[str, None, Answer]:
+    """As `ask`, yielding the text as it comes, at least `every` tokens at once.
+
+    Returns the Answer.
+    """
+    if isinstance(question, str):
+      request = Request(video, question, regions)
+    else:
+      request = Request(video, **conversation(question, regions))
+    ticket = self.service.submit(request, Options(**options), stream=True)
+    piece, tokens = "", 0
+    try:
+      for event in ticket:
+        if isinstance(event, Text):
+          piece, tokens = piece + event.delta, tokens + len(event.token_ids)
+          if tokens >= every:
+            yield piece
+            piece, tokens = "", 0
+      if piece:
+        yield piece
+    finally:
+      ticket.cancel()  # no effect on one that has ended
+    return ticket.result()
 
   def describe(self, video: Any, regions: Sequence[Region], **options: Any) -> Answer:
     """Describes one object in detail, with the prompt of VideoRefer-Bench-D."""
@@ -161,9 +179,19 @@ class Model:
     their order. `options` are those of `Options`. Where a list is answered in parts, a mapping
     gives the rest with their places.
     """
-    for index, _, result in self._run(requests, Options(**options), None):
-      if result is not None:
-        yield index, result
+    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
+    ended: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+    tickets = self.service.submit_all(places, Options(**options), ended.put)
+    try:
+      for _ in tickets:
+        ticket = ended.get()
+        try:
+          yield ticket.place, ticket.result()
+        except InputError as error:
+          yield ticket.place, error
+    finally:
+      for ticket in tickets:
+        ticket.cancel()
 
   def choices(
     self, requests: Sequence[Request], options: Sequence[Sequence[str]], **settings: Any
@@ -199,27 +227,27 @@ class Model:
       raise InputError(f"{len(requests)} requests and {len(options)} lists of options")
     how = Options(**settings)
     places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    call = Call(self.reader(how).ahead(places.items()), how)
-    for group in call.groups:
+    for group in self.reader(how).ahead(places.items()):
       if not isinstance(group, Group):
         yield group
         continue
       try:
-        prefix, objects = self._see(group, group.questions)
+        with self.device:
+          prefix, objects = self._see(group, group.questions)
       except InputError as error:
         yield from ((question.index, error) for question in group.questions)
         continue
       remaining = iter(objects)
       for question in group.questions:
         tokens = list(itertools.islice(remaining, len(question.objects)))
-        prompt = self._prompt(question, prefix, tokens, call)
+        prompt = self._prompt(question, prefix, tokens, Call(how))
         try:
-          yield question.index, self._likelihoods(call, question, prompt, options[question.index])
+          yield question.index, self._likelihoods(how, question, prompt, options[question.index])
         except InputError as error:
           yield question.index, error
 
   def _likelihoods(
-    self, call: Call, question: Question, prompt: Prompt, options: Sequence[str]
+    self, how: Options, question: Question, prompt: Prompt, options: Sequence[str]
   ) -> tuple[float, ...]:
     """The log-likelihood of each option after the prompt."""
     if not options:
@@ -228,20 +256,40 @@ class Model:
     for option, tokens in zip(options, ids, strict=True):
       if not len(tokens):
         raise InputError(f"option {option!r} has no tokens; accepted: text")
-    engine = self._engine_of_lane(call, self._lane(question, max(map(len, ids))))
-    if isinstance(engine, InputError):
-      raise engine
-    return tuple(engine.score([prompt.followed_by(i) for i in ids], list(map(len, ids))))
+    lane = self._lane(question, max(map(len, ids)))
+    with self.device:
+      engine = self.engine_for(self.sizes_of_lane(how, lane))
+      return tuple(engine.score([prompt.followed_by(i) for i in ids], list(map(len, ids))))
 
   def warm_up(self, *, question_slots: int = CHUNK, **options: Any) -> None:
     """Compiles everything that questions of up to so many tokens need, with these options."""
-    settings = Options(**options)
-    scene = self._scene(settings)
-    for media in ("video", "image"):
-      head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
-      self.visual.compile(scene, len(head))
-      for slots in classes(question_slots):
-        self._engine(self._sizes(settings, len(head), slots))
+    for slots in classes(question_slots):
+      self.declare(Options(**options), question_slots=slots)
+
+  def declare(
+    self,
+    options: Options,
+    *,
+    question_slots: int,
+    system_slots: int = 0,
+    fewer: tuple[int, ...] = (),
+  ) -> None:
+    """Compiles what questions need that take rows of these options.
+
+    Args:
+      question_slots: a size of `batching.classes`.
+      system_slots: tokens that the text before the media may have.
+      fewer: of Sizes.
+    """
+    scene = self._scene(options)
+    with self.device:
+      self._head_slots = max(self._head_slots, head_slots(system_slots))
+      for media in ("video", "image"):
+        head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
+        slots = self.prefix_head(len(head))
+        self.visual.compile(scene, slots)
+        sizes = self.sizes_of_lane(options, (slots, question_slots))
+        self.engine_for(dataclasses.replace(sizes, fewer=fewer))
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
     """How the tokens of each object came about (Fig. 7 of the paper).
@@ -252,7 +300,8 @@ class Model:
     (group,) = self.reader(Options(share=False)).read([(0, request)])
     if not isinstance(group, Group):
       raise group[1]
-    _, objects = self._see(group, group.questions)
+    with self.device:
+      _, objects = self._see(group, group.questions)
     similarities = []
     for one in objects:
       unit = one.pooled / np.maximum(np.linalg.norm(one.pooled, axis=-1, keepdims=True), 1e-12)
@@ -261,152 +310,25 @@ class Model:
 
   # --- From requests to answers ---------------------------------------------------------------
 
-  def _run(
-    self, requests: Sequence[Request] | Mapping[int, Request], options: Options, every: int | None
-  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None]]:
-    """(place, new tokens, the result once it is there); new tokens only every so many steps.
-
-        requests ─ Reader, in threads ─► group: a video and its questions
-        group ─ _take_up: each frame encoded once ─► prefix, object tokens ─► a prompt a question
-        prompts ─► lanes, by the size of their rows ─ Engine.run, one lane at a time ─► answers
-
-    A program has one size of row, so long questions cannot join the rows of short ones. But a
-    video is encoded for all its questions at once; those of the other lanes wait until this lane
-    has no more prompts. Each waiting prompt holds its video's prefix on the device, therefore no
-    video is taken up while the other lanes hold WAITING of them: this lane then runs dry.
-    """
-    places = requests if isinstance(requests, Mapping) else dict(enumerate(requests))
-    call = Call(self.reader(options).ahead(places.items()), options)
-    for progress in self._answer(call, every):
-      assert progress is not None  # all requests are there from the beginning
-      yield progress
-
-  def answer_live(
-    self,
-    groups: Iterator[Group | Refused | None],
-    options: Options,
-    settings: Mapping[int, Options],
-    is_dropped: Callable[[int], bool],
-    every: int,
-  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None] | None]:
-    """As `_run`, of requests that come while others are answered.
-
-    Args:
-      groups: what `reader(options)` reads; None where there is nothing yet. A request's `place` is
-        its number among all.
-      options: of the rows: their number and sizes.
-      settings: each request's options, by its place; what shapes the rows is not looked at.
-      is_dropped: whether nobody waits for an answer any more.
-
-    Yields None where there is nothing to do until `groups` has more.
-    """
-    return self._answer(Call(groups, options, settings, is_dropped), every)
-
-  def _answer(
-    self, call: Call, every: int | None
-  ) -> Iterator[tuple[int, tuple[int, ...], Answer | InputError | None] | None]:
-    more: bool | None = True
-    while more is not False or any(call.lanes.values()):
-      if not any(call.lanes.values()):
-        more = self._take_up(call)
-        yield from refusals(call)
-        if more is None:
-          yield None
-        continue
-      lane = max(call.lanes, key=lambda lane: len(call.lanes[lane]))
-      engine = call.engines[lane]
-      assert isinstance(engine, Engine)  # a lane without one holds no prompts
-      prompts = self._prompts(call, lane)
-      for progress in engine.run(prompts, every=every, is_dropped=call.is_dropped):
-        yield from refusals(call)
-        call.forget_dropped()
-        if progress is None:
-          yield None
-          continue
-        entry = call.under_way.get(progress.index)
-        if entry is None:
-          continue  # dropped meanwhile
-        entry.ids += progress.tokens
-        answer = None
-        if progress.done:
-          answer = self._finish(entry)
-          del call.under_way[progress.index]
-        yield progress.index, progress.tokens, answer
-      yield from refusals(call)
-
-  def _prompts(self, call: Call, lane: Hashable) -> Iterator[Prompt | None]:
-    """The prompts of a lane, taking up further videos as long as the other lanes have room."""
-    waiting = call.lanes[lane]
-    while True:
-      while waiting:
-        yield waiting.popleft()
-      if call.others_are_full(lane):
-        return
-      more = self._take_up(call)
-      if more is False:
-        return
-      if more is None:
-        if any(call.lanes[other] for other in call.lanes if other != lane):
-          return  # they have waited long enough
-        yield None
-
-  def _take_up(self, call: Call) -> bool | None:
-    """Encodes the next group and puts its prompts into their lanes.
-
-    False if there is none; None if there is none yet.
-    """
-    try:
-      group = next(call.groups)
-    except StopIteration:
-      return False
-    if group is None:
-      return None
-    if not isinstance(group, Group):
-      call.refused.append(group)
-      return True
-    questions = []
-    for question in group.questions:
-      lane = self._lane(question)
-      engine = self._engine_of_lane(call, lane)
-      if isinstance(engine, InputError):
-        call.refused.append((question.index, engine))
-      else:
-        questions.append((lane, question))
-    if not questions:
-      return True
-    try:
-      prefix, objects = self._see(group, [question for _, question in questions])
-    except InputError as error:  # it does not fit the memory
-      call.refused += [(question.index, error) for _, question in questions]
-      return True
-    remaining = iter(objects)
-    for lane, question in questions:
-      tokens = list(itertools.islice(remaining, len(question.objects)))
-      call.under_way[question.index] = UnderWay(question, group.clip.scene, tokens)
-      call.lanes[lane].append(self._prompt(question, prefix, tokens, call))
-    return True
-
-  def _engine_of_lane(self, call: Call, lane: Hashable) -> Engine | InputError:
-    if lane not in call.engines:
-      try:
-        call.engines[lane] = self._engine(self._sizes_of_lane(call.options, lane))
-      except InputError as error:
-        call.engines[lane] = error
-      call.lanes[lane] = collections.deque()
-    return call.engines[lane]
-
-  def _sizes_of_lane(self, options: Options, lane: Any) -> Sizes:
-    head, _ = around_media(question_prompt("", self.tokenizer, "video")[1])
-    return self._sizes(options, len(head), lane)
-
   def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
     """The prefix of the group's video, and the tokens of the questions' objects, in order."""
+    seeing = self.seeing(group, questions)
+    while True:
+      try:
+        next(seeing)
+      except StopIteration as end:
+        return end.value
+
+  def seeing(
+    self, group: Group, questions: Sequence[Question]
+  ) -> Generator[None, None, tuple[Prefix, list[ObjectTokens]]]:
+    """As `_see`, with a pause after each unit of work."""
     masks = [m for question in questions for m in question.objects]
     known = [tokens for question in questions for tokens in question.known]
     unknown = [m for m, tokens in zip(masks, known, strict=True) if tokens is None]
-    clip = group.clip
-    prefix, seen = self.visual.see(
-      clip.frames, clip.scene, unknown, group.head, group.video, group.file, group.prefix
+    clip, slots = group.clip, self.prefix_head(len(group.head))
+    prefix, seen = yield from self.visual.seeing(
+      clip.frames, clip.scene, unknown, group.head, slots, group.video, group.file, group.prefix
     )
     fresh = iter(seen)
     return prefix, [next(fresh) if tokens is None else tokens for tokens in known]
@@ -435,24 +357,12 @@ class Model:
 
   def _choosing(self, question: Question, call: Call) -> dict[str, Any]:
     """How the answer's tokens are chosen, as fields of a Prompt."""
-    # In a list the place tells equal requests apart; one with settings has its own seed.
-    single = call.settings.get(question.index)
-    options = call.options if single is None else single
     return {
-      "limit": options.max_new_tokens,
-      "sampling": options.sampling(self.sampling),
-      "seed": options.seed,
-      "place": question.index if single is None else 0,
+      "limit": call.options.max_new_tokens,
+      "sampling": call.options.sampling(self.sampling),
+      "seed": call.options.seed,
+      "place": call.place,
     }
-
-  def _finish(self, entry: UnderWay) -> Answer:
-    return Answer(
-      text=self.text(entry.ids),
-      token_ids=tuple(entry.ids),
-      scene_frames=tuple(int(n) for n in entry.scene),
-      objects=tuple(self._objects_of(entry)),
-      warnings=entry.question.warnings,
-    )
 
   def _objects_of(self, entry: UnderWay) -> Iterator[dict[str, Any]]:
     """Name of each object, and the frames that each of its tokens stands for."""
@@ -465,8 +375,12 @@ class Model:
 
   # --- Sizes ----------------------------------------------------------------------------------
 
-  def _engine(self, sizes: Sizes) -> Engine:
-    if sizes not in self._engines:
+  def engine_for(self, sizes: Sizes) -> Engine:
+    """The smallest engine that holds these sizes; compiled if there is none."""
+    with self.device:
+      fitting = [engine for other, engine in self._engines.items() if other.holds(sizes)]
+      if fitting:
+        return min(fitting, key=lambda engine: engine.sizes.slots)
       self._engines[sizes] = Engine(
         self._module,
         self.params,
@@ -477,11 +391,12 @@ class Model:
         pad_id=self.pad_id,
         memory_limit=self._memory_limit,
       )
-    return self._engines[sizes]
+      return self._engines[sizes]
 
-  def _sizes(self, options: Options, head: int, question: int) -> Sizes:
-    prefix = head_slots(head) + self._scene_tokens(self._scene(options))
-    return self._row_sizes(options, prefix, question)
+  def sizes_of_lane(self, options: Options, lane: Any) -> Sizes:
+    """Rows for prompts of a lane."""
+    head, question = lane
+    return self._row_sizes(options, head + self._scene_tokens(self._scene(options)), question)
 
   def _row_sizes(self, options: Options, prefix: int, question: int) -> Sizes:
     return Sizes(
@@ -490,6 +405,10 @@ class Model:
       question=question,
       new_tokens=options.row_tokens,
     )
+
+  def prefix_head(self, count: int) -> int:
+    """Slots that a prefix has for so many tokens before the media."""
+    return max(head_slots(count), self._head_slots)
 
   def _scene(self, options: Options) -> int:
     scene = self.cfg.num_frames if options.scene_frames is None else options.scene_frames
@@ -519,25 +438,18 @@ class Model:
       aspect_ratio=aspect_ratio,
       notice=self.notice,
       visual=self.visual,
+      prefix_head=self.prefix_head,
     )
 
   def _lane(self, question: Question, more: int = 0) -> Any:
-    """What prompts that share rows have in common.
+    """What prompts that share rows have in common: slots before the media, and of the question.
 
-    Here the slots of the question: a size that holds what it, its objects and `more` tokens take.
+    The question's hold what it, its objects and `more` tokens take.
     """
-    _, tail = around_media(question.text)
+    head, tail = around_media(question.text)
     longest = len(tail) + len(question.objects) * (self.cfg.region.tokens - 1)
-    return classes(longest + more)[-1]
+    return self.prefix_head(len(head)), classes(longest + more)[-1]
 
   def text(self, ids: Sequence[int]) -> str:
     """The text of generated tokens."""
     return self.tokenizer.decode(ids, skip_special=True).strip()
-
-
-def classes(question_slots: int) -> list[int]:
-  """Sizes for the question's slots, up to the one that holds so many."""
-  sizes = [2 * CHUNK]
-  while sizes[-1] < question_slots:
-    sizes.append(4 * sizes[-1])
-  return sizes

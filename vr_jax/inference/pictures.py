@@ -11,8 +11,9 @@ crop, E decoder width, L prefix slot.
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +39,10 @@ from data_pipes.navit_rows import (
 from data_pipes.navit_samples import NavitRules
 from data_pipes.object_crops import CROP_RULES
 from data_pipes.patch_packing import BLOCK
-from vr_jax.inference.batching import CHUNK, Plan, Prompt, Sizes, device_memory
+from vr_jax.inference.batching import CHUNK, Plan, Prompt, Sizes, classes, device_memory
 from vr_jax.inference.call import Call
 from vr_jax.inference.generate import bucket
-from vr_jax.inference.model import Model, classes
+from vr_jax.inference.model import Model
 from vr_jax.inference.options import Options
 from vr_jax.inference.picture_reading import (
   KnownScenes,
@@ -92,6 +93,11 @@ class PictureVisual:
     self._kept: collections.OrderedDict[bytes, PicturePrefix] = collections.OrderedDict()
     self.scenes = KnownScenes(KEPT)  # what was read of files
     self.counts: collections.Counter[str] = collections.Counter()
+
+  @property
+  def kept_bytes(self) -> int:
+    """Of the prefixes that are kept."""
+    return sum(bytes_of(prefix.cache) for prefix in list(self._kept.values()))
 
   def see(
     self, sample: Sample, split: int, slots: int, ids: Ids, share: bool
@@ -282,20 +288,9 @@ class PictureModel(Model):
 
   def answer_samples(self, samples: Sequence[Sample], **options: Any) -> list[tuple[int, ...]]:
     """The generated ids of samples that have been read."""
-    settings = Options(**options)
-    groups = (
-      Group(Clip({}, (), ()), None, sample.ids, [picture_question(i, sample)])
-      for i, sample in enumerate(samples)
-    )
-    answers: dict[int, tuple[int, ...]] = {}
-    for progress in self._answer(Call(groups, settings), None):
-      assert progress is not None  # all samples are there from the beginning
-      index, _, answer = progress
-      if isinstance(answer, InputError):
-        raise answer
-      if answer is not None:
-        answers[index] = answer.token_ids
-    return [answers[i] for i in range(len(samples))]
+    groups = [functools.partial(_group, sample) for sample in samples]
+    tickets = self.service.submit_read(groups, Options(**options))
+    return [ticket.result().token_ids for ticket in tickets]
 
   def warm_up(
     self, *, question_slots: int = CHUNK, media: Sequence[Any] = (), **options: Any
@@ -312,17 +307,24 @@ class PictureModel(Model):
       InputError: an option, or media that cannot be read or do not fit the memory.
     """
     settings = Options(**options)
-    self.visual.compile()
+    with self.device:
+      self.visual.compile()
     middle = Region(box=("30%", "30%", "70%", "70%"), frame=0)
     requests = enumerate(Request(one, "What is <region>?", [middle]) for one in media)
     for group in self.reader(settings).ahead(requests):
       if not isinstance(group, Group):
         raise group[1]
       (question,) = group.questions
-      self._see(group, [question])
-      prefix, least = self._lane(question)
-      for slots in classes(max(question_slots, least)):
-        self._engine(self._row_sizes(settings, prefix, slots))
+      with self.device:
+        self._see(group, [question])
+        prefix, least = self._lane(question)
+        for slots in classes(max(question_slots, least)):
+          self.engine_for(self.sizes_of_lane(settings, (prefix, slots)))
+
+  def declare(self, options: Options, **sizes: Any) -> None:
+    """Compiles the tower; what comes behind it has the sizes of the pictures."""
+    with self.device:
+      self.visual.compile()
 
   def object_similarity(self, request: Any) -> Any:
     raise InputError("the objects of this model are crops, which are not merged over frames")
@@ -358,10 +360,13 @@ class PictureModel(Model):
     split = self._split(sample)
     return bucket(split), classes(len(sample.ids) - split + more)[-1]
 
-  def _sizes_of_lane(self, options: Options, lane: tuple[int, int]) -> Sizes:
+  def sizes_of_lane(self, options: Options, lane: tuple[int, int]) -> Sizes:
     return self._row_sizes(options, *lane)
 
-  def _see(self, group: Group, questions: Sequence[Question]) -> tuple[Prefix, list[ObjectTokens]]:
+  def seeing(
+    self, group: Group, questions: Sequence[Question]
+  ) -> Generator[None, None, tuple[Prefix, list[ObjectTokens]]]:
+    yield  # the whole is one unit
     (question,) = questions
     sample = _sample(question)
     split = self._split(sample)
@@ -400,6 +405,11 @@ class PictureModel(Model):
     for name, frames, seen in zip(question.names, question.objects, entry.objects, strict=True):
       tokens.setdefault(name, []).extend([list(frames)] * len(seen.tokens))
     yield from ({"name": name, "tokens": of_name} for name, of_name in tokens.items())
+
+
+def _group(sample: Sample, index: int) -> Group:
+  """A sample as a group of one question."""
+  return Group(Clip({}, (), ()), None, sample.ids, [picture_question(index, sample)])
 
 
 def _sample(question: Question) -> Sample:

@@ -134,8 +134,8 @@ class Placement:
     if self.mesh is None:
       return None
     row = self.split(self.rows(rows))
-    sampling = RowSampling(row, row, row, row)
-    return Decoding(self.cache(cfg, rows), row, row, row, row, row, row, row, sampling)
+    sampling = RowSampling(row, row, row, row, row)
+    return Decoding(self.cache(cfg, rows), row, row, row, row, row, row, row, sampling, row, row)
 
   def put(self, params: Any) -> Any:
     """Parameters, the decoder's in the fused layout, on their devices."""

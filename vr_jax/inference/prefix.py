@@ -13,14 +13,14 @@ import collections
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from vr_jax.inference.placement import FRAME_AXES, Placement
-from vr_jax.inference.programs import Programs
+from vr_jax.inference.programs import Programs, bytes_of
 from vr_jax.models.decoder import KVCache
 from vr_jax.models.videorefer import VideoRefer
 
@@ -75,48 +75,60 @@ class Visual:
     self._lock = threading.Lock()
     self.counts: collections.Counter[str] = collections.Counter()
 
-  def see(
+  def seeing(
     self,
     frames: Mapping[int, np.ndarray],
     scene: Sequence[int],
     objects: Sequence[Mapping[int, np.ndarray]],
     head: np.ndarray,
+    slots: int,
     video: bytes | None = None,
     file: Hashable = None,
     prefix: Prefix | None = None,
-  ) -> tuple[Prefix, list[ObjectTokens]]:
+  ) -> Generator[None, None, tuple[Prefix, list[ObjectTokens]]]:
     """The prefix of a video and the tokens of objects in it; each frame is encoded once.
+
+    There is a pause after each chunk of frames and after the prefix.
 
     Args:
       frames: uint8 [S,S,3] by frame number; with `prefix`, those of the objects alone.
-      scene: the T frame numbers of the scene.
+      scene: the T frame numbers of the scene; none: a prefix of no video.
       objects: per object its mask uint8 [N] by frame number, in merge order.
       head: ids of the text before the media.
+      slots: of the prefix for the head.
       video: hash of the scene frames, by which the prefix is kept for later calls.
       file: what tells the file and its scene from all others, by which they are known later.
       prefix: of the video, where it is known.
     """
-    key = (video, tuple(scene), tuple(head))
+    key = (video, tuple(scene), tuple(head), slots)
     if prefix is None and video is not None:
       prefix = self._kept.get(key)
     numbers = dict.fromkeys(() if prefix is not None else scene)
     numbers |= dict.fromkeys(number for masks in objects for number in masks)
-    chunks, pooled = self._encode(frames, list(numbers), objects, 0 if prefix else len(set(scene)))
+    keep = 0 if prefix else len(set(scene))
+    chunks, pooled = yield from self._encode(frames, list(numbers), objects, keep)
     if prefix is None:
       place = {number: i for i, number in enumerate(numbers)}
-      prefix = self._prefill(head, chunks, [place[number] for number in scene])
+      prefix = self._prefill(head, slots, chunks, [place[number] for number in scene])
+      yield
     tokens = self._merge(objects, pooled)
     if video is not None:
       self._keep(key, prefix, file, zip(objects, tokens, strict=True))
     return prefix, tokens
 
-  def known_scene(self, file: Hashable, head: np.ndarray) -> KnownScene | None:
-    """The scene of a file, if its prefix behind the text `head` is kept."""
+  @property
+  def kept_bytes(self) -> int:
+    """Of the prefixes that are kept."""
+    with self._lock:
+      return sum(bytes_of(prefix.cache) for prefix in self._kept.values())
+
+  def known_scene(self, file: Hashable, head: np.ndarray, slots: int) -> KnownScene | None:
+    """The scene of a file, if its prefix behind the text `head` in so many slots is kept."""
     with self._lock:
       if file not in self._scenes:
         return None
       video, scene = self._scenes[file]
-      prefix = self._kept.get((video, tuple(scene), tuple(head)))
+      prefix = self._kept.get((video, tuple(scene), tuple(head), slots))
     return None if prefix is None else KnownScene(video, scene, prefix)
 
   def known_object(self, file: Hashable, masks: Mapping[int, np.ndarray]) -> ObjectTokens | None:
@@ -148,10 +160,10 @@ class Visual:
       self._objects.clear()
     self.counts.clear()
 
-  def compile(self, scene: int, head: int) -> None:
-    """Compiles what a video with `scene` scene frames and `head` ids before it needs."""
+  def compile(self, scene: int, slots: int) -> None:
+    """Compiles what a video with `scene` scene frames and so many slots before it needs."""
     self._programs_of_objects(OBJECT_FRAMES)
-    self._program_of_prefix(scene, head_slots(head))
+    self._program_of_prefix(scene, slots)
 
   def _encode(self, frames, numbers, objects, keep):
     """Features of the first `keep` frames, by chunks of C, and {(object, frame): pooled [D]}."""
@@ -180,14 +192,14 @@ class Visual:
           for j, (i, mask) in enumerate(marks[number][turn : turn + OBJECTS]):
             masks[place, j], names[i, number] = mask, (place, j)
         pooled_chunks.append((names, pool(region, features, masks)))
+      yield
     pooled = {}
     for names, values in pooled_chunks:  # last, so that the device need not wait for the host
       fetched = np.asarray(values)
       pooled |= {name: fetched[at] for name, at in names.items()}
     return chunks, pooled
 
-  def _prefill(self, head: np.ndarray, chunks: list, places: list[int]) -> Prefix:
-    slots = head_slots(len(head))
+  def _prefill(self, head: np.ndarray, slots: int, chunks: list, places: list[int]) -> Prefix:
     run = self._program_of_prefix(len(places), slots)
     chunks += chunks[:1] * (-(-len(places) // self._frames) - len(chunks))
     padded = np.zeros((1, slots), np.int32)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -87,20 +87,22 @@ class Reader:
     aspect_ratio: str = "square",
     notice: str = "",
     visual: "Visual | None" = None,
+    prefix_head: Callable[[int], int] = lambda count: count,
   ):
     """`shape` gives the sizes of scene, image and grid; `notice` goes with every answer.
 
-    `visual` knows what was seen of files before.
+    `visual` knows what was seen of files before, by the slots that `prefix_head` gives the text
+    before the media.
     """
     self._tokenizer, self._shape, self._options = tokenizer, shape, options
-    self._visual = visual
+    self._visual, self._prefix_head = visual, prefix_head
     self._aspect_ratio, self._notice = aspect_ratio, notice
 
   def ahead(self, requests: Iterable[tuple[int, Request]]) -> Iterator[Group | Refused]:
     """Groups, read by threads, in the order of their first requests; refusals among them."""
     groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
     for i, request in requests:
-      video = _identity(request.video), request.seconds, request.fps
+      video = identity(request.video), request.seconds, request.fps
       groups[video if self._options.share else (video, i)].append((i, request))
     parts = (
       members[at : at + TOGETHER]
@@ -141,7 +143,9 @@ class Reader:
       return results
     head, _ = around_media(prepared[0][0].text)
     file = self._file(first)
-    known = None if file is None else self._visual.known_scene(file, head)
+    known = (
+      None if file is None else self._visual.known_scene(file, head, self._prefix_head(len(head)))
+    )
     tokens = [[self._known_object(file, masks) for masks in marked] for _, marked in prepared]
     unknown = [
       masks
@@ -265,7 +269,7 @@ def file_identity(video: Any) -> Hashable:
   return (os.path.realpath(video), *identity)
 
 
-def _identity(video: Any) -> Hashable:
+def identity(video: Any) -> Hashable:
   """What tells a video from the others of one call."""
   if isinstance(video, np.ndarray):  # views of the same memory are the same video
     memory = video.__array_interface__

@@ -23,13 +23,14 @@ class Sampling:
 
   temperature 0 is greedy; top_k 0 and top_p 1 keep every token, other values at most the WINDOW
   likeliest. `repetition_penalty` falls on generated tokens only, never on the prompt, and holds for
-  greedy decoding too.
+  greedy decoding too. `scored`: log-probabilities are noted.
   """
 
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
   repetition_penalty: float = 1.0
+  scored: bool = False
 
   def __post_init__(self):
     for name, ok, accepted in (
@@ -48,6 +49,7 @@ class Sampling:
       np.full(count, self.top_k, np.int32),
       np.full(count, self.top_p, np.float32),
       np.full(count, self.repetition_penalty, np.float32),
+      np.full(count, self.scored, bool),
     )
 
 
@@ -59,6 +61,7 @@ class RowSampling:
   top_k: Int[Array | np.ndarray, " B"]
   top_p: Float[Array | np.ndarray, " B"]
   penalty: Float[Array | np.ndarray, " B"]
+  scored: Bool[Array | np.ndarray, " B"]
 
 
 def penalize(
