@@ -87,9 +87,7 @@ class UnderWay:
 
   def _safe(self, tokenizer: Tokenizer) -> str:
     """The text without what may still change: half a character, or the beginning of a stop."""
-    text = _decoded(tokenizer, self.ids)
-    if text.endswith("\ufffd"):
-      return self._sent
+    text = _decoded(tokenizer, self.ids).rstrip("\ufffd")
     held = 0
     for stop in self.ticket.options.stop:
       ends = (n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
