@@ -5,6 +5,7 @@ of text around it is tokenised alone. Equal to the published trainer and mm_infe
 (videorefer/train.py:173-250, mm_utils.py:370-395, __init__.py:66-84).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from data_pipes.tokenizer import REGION, Tokenizer
 
 MEDIA_IDS = {"<image>": -200, "<video>": -201, "<audio>": -202}
 MEDIA_TAGS = {"video": "<video>", "image": "<image>"}
+CONTROL = "\ue000"  # of private use; stands for a control token while a template is filled
 IGNORE = -100  # label of a position that is no target
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -151,20 +153,61 @@ def plain_text(turns: Sequence[Turn], tokenizer: Tokenizer, tag: str | None) -> 
   return Text(ids, np.where(ids == MEDIA_IDS[tag], IGNORE, ids).astype(np.int32))
 
 
+def dialogue(questions: Sequence[str], answers: Sequence[str], system: str = "") -> list[dict]:
+  """Messages of user and assistant by turns, the last of the user; `system` comes first, if any."""
+  messages = [{"role": "system", "content": system}] if system else []
+  for i, question in enumerate(questions):
+    messages.append({"role": "user", "content": question})
+    if i < len(answers):
+      messages.append({"role": "assistant", "content": answers[i]})
+  return messages
+
+
 def question_prompt(
-  instruct: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer, media: str | None
+  instruct: str | Sequence[Mapping[str, str]],
+  tokenizer: Tokenizer,
+  media: str | None,
+  literal: bool = False,
 ) -> tuple[str, Text]:
   """The prompt of published mm_infer: (rendered text, ids with nothing supervised).
 
   Args:
-    instruct: the question, or messages with `role` and `content` whose first takes the tag.
+    instruct: the question, or messages with `role` and `content`, of which the first that is not
+      the system's takes the tag.
     media: "video", "image" or None; without media the text begins with a newline, as published.
+    literal: control tokens and media tags in the messages are ordinary text.
   """
   tag = MEDIA_TAGS[media] if media else ""
   messages = [{"role": "user", "content": instruct}] if isinstance(instruct, str) else instruct
   if not messages:
     raise InputError("the question is empty: no message to put the media tag into")
-  first = {**messages[0], "content": f"{tag}\n{messages[0]['content']}"}
-  prompt = tokenizer.render([first, *messages[1:]], add_generation_prompt=True)
-  ids = np.array(tokenize(prompt, tokenizer, tag), np.int32)
+  spelled: list[str] = []
+  if literal:
+    messages, spelled = _without_controls(messages, tokenizer)
+  at = int(messages[0]["role"] == "system" and len(messages) > 1)
+  first = {**messages[at], "content": f"{tag}\n{messages[at]['content']}"}
+  rendered = tokenizer.render([*messages[:at], first, *messages[at + 1 :]], True)
+  # The template's own text is as it would be; each control that stood in a message goes by itself.
+  pieces = re.split(f"[{CONTROL}]", rendered) if spelled else [rendered]
+  parts = [tokenize(pieces[0], tokenizer, tag)]
+  for text, piece in zip(spelled, pieces[1:], strict=True):
+    parts += [tokenizer.encode_literally(text), tokenize(piece, tokenizer, tag)]
+  ids = np.array([i for part in parts for i in part], np.int32)
+  prompt = pieces[0] + "".join(t + p for t, p in zip(spelled, pieces[1:], strict=True))
   return prompt, Text(ids, np.full_like(ids, IGNORE))
+
+
+def _without_controls(
+  messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
+) -> tuple[list[dict[str, str]], list[str]]:
+  """The messages with CONTROL in the place of each control token, and these in their order."""
+  controls = sorted({*tokenizer.controls, *MEDIA_IDS}, key=len, reverse=True)
+  pattern = re.compile("|".join(map(re.escape, [CONTROL, *controls])))
+  spelled: list[str] = []
+
+  def note(match: re.Match[str]) -> str:
+    spelled.append(match[0])
+    return CONTROL
+
+  replaced = [{**m, "content": pattern.sub(note, m["content"])} for m in messages]
+  return replaced, spelled

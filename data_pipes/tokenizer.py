@@ -104,6 +104,19 @@ class Tokenizer:
     """Ids of `text`; special tokens spelled in it become their ids, none is put around it."""
     return self._backend.encode(text, add_special_tokens=False).ids
 
+  @property
+  def controls(self) -> list[str]:
+    """The tokens that steer a model and that no text means, but for `<region>`."""
+    added = self._backend.get_added_tokens_decoder()
+    names = {t.content for i, t in added.items() if t.special or i in self._skipped}
+    return sorted(names - {REGION})
+
+  def encode_literally(self, control: str) -> list[int]:
+    """Ids of the characters of a control token, which are not the token."""
+    ids = [self.encode(part) for part in (control[:1], control[1:])]
+    kept = [i for part in ids for i in part]
+    return [i for i in kept if i != self._backend.token_to_id(control)]
+
   def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
     """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Nothing is stripped.
 

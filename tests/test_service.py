@@ -5,14 +5,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
 import vr_jax
 from data_pipes.errors import InputError
+from data_pipes.prompts import MEDIA_IDS, question_prompt
 from vr_jax.compiling import compilations
 from vr_jax.inference import generate
 from vr_jax.inference.fairness import FairQueue
+from vr_jax.inference.requests import conversation
 from vr_jax.inference.service import Busy, Closed, Service
 from vr_jax.inference.tickets import Cancelled, Done, Failed, Started, Text
 
@@ -135,7 +138,9 @@ def test_scores_are_logarithms_of_shares():
   logits = np.random.default_rng(0).normal(0, 3, (2, 40)).astype(np.float32)
   shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
   empty, rows, token = generate.empty_scores(2, 3), np.arange(2), np.array([7, 11])
-  scores, ids = generate._note_scores(logits, token, rows, np.array([1, 3]), *empty.values())
+  scores, ids = jax.jit(generate._note_scores)(
+    logits, token, rows, np.array([1, 3]), *empty.values()
+  )
   expected = np.log([shares[0, 7], *np.sort(shares[0])[::-1][:5]])
   np.testing.assert_allclose(scores[0, 1], expected, atol=1e-5)
   assert list(ids[0, 1]) == list(np.argsort(-logits[0])[:5])
@@ -240,3 +245,58 @@ def test_our_own_fault_reaches_every_caller(model, requests, monkeypatch):
       model.ask_many([requests[1]], **OPTIONS)
   running.close()
   assert model.ask_many([requests[1]], **OPTIONS)
+
+
+def test_earlier_turns_keep_their_objects(service, model, requests):
+  box = vr_jax.Region(box=(6, 6, 40, 44), frame=3, name="cat")
+  other = vr_jax.Region(box=(20, 20, 60, 60), frame=5, name="cup")
+  video = requests[0].video
+  first = {"role": "user", "content": "What is <region>?", "regions": [box]}
+  answer = model.ask(video, [first], **OPTIONS)
+  assert answer == model.ask(video, "What is <region>?", [box], **OPTIONS)
+  said = {"role": "assistant", "content": answer.text}
+  second = {"role": "user", "content": "And <region>, beside <region cat>?", "regions": [other]}
+  following = model.ask(video, [first, said, second], **OPTIONS)
+  assert [one["name"] for one in following.objects] == ["cat", "cup", "cat"]
+  assert following.objects[0] == following.objects[2] == answer.objects[0]
+  assert following.usage.cached > 0
+  system = {"role": "system", "content": "Answer in one word."}
+  assert model.ask(video, [system, first], **OPTIONS).usage.prompt > 0
+  request = vr_jax.Request(video, **conversation([first, said, second]))
+  assert service.submit(request).result(60) == following
+  for messages, match in (
+    ([first, first], "messages of user, user"),
+    ([{"role": "user", "content": 3}], "accepted: content that is text"),
+    ([{"role": "user", "content": "<region dog>?", "regions": [box]}], "no object 'dog'; .* cat"),
+    ([first, said, {"role": "user", "content": "<region>?"}], "found 1 <region> but 0 objects"),
+  ):
+    with pytest.raises(InputError, match=match):
+      model.ask(video, messages, **OPTIONS)
+
+
+def test_a_question_about_no_video(service, model):
+  request = vr_jax.Request(None, "Who are you?")
+  answer = service.submit(request).result(60)
+  assert len(answer.token_ids) == 8
+  assert (answer.scene_frames, answer.objects) == ((), ())
+  region = vr_jax.Region(box=(6, 6, 40, 44), frame=3)
+  with pytest.raises(InputError, match="regions without a video"):
+    service.submit(vr_jax.Request(None, "<region>?", [region])).result(60)
+
+
+def test_control_tokens_are_text_where_that_is_asked_for(service, model, requests):
+  tokenizer = model.tokenizer
+  end = next(token for token in tokenizer.controls if "im_end" in token)
+  question = f"Hello{end}\n<video> there"
+  text, ids = question_prompt(question, tokenizer, "video", literal=True)
+  plain = question_prompt("Hello\n there", tokenizer, "video")[1].ids
+  assert question in text
+  for control in (tokenizer.id_of(end), MEDIA_IDS["<video>"]):
+    assert (ids.ids == control).sum() == (plain == control).sum()
+  assert len(ids.ids) > len(plain)
+  same = [question_prompt("Hello there", tokenizer, "video", literal=x)[1].ids for x in (0, 1)]
+  np.testing.assert_array_equal(*same)
+  request = vr_jax.Request(requests[0].video, question)
+  with pytest.raises(InputError, match="2 media tags"):
+    service.submit(request).result(60)
+  assert service.submit(request, literal=True).result(60).token_ids

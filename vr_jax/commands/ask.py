@@ -1,7 +1,9 @@
 """`vr ask` and `vr describe`: an answer about objects in a video, or a file of answers."""
 
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from data_pipes.errors import InputError
@@ -48,6 +50,13 @@ class Questions:
     default=None,
     metadata={"metavar": "ANSWERS", "help": "of --jsonl: a line an answer; resumable"},
   )
+  chat: bool = field(
+    default=False,
+    metadata={
+      "help": "go on with the questions of standard input, a line each; <region NAME> is the "
+      "object NAME; a line /region SPEC marks one for the next question"
+    },
+  )
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,16 @@ def ask(
   scene: Scene, questions: Questions, options: Options, loading: Loading, output: Output
 ) -> int:
   single = scene.video or scene.region or scene.fps or questions.question or output.save_video
+  if questions.chat and (questions.jsonl or output.save_video):
+    raise InputError("--chat goes without --jsonl and --save-video")
   if questions.jsonl and (single or not questions.out):
     raise InputError(
       "--jsonl goes with --out, and without --video, --region, --fps, --question and --save-video"
     )
   if questions.jsonl and questions.out:
     return _answer_file(questions.jsonl, questions.out, options, loading, output)
+  if questions.chat:
+    return _chat(scene, questions.question, options, loading, output)
   if not scene.video or not questions.question:
     raise InputError("accepted: --video and --question, or --jsonl and --out")
   return _answer("ask", scene, questions.question, options, loading, output)
@@ -92,6 +105,51 @@ def _answer_file(
   )
   print(json.dumps(asdict(summary)) if output.json else f"{summary}: {out}")
   return 2 if summary.refused else 0
+
+
+def _chat(
+  scene: Scene, question: str | None, options: Options, loading: Loading, output: Output
+) -> int:
+  """Questions one after the other about one video, with all that was said before."""
+  from data_pipes.video import open_video
+  from vr_jax.inference.regions import parse_regions
+
+  specs = list(scene.region)
+  parse_regions(specs)
+  model = load_model(loading)
+  video = open_video(scene.video, fps=scene.fps, upright=True) if scene.video else None
+  messages: list[dict] = []
+  show = None if output.json else lambda piece: print(piece, end="", flush=True)
+  for line in itertools.chain([question or ""], _lines()):
+    if line.startswith("/region "):
+      specs.append(line.removeprefix("/region ").strip())
+      continue
+    if not line:
+      continue
+    try:
+      asked = {"role": "user", "content": line, "regions": parse_regions(specs)}
+      answer = model.ask(video, [*messages, asked], on_text=show, **asdict(options))
+    except InputError as error:
+      print(f"vr ask: {error}", file=sys.stderr)
+      specs = []
+      continue
+    print(json.dumps(answer.to_dict()) if output.json else "", flush=True)
+    for warning in () if messages else answer.warnings:
+      print(f"vr ask: warning: {warning}", file=sys.stderr)
+    messages += [asked, {"role": "assistant", "content": answer.text}]
+    specs = []
+  return 0
+
+
+def _lines() -> Iterator[str]:
+  """Lines of standard input, with a sign that one is awaited where a person types."""
+  while True:
+    if sys.stdin.isatty():
+      print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    yield line.strip()
 
 
 def _answer(

@@ -33,7 +33,7 @@ from vr_jax.checkpoint import checkpoint_sha256
 from vr_jax.inference.model import Model
 from vr_jax.inference.options import Options
 from vr_jax.inference.regions import Region, parse_regions
-from vr_jax.inference.requests import Request
+from vr_jax.inference.requests import Answer, Request
 
 KEYS = {
   "id": (str, int),
@@ -46,6 +46,8 @@ KEYS = {
 }
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal for a bar
 FREE = ("batch_size", "share")  # options that change no answer
+# Options that files of earlier code say nothing of.
+LATER = ("repetition_penalty", "stop", "logprobs", "literal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +226,8 @@ def _settings(model: Model, checkpoint: Path | str | None, options: Options) -> 
   """What an answer depends on beside the request; JSON-ready."""
   sha256 = checkpoint_sha256(checkpoint)
   given = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
+  usual = dataclasses.asdict(Options())
+  given = {k: v for k, v in given.items() if k not in LATER or v != usual[k]}
   if options.temperature == 0:
     given = {k: v for k, v in given.items() if k not in ("top_k", "top_p", "seed")}
   return {"checkpoint": sha256 and sha256[:16], "weights": model.weights, **given}
@@ -280,7 +284,15 @@ def _results(
       yield line, {"error": str(error)}
   for number, answer in model.answer_each(requests, **options):
     failed = isinstance(answer, InputError)
-    yield by_number[number], {"error": str(answer)} if failed else answer.to_dict()
+    yield by_number[number], {"error": str(answer)} if failed else _record(answer)
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+  """What a line holds of an answer: what depends on the request alone."""
+  record = answer.to_dict()
+  for name in ("usage", "timings", *(("logprobs",) if answer.logprobs is None else ())):
+    del record[name]
+  return record
 
 
 @contextlib.contextmanager

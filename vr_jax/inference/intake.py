@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data_pipes.errors import InputError
 from vr_jax.inference.fairness import FairQueue
-from vr_jax.inference.reading import READERS, TOGETHER, Group, Reader, identity
+from vr_jax.inference.reading import READERS, TOGETHER, Group, Reader, subject
 from vr_jax.inference.tickets import Ticket
 
 
@@ -49,8 +49,7 @@ class Intake:
 
   def put(self, number: int, ticket: Ticket, reader: Reader) -> None:
     """Queues a request; `go` begins to read."""
-    request = ticket.request
-    key: Hashable = (id(reader), identity(request.video), request.seconds, request.fps)
+    key: Hashable = (id(reader), subject(ticket.request))
     if not ticket.options.share:
       key = (key, number)
     with self._lock:

@@ -288,6 +288,7 @@ class Model:
         head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
         slots = self.prefix_head(len(head))
         self.visual.compile(scene, slots)
+        self.visual.nothing(self.prefix_head(0) + self._scene_tokens(scene))
         sizes = self.sizes_of_lane(options, (slots, question_slots))
         self.engine_for(dataclasses.replace(sizes, fewer=fewer))
 
@@ -323,6 +324,9 @@ class Model:
     self, group: Group, questions: Sequence[Question]
   ) -> Generator[None, None, tuple[Prefix, list[ObjectTokens]]]:
     """As `_see`, with a pause after each unit of work."""
+    if group.empty:
+      slots = self.prefix_head(0) + self._scene_tokens(group.empty)
+      return self.visual.nothing(slots), []
     masks = [m for question in questions for m in question.objects]
     known = [tokens for question in questions for tokens in question.known]
     unknown = [m for m, tokens in zip(masks, known, strict=True) if tokens is None]

@@ -116,6 +116,16 @@ class Visual:
       self._keep(key, prefix, file, zip(objects, tokens, strict=True))
     return prefix, tokens
 
+  def nothing(self, slots: int) -> Prefix:
+    """The prefix of no video, in so many slots."""
+    llm = self._module.cfg.llm
+
+    def empty():
+      return KVCache.empty(llm, 1, slots).replace(fresh=False)
+
+    cache = self._programs(("nothing", slots), empty, out=self._placement.prefix(llm))()
+    return Prefix(cache, 0)
+
   @property
   def kept_bytes(self) -> int:
     """Of the prefixes that are kept."""

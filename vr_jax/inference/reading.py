@@ -20,12 +20,13 @@ from data_pipes.batch import Clip, RowShape
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
 from data_pipes.masks import GridMask, grid_mask
-from data_pipes.prompts import MEDIA_IDS, Text, question_prompt
-from data_pipes.tokenizer import REGION, Tokenizer
+from data_pipes.prompts import MEDIA_IDS, Text, dialogue, question_prompt
+from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video
 from vr_jax.inference.options import Options
-from vr_jax.inference.regions import objects_of, warnings_of
+from vr_jax.inference.regions import warnings_of
 from vr_jax.inference.requests import Request
+from vr_jax.inference.turns import questions_of
 
 if TYPE_CHECKING:  # what is known is handed on, not looked into: this file needs no jax
   from vr_jax.inference.prefix import KnownScene, ObjectTokens, Prefix, Visual
@@ -62,6 +63,7 @@ class Group:
     head: ids of the text before the media.
     file: what tells the file and its scene from others; None for frames in memory and folders.
     prefix: of the video, where it is known.
+    empty: of questions about no video, the scene frames that their rows have room for; else 0.
   """
 
   clip: Clip
@@ -70,6 +72,7 @@ class Group:
   questions: Sequence[Question]
   file: Hashable = None
   prefix: "Prefix | None" = None
+  empty: int = 0
 
 
 Refused = tuple[int, InputError]  # a request's place in the list, and why it cannot be asked
@@ -102,7 +105,7 @@ class Reader:
     """Groups, read by threads, in the order of their first requests; refusals among them."""
     groups: dict[Hashable, list[tuple[int, Request]]] = collections.defaultdict(list)
     for i, request in requests:
-      video = identity(request.video), request.seconds, request.fps
+      video = subject(request)
       groups[video if self._options.share else (video, i)].append((i, request))
     parts = (
       members[at : at + TOGETHER]
@@ -126,6 +129,8 @@ class Reader:
     is read by itself to learn which one it is.
     """
     first = requests[0][1]
+    if first.video is None:
+      return self._read_text(requests)
     try:
       source = open_video(first.video, fps=first.fps, upright=True)
       if source.kind == "image" and first.seconds is not None:
@@ -173,6 +178,18 @@ class Reader:
       group = Group(clip, _content(clip) if self._options.share else None, head, questions, file)
     return [*results, group]
 
+  def _read_text(self, requests: Sequence[tuple[int, Request]]) -> list[Group | Refused]:
+    """Reads questions about no video."""
+    results: list[Group | Refused] = []
+    questions = []
+    for i, request in requests:
+      try:
+        questions.append(self._prepare(i, request, None)[0])
+      except InputError as error:
+        results.append((i, error))
+    group = Group(Clip({}, (), ()), None, np.zeros(0, np.int32), questions, empty=self._shape.scene)
+    return [*results, group] if questions else results
+
   def _file(self, request: Request) -> Hashable:
     """What tells a file and the scene taken from it; None where nothing may be known of it."""
     if self._visual is None or not self._options.share:
@@ -186,23 +203,17 @@ class Reader:
     return self._visual.known_object(file, _cells(masks))
 
   def _prepare(
-    self, index: int, request: Request, source: Video
+    self, index: int, request: Request, source: Video | None
   ) -> tuple[Question, list[Mapping[int, Any]]]:
     """The question without its cells, and the masks of its objects."""
     if request.starts:
       raise InputError("starts: this model joins no cells of objects; accepted: none")
     rules = self._shape.grid, self._aspect_ratio, self._options.mask_rule
-    marked = objects_of(request.regions, source, lambda mask: grid_mask(mask, *rules))
+    texts, marked = questions_of(request, source, lambda mask: grid_mask(mask, *rules))
     objects = [m.masks for m in marked] + list(request.annotation)
-    question = (request.preface() if request.preface else "") + request.question
-    count = question.count(REGION)
-    if count != len(objects):
-      raise InputError(
-        f"question {request.question!r}: found {count} {REGION} but {len(objects)} objects; "
-        f"accepted: one {REGION} for each object"
-      )
-    media = "image" if source.kind == "image" else "video"
-    text = question_prompt(question, self._tokenizer, media)[1]
+    media = None if source is None else "image" if source.kind == "image" else "video"
+    messages = dialogue(texts, [turn.answer for turn in request.turns], request.system)
+    text = question_prompt(messages, self._tokenizer, media, self._options.literal)[1]
     around_media(text)
     names = [m.name for m in marked]
     names += [f"object {n}" for n in range(len(names), len(objects))]
@@ -241,8 +252,10 @@ class Reader:
 
 
 def around_media(text: Text) -> tuple[np.ndarray, np.ndarray]:
-  """Ids before and after the one media tag."""
+  """Ids before and after the one media tag; of a question about no video, none before."""
   tags = np.flatnonzero(np.isin(text.ids, list(MEDIA_IDS.values())))
+  if not len(tags):
+    return text.ids[:0], text.ids
   if len(tags) != 1:
     raise InputError(
       f"found {len(tags)} media tags in the text; accepted: exactly one, which is put before the "
@@ -267,6 +280,11 @@ def file_identity(video: Any) -> Hashable:
     return None  # of a folder, each file may change
   identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
   return (os.path.realpath(video), *identity)
+
+
+def subject(request: Request) -> Hashable:
+  """What requests have in common that are read together: the video, and what stands before it."""
+  return identity(request.video), request.seconds, request.fps, request.system
 
 
 def identity(video: Any) -> Hashable:
