@@ -1,6 +1,7 @@
 """Many callers of one model: each gets the answer it would get alone, and compiles nothing."""
 
 import asyncio
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from bad_decoder import with_bad_decoder
 
 import vr_jax
 from data_pipes.errors import InputError
@@ -300,3 +302,28 @@ def test_control_tokens_are_text_where_that_is_asked_for(service, model, request
   with pytest.raises(InputError, match="2 media tags"):
     service.submit(request).result(60)
   assert service.submit(request, literal=True).result(60).token_ids
+
+
+def test_a_decoder_that_dies_costs_its_request_alone(service, requests, monkeypatch, tmp_path):
+  with_bad_decoder(tmp_path / "site", monkeypatch)
+  bad = shutil.copy(requests[0].video, tmp_path / "abort.mp4")
+  tickets = [service.submit(vr_jax.Request(bad, "What happens?")), service.submit(requests[0])]
+  with pytest.raises(InputError, match=r"abort\.mp4: the decoder crashed"):
+    tickets[0].result(60)
+  assert tickets[1].result(60).text
+
+
+def test_prefixes_are_kept_up_to_so_many_bytes(model, requests, monkeypatch):
+  model.visual.forget()
+  for request in requests:
+    model.ask_many([request], **OPTIONS)
+  whole = model.visual.kept_bytes
+  monkeypatch.setattr(model.visual, "memory", whole * 2 // 3)
+  before = model.visual.counts["prefixes"]
+  model.ask_many([requests[0]], **OPTIONS)  # known, and now the newest; the oldest two stay out
+  assert model.visual.counts["prefixes"] == before
+  assert model.visual.kept_bytes == whole * 2 // 3
+  model.ask_many([requests[2]], **OPTIONS)
+  assert model.visual.counts["prefixes"] == before
+  model.ask_many([requests[1]], **OPTIONS)
+  assert model.visual.counts["prefixes"] == before + 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from vr_jax.inference.tickets import Text, Ticket
 from vr_jax.models.connector import scene_token_count
 from vr_jax.models.videorefer import VideoRefer, VideoReferConfig
 from vr_jax.params import Parameters, Tree
+
+logger = logging.getLogger("vr_jax")
 
 
 class Model:
@@ -85,6 +88,7 @@ class Model:
     self._engines: dict[Sizes, Engine] = {}
     self.visual = Visual(self._module, self.params, self._programs, self._placement)
     self._head_slots = 0  # the least that a prefix has for the text before the media
+    self._is_declared = False  # sizes were, so that others come as a surprise
     self.device = threading.RLock()
     self.service = Service(self, strict=False, queue=None, per_client=None)
 
@@ -283,6 +287,7 @@ class Model:
     """
     scene = self._scene(options)
     with self.device:
+      self._is_declared = False
       self._head_slots = max(self._head_slots, head_slots(system_slots))
       for media in ("video", "image"):
         head, _ = around_media(question_prompt("", self.tokenizer, media)[1])
@@ -291,6 +296,7 @@ class Model:
         self.visual.nothing(self.prefix_head(0) + self._scene_tokens(scene))
         sizes = self.sizes_of_lane(options, (slots, question_slots))
         self.engine_for(dataclasses.replace(sizes, fewer=fewer))
+      self._is_declared = True
 
   def object_similarity(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
     """How the tokens of each object came about (Fig. 7 of the paper).
@@ -385,6 +391,8 @@ class Model:
       fitting = [engine for other, engine in self._engines.items() if other.holds(sizes)]
       if fitting:
         return min(fitting, key=lambda engine: engine.sizes.slots)
+      if self._is_declared:
+        logger.warning(f"compiling rows beyond those that were declared, once: {sizes}")
       self._engines[sizes] = Engine(
         self._module,
         self.params,

@@ -51,7 +51,7 @@ from vr_jax.inference.picture_reading import (
   picture_question,
 )
 from vr_jax.inference.placement import Placement
-from vr_jax.inference.prefix import KEPT, ObjectTokens, Prefix
+from vr_jax.inference.prefix import KEPT, ObjectTokens, Prefix, is_full
 from vr_jax.inference.programs import Programs, bytes_of
 from vr_jax.inference.reading import Group, Question
 from vr_jax.inference.regions import Region
@@ -92,6 +92,7 @@ class PictureVisual:
     self._sizes = row_sizes(module.cfg.img)
     self._kept: collections.OrderedDict[bytes, PicturePrefix] = collections.OrderedDict()
     self.scenes = KnownScenes(KEPT)  # what was read of files
+    self.memory: int | None = None  # bytes of the prefixes that are kept; None: KEPT of them
     self.counts: collections.Counter[str] = collections.Counter()
 
   @property
@@ -117,7 +118,7 @@ class PictureVisual:
     if share:
       self._kept[key] = prefix
       self._kept.move_to_end(key)
-      while len(self._kept) > KEPT:
+      while is_full(self._kept, self.memory):
         self._kept.popitem(last=False)
     if sample.scene and not scene:
       prefix = dataclasses.replace(prefix, later=self._scene(sample))

@@ -73,6 +73,7 @@ class Visual:
     self._scenes: dict[Hashable, tuple[bytes, Sequence[int]]] = {}
     self._objects: collections.OrderedDict[Hashable, ObjectTokens] = collections.OrderedDict()
     self._lock = threading.Lock()
+    self.memory: int | None = None  # bytes of the prefixes that are kept; None: KEPT of them
     self.counts: collections.Counter[str] = collections.Counter()
 
   def seeing(
@@ -150,7 +151,7 @@ class Visual:
     with self._lock:
       self._kept[key] = prefix
       self._kept.move_to_end(key)
-      while len(self._kept) > KEPT:
+      while is_full(self._kept, self.memory):
         self._kept.popitem(last=False)
       if file is None:
         return
@@ -294,6 +295,13 @@ class Visual:
 
   def _apply(self, params, *args, method):
     return self._module.apply({"params": params}, *args, method=method)
+
+
+def is_full(kept: Mapping[Any, Prefix], memory: int | None) -> bool:
+  """Whether the prefix that was longest not asked for has to go; the last one stays."""
+  if memory is None:
+    return len(kept) > KEPT
+  return sum(bytes_of(prefix.cache) for prefix in kept.values()) > memory and len(kept) > 1
 
 
 def _masks_hash(masks: Mapping[int, np.ndarray]) -> bytes:

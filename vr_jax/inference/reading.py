@@ -6,6 +6,7 @@ a group: each of its frames is decoded once, and none whose tokens are known of 
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipes import isolation
 from data_pipes.batch import Clip, RowShape
 from data_pipes.clips import read_clip
 from data_pipes.errors import InputError
@@ -79,7 +81,13 @@ Refused = tuple[int, InputError]  # a request's place in the list, and why it ca
 
 
 class Reader:
-  """Reads the requests of one call."""
+  """Reads the requests of one call.
+
+  `decode_seconds`: files are decoded in worker processes, each within so long, so that what a
+  decoder does with a broken file costs its request alone; None (default): in this process.
+  """
+
+  decode_seconds: float | None = None
 
   def __init__(
     self,
@@ -132,7 +140,8 @@ class Reader:
     if first.video is None:
       return self._read_text(requests)
     try:
-      source = open_video(first.video, fps=first.fps, upright=True)
+      opened = functools.partial(open_video, first.video, fps=first.fps, upright=True)
+      source = self._decoded(first, opened)
       if source.kind == "image" and first.seconds is not None:
         raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
     except InputError as error:
@@ -190,6 +199,15 @@ class Reader:
     group = Group(Clip({}, (), ()), None, np.zeros(0, np.int32), questions, empty=self._shape.scene)
     return [*results, group] if questions else results
 
+  def _decoded(self, request: Request, function: Callable[[], Any]) -> Any:
+    """What the function gives, called where a file may be decoded."""
+    if self.decode_seconds is None or not isinstance(request.video, str | os.PathLike):
+      return function()
+    try:
+      return isolation.call(function, seconds=self.decode_seconds)
+    except isolation.Ended as error:
+      raise InputError(f"{os.path.basename(request.video)}: the decoder {error}") from None
+
   def _file(self, request: Request) -> Hashable:
     """What tells a file and the scene taken from it; None where nothing may be known of it."""
     if self._visual is None or not self._options.share:
@@ -233,7 +251,8 @@ class Reader:
       return Clip({}, known.scene, ())
     image = source.kind == "image"
     start, end = request.seconds or (None, None)
-    clip = read_clip(
+    read = functools.partial(
+      read_clip,
       source,
       self._shape if known is None else dataclasses.replace(self._shape, scene=0),
       objects,
@@ -243,6 +262,7 @@ class Reader:
       start=start,
       end=end,
     )
+    clip = self._decoded(request, read)
     if known is not None:
       return dataclasses.replace(clip, scene=known.scene)
     scene = self._shape.scene

@@ -37,6 +37,7 @@ from vr_jax.inference.tickets import Busy, Closed, Ticket
 ROW_CLASSES = (1, 4)  # rows that few answers are computed on
 NEW_TOKENS = 512
 MEDIA_MEMORY = 2 << 30  # bytes
+DECODE_SECONDS = 60.0
 IDLE_SECONDS = 0.5  # without work the device thread looks so often whether it shall end
 OVERDUE_SECONDS = 0.05  # the same where requests have deadlines
 
@@ -91,6 +92,8 @@ class Service:
     queue: int | None = 256,
     per_client: int | None = 16,
     media_memory: int = MEDIA_MEMORY,
+    prefix_memory: int | None = None,
+    decode_seconds: float | None = DECODE_SECONDS,
     row_classes: Sequence[int] = ROW_CLASSES,
     strict: bool = True,
     **options: Any,
@@ -101,6 +104,8 @@ class Service:
       rows: answers under way at once; by default what the device's memory holds, up to 32 (CPU: 4).
       question_slots, new_tokens, scene_frames, queue, per_client: see Limits.
       system_slots: tokens before the media, such as a request's own system text.
+      prefix_memory: bytes of prefixes that are kept for further questions; None: eight prefixes.
+      decode_seconds: that the decoder of a file may take, in a worker process; None: in this one.
       row_classes: numbers of rows that few answers are computed on.
       media_memory: bytes of frames that may wait to be encoded.
       strict: refuse what is beyond the declared sizes; else it compiles rows of its own, once.
@@ -114,6 +119,9 @@ class Service:
     self.options = Options(scene_frames=scenes[0], **defaults)
     self.model, self._strict, self._classes = model, strict, tuple(row_classes)
     question_slots = classes(question_slots)[-1]
+    self._decode_seconds = decode_seconds if strict else None
+    if prefix_memory is not None:
+      model.visual.memory = prefix_memory
     self._slots = question_slots, system_slots
     self._readers: dict[Any, Reader] = {}
     self._tickets: dict[int, Ticket] = {}
@@ -121,6 +129,7 @@ class Service:
     self._lock = threading.Lock()
     self._idle = threading.Condition(self._lock)  # told when a ticket ends
     self._closed = False
+    self._are_timed = False  # requests have had deadlines
     self._arrived = threading.Event()
     self._groups: collections.deque[tuple[Group, Callable[[], None]]] = collections.deque()
     self._new_intake = lambda: Intake(media_memory, self._take, self._fail)
@@ -172,6 +181,7 @@ class Service:
       deadline=until,
       stream=stream,
     )
+    self._are_timed |= deadline is not None
     self._put([ticket])
     return ticket
 
@@ -316,6 +326,7 @@ class Service:
     key = options.scene_frames, options.mask_rule, options.share, options.literal
     if key not in self._readers:
       self._readers[key] = self.model.reader(options)
+      self._readers[key].decode_seconds = self._decode_seconds
     return self._readers[key]
 
   def _sizes(self, ticket: Ticket, lane: Any) -> Sizes:
@@ -362,9 +373,10 @@ class Service:
           while self._groups:
             scheduler.take(*self._groups.popleft())
           worked = scheduler.tick()
-        self._end_overdue()
+        if self._are_timed:
+          self._end_overdue()
         if not worked:
-          self._arrived.wait(OVERDUE_SECONDS if self._has_deadlines() else IDLE_SECONDS)
+          self._arrived.wait(OVERDUE_SECONDS if self._are_timed else IDLE_SECONDS)
           self._arrived.clear()
       scheduler.close()
     except BaseException as error:  # ours: nothing of this can be answered any more
@@ -386,9 +398,6 @@ class Service:
         return True
       self._thread = self._scheduler = None
       return False
-
-  def _has_deadlines(self) -> bool:
-    return any(ticket.deadline is not None for ticket in self._under_way())
 
   def _end_overdue(self) -> None:
     """Ends those whose time is over before they had a row."""
