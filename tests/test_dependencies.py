@@ -25,6 +25,7 @@ BROUGHT_BY = {
   "tensorstore": "orbax",
   "fsspec": "etils",
   "huggingface_hub": "transformers",
+  "starlette": "fastapi",
 }
 # Not imported by the product.
 NOT_IMPORTED: dict[str, str] = {}
