@@ -6,8 +6,10 @@ import concurrent.futures
 import copy
 import json
 import random
+import re
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +19,12 @@ import pytest
 from serving_process import ServerProcess
 
 import vr_jax
+from data_pipes.errors import InputError
+from vr_jax import cli
 from vr_jax.inference.model import Model
+from vr_jax.serving import batch
+from vr_jax.serving.media import MediaOptions
+from vr_jax.serving.settings import Capacity
 
 SIZES = ("--rows", "2", "--new-tokens", "64", "--question-tokens", "64", "--scene-frames", "4")
 OPTIONS = {"scene_frames": 4, "max_new_tokens": 8, "batch_size": 1}
@@ -45,9 +52,13 @@ def clip(golden) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answer(folder, clip) -> str:
+def model(folder) -> Model:
+  return vr_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def answer(model, clip) -> str:
   """What `Model.ask` says."""
-  model: Model = vr_jax.load(folder)
   region = vr_jax.Region(box=tuple(BOX["box"]), frame=BOX["frame"])
   return model.ask(clip, QUESTION, [region], **OPTIONS).text
 
@@ -208,6 +219,92 @@ def test_what_the_engine_was_not_declared_for_names_the_option(server, clip):
     assert words in error["message"]
   long = post(server, asking(clip, f"{QUESTION} " + "why " * 500))
   assert (long.status_code, long.json()["error"]["param"]) == (400, "messages")
+
+
+def test_a_batch_is_answered_as_by_the_server_and_goes_on(server, model, clip, answer, tmp_path):
+  bodies = [asking(clip), asking(clip, seed=1), asking(clip, max_tokens=0)]
+  lines = [
+    json.dumps({"custom_id": f"q{i}", "method": "POST", "url": batch.URL, "body": body})
+    for i, body in enumerate(bodies)
+  ]
+  requests, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  requests.write_text("\n".join(lines))
+  capacity = Capacity(rows=2, new_tokens=64, question_tokens=64, scene_frames=(4,))
+  media = MediaOptions(media_root=(str(clip.parent),))
+
+  def run(checkpoint="a"):
+    name = "tiny_videorefer_qwen2"
+    return batch.run(lambda: model, checkpoint, name, requests, out, capacity, media)
+
+  assert run() == batch.Summary(2, 1, 0)
+  records = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [r["custom_id"] for r in records] == ["q0", "q1", "q2"]
+  for record in records[:2]:
+    assert record["response"]["body"]["choices"][0]["message"]["content"] == answer
+  assert records[2]["response"]["status_code"] == 400
+  assert records[2]["response"]["body"]["error"]["param"] == "max_tokens"
+  with pytest.raises(InputError, match="other weights"):
+    run("b")
+  requests.write_text("\n".join(lines[:2]))
+  assert run() == batch.Summary(0, 0, 2)
+  requests.write_text(lines[0].replace("doing", "seeing"))
+  with pytest.raises(InputError, match="answers another request"):
+    run()
+
+
+@pytest.mark.parametrize(
+  ("line", "words"),
+  [
+    ("{", "line 1: cannot be read as JSON"),
+    ("[]", "an object"),
+    ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', batch.URL),
+    ('{"custom_id": "a", "url": "/v1/chat/completions", "body": []}', "an object"),
+    ('{"url": "/v1/chat/completions", "body": {}}', "custom_id"),
+    ('{"customid": "a"}', "did you mean 'custom_id'"),
+  ],
+)
+def test_a_line_of_a_batch_that_is_none_is_named(tmp_path, line, words):
+  path = tmp_path / "in.jsonl"
+  path.write_text(line)
+  with pytest.raises(InputError, match=re.escape(words)):
+    batch.read_lines(path)
+
+
+# --- The documentation
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
+
+
+def test_every_block_of_the_documentation_runs(server, clip, golden, monkeypatch, capfd):
+  monkeypatch.chdir(clip.parent)
+  scope = {}
+  for language, block in BLOCKS:
+    block = block.replace("http://localhost:8000", server.url).replace("clip.mp4", clip.name)
+    block = block.replace("vr-mini", "tiny_videorefer_qwen2")
+    if language == "python":
+      exec(block, scope)
+    elif block.startswith("curl"):
+      done = subprocess.run(["bash", "-c", block], check=True, capture_output=True, text=True)
+      assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    else:
+      for line in block.splitlines():
+        if line.startswith("vr "):
+          cli.parse(line.split()[1:])
+        else:
+          assert line == "pip install 'vr-jax[serve]'"
+  assert scope["answer"].vr["objects"][1]["name"] == "cup"
+  assert capfd.readouterr().out.strip()
+
+
+def test_the_dashboard_and_the_table_name_metrics_that_there_are(server):
+  samples = {
+    line.split("{")[0].split(" ")[0] for line in server.get("/metrics").decode().splitlines()
+  }
+  names = set(re.findall(r"vr_[a-z_]+", (DOCS / "serving-grafana.json").read_text()))
+  table = set(re.findall(r"`(vr_[a-z_]+)`", (DOCS / "serving.md").read_text()))
+  assert names <= samples
+  assert {n for n in table if n not in samples and f"{n}_count" not in samples} == set()
 
 
 # --- Clients that leave, and rude ones
@@ -399,8 +496,6 @@ def test_frames_and_playback_over_http(server, clip):
   ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(options, words, capsys):
-  from vr_jax import cli
-
   assert cli.main(["serve", *options]) == 2
   (line,) = capsys.readouterr().err.splitlines()[-1:]
   assert words in line

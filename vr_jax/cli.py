@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command | Group] = {
   "sweep": Command("sweep:run", "run a config's sweep, or what is left of it, and compare"),
   "ask": Command("ask:ask", "answer a question about objects in a video"),
   "serve": Command("serve:run", "the model over HTTP, in OpenAI's shapes"),
+  "batch": Command("batch:run", "a file of chat requests, answered as by vr serve; resumable"),
   "frames": Command("frames:run", "frames by number and time, with rulers, as files or a sheet"),
   "describe": Command("ask:describe", "describe an object in a video"),
   "eval": Command("evaluate:run", "a model's answers to a benchmark; goes on where it was stopped"),

@@ -14,9 +14,7 @@ def run(listening: Listening, capacity: Capacity, media: MediaOptions, loading: 
   from vr_jax.checkpoint import checkpoint_sha256
   from vr_jax.weights import locate
 
-  missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-  if missing:
-    raise InputError(f"{missing[0]} is not installed (pip install 'vr-jax[serve]')")
+  check_installed()
   from vr_jax.serving.engine import model_name
   from vr_jax.serving.server import serve
 
@@ -29,3 +27,10 @@ def run(listening: Listening, capacity: Capacity, media: MediaOptions, loading: 
     capacity,
     media,
   )
+
+
+def check_installed() -> None:
+  """Raises InputError where a package of the extra is not there."""
+  missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+  if missing:
+    raise InputError(f"{missing[0]} is not installed (pip install 'vr-jax[serve]')")

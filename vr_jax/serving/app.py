@@ -16,15 +16,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from data_pipes.errors import InputError
-from vr_jax.inference.tickets import Busy, Cancelled, Closed, Done, Event, Failed, Text, Ticket
+from vr_jax.inference.tickets import Cancelled, Done, Event, Failed, Text, Ticket
 from vr_jax.serving import answers
 from vr_jax.serving.body import Node, parse
 from vr_jax.serving.chat import Chat, read_chat
 from vr_jax.serving.clips import PICTURE_FORMATS
-from vr_jax.serving.engine import Engine
+from vr_jax.serving.engine import Caller, Engine, refusal
 from vr_jax.serving.errors import ApiError
 from vr_jax.serving.media import Medium
-from vr_jax.serving.objects import to_request
 
 KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a stream says that it lives
 THREADS = 8  # that read bodies' media, write frames and proxies
@@ -72,25 +71,9 @@ def make_app(engine: Engine) -> FastAPI:
   @app.post("/v1/chat/completions", openapi_extra=_json_body("A chat request; docs/serving.md"))
   async def chat_completions(request: Request) -> Response:
     chat = read_chat(parse(await _text(request)))
-    service = engine.service
-    engine.check(chat)
-    medium = None
-    if chat.media is not None:
-      medium = await blocking(engine.store.resolve, chat.media, request.state.owner)
-    asked = await blocking(to_request, chat, medium)
-    try:
-      ticket = service.submit(
-        asked,
-        client=request.state.client,
-        weight=request.state.weight,
-        deadline=engine.listening.request_timeout,
-        stream=chat.stream,
-        **engine.options(chat),
-      )
-    except InputError as error:
-      raise _refusal(error, medium) from None
-    completion = answers.Completion(engine.model_id, engine.checkpoint, engine.token_text)
-    return _Answering(engine, ticket, chat, medium, completion)
+    caller = Caller(request.state.owner, request.state.client, request.state.weight)
+    ticket, medium = await blocking(engine.ask, chat, caller, engine.listening.request_timeout)
+    return _Answering(engine, ticket, chat, medium, engine.completion())
 
   # --- Models
 
@@ -265,7 +248,7 @@ class _Answering(Response):
     if isinstance(event.error, Cancelled):
       raise Gone
     if isinstance(event.error, InputError):
-      return _refusal(event.error, self._medium)
+      return refusal(event.error, self._medium)
     log.error("a fault of the server", exc_info=event.error)
     return ApiError(500, "a fault of the server; its log says more")
 
@@ -300,16 +283,6 @@ async def _events(
       step.cancel()
       with contextlib.suppress(asyncio.CancelledError):
         await step
-
-
-def _refusal(error: InputError, medium: Medium | None) -> ApiError:
-  """What the service refused, as the client is told it."""
-  text = str(error) if medium is None else medium.without_path(error)
-  if isinstance(error, Busy):
-    return ApiError(429, text, code="queue_full")
-  if isinstance(error, Closed):
-    return ApiError(503, "the server is ending", code="draining")
-  return ApiError(400, text, param="messages")
 
 
 async def _text(request: Request) -> str:

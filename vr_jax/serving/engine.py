@@ -2,19 +2,33 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from data_pipes.errors import InputError
 from vr_jax.inference.model import Model
 from vr_jax.inference.service import Service
+from vr_jax.inference.tickets import Busy, Closed, Ticket
+from vr_jax.serving.answers import Completion
 from vr_jax.serving.body import Node
 from vr_jax.serving.chat import Chat
 from vr_jax.serving.errors import ApiError
-from vr_jax.serving.media import Store
+from vr_jax.serving.media import Medium, Store
 from vr_jax.serving.metrics import Metrics
+from vr_jax.serving.objects import to_request
 from vr_jax.serving.settings import Capacity, Listening
+
+
+@dataclass(frozen=True)
+class Caller:
+  """Whose request it is: owner of files, client whose turn it takes, weight of its turns."""
+
+  owner: str = ""
+  client: str = ""
+  weight: float = 1.0
 
 
 class Engine:
@@ -63,14 +77,8 @@ class Engine:
   def is_ready(self) -> bool:
     return self._service is not None and not self._draining
 
-  @property
-  def service(self) -> Service:
-    """Raises ApiError 503 where no requests are taken."""
-    self.check_open()
-    assert self._service is not None
-    return self._service
-
   def check_open(self) -> None:
+    """Raises ApiError 503 where no requests are taken."""
     if self._draining:
       raise ApiError(503, "the server is ending", code="draining")
     if self._service is None:
@@ -90,7 +98,33 @@ class Engine:
     if self._service is not None:
       self._service.close(0)
 
-  # --- What requests may say
+  # --- Requests
+
+  def ask(self, chat: Chat, caller: Caller, deadline: float | None) -> tuple[Ticket, Medium | None]:
+    """Puts a request into the queue; the ticket of its answer, and its clip.
+
+    Raises:
+      ApiError: it cannot be answered, or not now.
+    """
+    self.check_open()
+    assert self._service is not None
+    self._check(chat)
+    medium = None if chat.media is None else self.store.resolve(chat.media, caller.owner)
+    try:
+      ticket = self._service.submit(
+        to_request(chat, medium),
+        client=caller.client,
+        weight=caller.weight,
+        deadline=deadline,
+        stream=chat.stream,
+        **self._options(chat),
+      )
+    except InputError as error:
+      raise refusal(error, medium) from None
+    return ticket, medium
+
+  def completion(self) -> Completion:
+    return Completion(self.model_id, self.checkpoint, self._token_text)
 
   def check_name(self, node: Node) -> None:
     if node.value not in (self.model_id, self.model_id.partition("@")[0]):
@@ -99,7 +133,7 @@ class Engine:
         code="model_not_found",
       )  # fmt: skip
 
-  def check(self, chat: Chat) -> None:
+  def _check(self, chat: Chat) -> None:
     """Refuses what the engine was not declared for, and names the option that declares it."""
     self.check_name(Node(chat.model, "model"))
     most, given = self.capacity.new_tokens, chat.given
@@ -109,7 +143,7 @@ class Engine:
       accepted = ", ".join(map(str, self._scenes))
       raise given["scene_frames"].error(f"{accepted} (--scene-frames)")
 
-  def options(self, chat: Chat) -> Mapping[str, Any]:
+  def _options(self, chat: Chat) -> Mapping[str, Any]:
     """The request's options, as the service takes them."""
     options = dict(chat.options)
     if "scene_frames" in options and not self.capacity.scene_frames:
@@ -123,7 +157,7 @@ class Engine:
 
   # --- What the model is
 
-  def token_text(self, token_id: int) -> str:
+  def _token_text(self, token_id: int) -> str:
     assert self._model is not None
     return self._model.tokenizer.decode([token_id], skip_special=False)
 
@@ -171,3 +205,13 @@ def model_name(checkpoint_name: str) -> str:
   if checkpoint_name.count("/") == 1 and not Path(checkpoint_name).exists():
     return checkpoint_name.removeprefix("hf:")  # OWNER/NAME@COMMIT
   return Path(checkpoint_name).resolve().name
+
+
+def refusal(error: InputError, medium: Medium | None) -> ApiError:
+  """What the service refused, as a client is told it: its clip by its name."""
+  text = str(error) if medium is None else medium.without_path(error)
+  if isinstance(error, Busy):
+    return ApiError(429, text, code="queue_full")
+  if isinstance(error, Closed):
+    return ApiError(503, "the server is ending", code="draining")
+  return ApiError(400, text, param="messages")

@@ -12,8 +12,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 # Counts of the service by the name and help of their metric.
 TOTALS = {
   "frames_encoded": ("vr_frames_encoded", "Frames that the vision tower has encoded"),
-  "hits": ("vr_prefix_cache_hits", "Clips whose scene was known"),
-  "misses": ("vr_prefix_cache_misses", "Clips whose scene was not known"),
+  "prefix_hits": ("vr_prefix_cache_hits", "Clips whose scene was known"),
+  "prefix_misses": ("vr_prefix_cache_misses", "Clips whose scene was not known"),
   "ended_cancelled": ("vr_cancelled", "Requests that nobody waited for any more"),
   "compilations": ("vr_compilations", "Programs compiled since the server was ready"),
 }
