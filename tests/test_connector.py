@@ -159,6 +159,7 @@ def test_odd_frames_rows_and_columns_are_dropped():
   np.testing.assert_array_equal(Sampler(cfg).apply({}, x), Sampler(cfg).apply({}, changed))
 
 
+@pytest.mark.slow  # the decoder's and the tower's stay
 def test_remat_changes_no_gradient():
   x, cfg = normal(1, 2, 4, 4, 12), ConnectorConfig(width=16)
   params = params_like(Stage(cfg, 2).init, x)

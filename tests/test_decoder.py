@@ -155,7 +155,9 @@ def test_scanned_layers_equal_a_loop_over_stacked_parameters(cfg):
   assert_same_up_to_rounding(loop(params), expected, decoder_roundings(cfg, 11))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
+@pytest.mark.parametrize(
+  "remat", ["dots", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "offload"))]
+)
 def test_remat_changes_no_value_or_gradient(remat):
   cfg = FAMILIES["gemma3"]
   params, inputs = init(cfg), example(cfg)

@@ -34,7 +34,7 @@ def test_a_finished_run_is_scored_as_before(old):
   assert (accuracy.value, accuracy.n) == (0.75, 8)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_goes_on(old, shards):
   part = old / "run" / "parts" / "1-of-3.jsonl"
   before = part.read_bytes()

@@ -102,7 +102,14 @@ def test_eight_examples_are_learned_by_heart():
   assert history[-1]["loss"] < 0.01
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    pytest.param((8, 1), marks=pytest.mark.slow),
+    (4, 2),
+    pytest.param((2, 4), marks=pytest.mark.slow),
+  ],
+)
 def test_meshes_agree_with_one_device(whole_batches, sizes):
   one, one_metrics = whole_batches
   config = base_config()
