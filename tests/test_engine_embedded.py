@@ -458,7 +458,8 @@ def test_benchmark_videos_never_get_in(videos, tmp_path):
 
 def test_the_benchmarks_own_file_is_dropped_with_all_its_shots(videos, tmp_path):
   (tmp_path / "two.mp4").write_bytes((videos / "two.mp4").read_bytes())
-  row = {"video_id": content_hash(videos / "two.mp4"), "hashes": ["0"] * 3, "mirrored": ["f"] * 3}
+  row = {"video_id": content_hash(videos / "two.mp4"), "video": "videos/two.mp4"}
+  row |= {"hashes": ["0"] * 3, "mirrored": ["f"] * 3}
   settings = {
     "workdir": str(tmp_path / "w"),
     "duplicates": {"benchmark": [str(tmp_path / "two.mp4")], "distance": 8},

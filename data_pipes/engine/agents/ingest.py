@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,26 @@ def survey_duplicates(settings: Mapping[str, Any]):
   def survey(clips: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     rules, work = settings["duplicates"], settings["workdir"]
     videos = [p for p in benchmark_videos(rules["benchmark"], work) if not belongs_to(work, p)]
-    benchmark = {str(path): _hashes_apart(path) for path in videos}
+    benchmark = {str(path): _apart(look_over, path) for path in videos}
     same = {content_hash(path): str(path) for path in videos}
-    return duplicates.survey(clips, benchmark, rules["distance"], same)
+    names: dict[str, str] = {}
+
+    def named() -> Iterator[Mapping[str, Any]]:
+      for clip in clips:
+        names[clip["key"]] = clip["video"]
+        yield clip
+
+    @cache
+    def looks(name: str) -> list[np.ndarray] | None:
+      if name in benchmark:
+        return benchmark[name][1]
+      try:
+        return isolation.call(look_at, Path(work, "media", names[name]), seconds=None)
+      except (isolation.Ended, InputError):
+        return None
+
+    hashes = {name: hashes for name, (hashes, _) in benchmark.items()}
+    return duplicates.survey(named(), hashes, rules["distance"], same, looks)
 
   return survey
 
@@ -214,22 +232,29 @@ def benchmark_videos(names: Iterable[str], work: Path | str) -> list[Path]:
   return out
 
 
-def _hashes_apart(path: Path) -> list[int]:
+def _apart(function: Callable[[Path], Any], path: Path) -> Any:
   try:
-    return isolation.call(_hashes, path, seconds=None)
+    return isolation.call(function, path, seconds=None)
   except isolation.Ended as error:
     raise InputError(f"duplicates.benchmark: {path}: the decoder {error}") from None
 
 
-def _hashes(path: Path) -> list[int]:
-  """Hashes of frames all over a video, INDEXED of a second: a cut of it may show any of them."""
+def look_over(path: Path) -> tuple[list[int], list[np.ndarray]]:
+  """Hashes and small pictures of frames all over a video, INDEXED of a second: a cut of it may
+  show any of them. Of frames with one hash there is one."""
   video = open_video(path)
   step = max(1, int((video.fps or 25.0) / INDEXED))
-  hashes: dict[int, None] = {}  # in order, each once
+  pictures: dict[int, np.ndarray] = {}
   for first in range(0, len(video), 64 * step):
     for frame in video.frames(range(first, min(first + 64 * step, len(video)), step)):
-      hashes[perceptual_hash(frame)] = None
-  return list(hashes)
+      pictures.setdefault(perceptual_hash(frame), duplicates.small_picture(frame))
+  return list(pictures), list(pictures.values())
+
+
+def look_at(path: Path) -> list[np.ndarray]:
+  """Small pictures of the frames of a clip that are hashed."""
+  clip = open_video(path)
+  return [duplicates.small_picture(f) for f in clip.frames(duplicates.spread(len(clip)))]
 
 
 def make_unique(settings: Mapping[str, Any]) -> Process:
