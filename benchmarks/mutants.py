@@ -117,6 +117,26 @@ LISTED = (
     "return low > 0 or high < 0",
   ),
   Mutant(
+    "data_pipes/engine/job.py",
+    "spent.get(name, 0.0) + left / workers",
+    "spent.get(name, 0.0) + left",
+  ),
+  Mutant(
+    "data_pipes/engine/quality/duplicates.py",
+    "if 2 * len(places) > len(hashes)",
+    "if places",
+  ),
+  Mutant(
+    "data_pipes/engine/quality/duplicates.py",
+    "for hashes, step in zip(both, (1, -1), strict=True):",
+    "for hashes, step in zip(both[:1], (1,), strict=True):",
+  ),
+  Mutant(
+    "data_pipes/engine/quality/duplicates.py",
+    "if 2 * sum(are_alike(*pair) for pair in pairs) > len(hashes):",
+    "if any(are_alike(*pair) for pair in pairs):",
+  ),
+  Mutant(
     "data_pipes/engine/review.py",
     "runs = [0, *runs]",
     "runs = [*runs]",

@@ -9,7 +9,11 @@ from data_pipes.engine import review, stages
 from data_pipes.engine.agents.texts import QUESTION_TYPES, question_fault
 from data_pipes.engine.backends.chat_agents import ChatJudge
 from data_pipes.engine.calls import Calls, StopRun
+from data_pipes.engine.graph import GraphRef
+from data_pipes.engine.job import EngineJob
+from data_pipes.engine.quality.duplicates import survey
 from data_pipes.engine.roles import Question
+from data_pipes.engine.store import Store
 from data_pipes.feature_shards import sample_key
 from vr_jax.evaluation.metrics import Interval
 from vr_jax.evaluation.scoring.comparison import Comparison
@@ -93,3 +97,36 @@ def test_calls_in_flight_count_against_the_budget(tmp_path):
   calls.begin("r", "s", "m", 0.8)
   with pytest.raises(StopRun, match=r"1\.6000 set aside"):
     calls.begin("r", "s", "m", 0.8)
+
+
+def test_workers_share_what_is_left_of_a_budget(tmp_path):
+  Store(tmp_path, 4).write_settings({})
+  calls = Calls(tmp_path / "calls", "ray-1")
+  calls.end(calls.begin("r", "stage", "model", 1.0), {"text": "a"}, usd=0.4)
+  calls.close()
+  job = EngineJob(GraphRef("engine_toy:make", {}), tmp_path, budget_usd=1.0)
+  budgets = [one.budget_usd for one in job.split(3)]
+  assert budgets == pytest.approx([0.2, 0.6, 0.2])  # one has spent 0.4 of its own
+
+
+def clip(key: str, hashes: list[int], mirrored: list[int]) -> dict:
+  texts = {"hashes": hashes, "mirrored": mirrored}
+  return {"key": key, "video_id": key, **{k: [f"{h:016x}" for h in v] for k, v in texts.items()}}
+
+
+def test_most_frames_make_a_duplicate_as_they_are_or_mirrored():
+  rng = np.random.default_rng(0)
+  one, two, three, *other = (int(n) for n in rng.integers(0, 2**63, 9))
+  first = clip("a", [one, two, three], other[:3])
+  like = {
+    "b": clip("b", [one, *other[3:5]], other[:3]),  # one frame, such as a title card
+    "c": clip("c", [one, two, other[3]], other[:3]),
+    "d": clip("d", other[3:6], [one, two, three]),
+  }
+  dropped = {key: survey([first, row], {}, 8) for key, row in like.items()}
+  assert {key: list(drop) for key, drop in dropped.items()} == {"b": [], "c": ["c"], "d": ["d"]}
+  pictures = list(np.random.default_rng(1).integers(0, 255, (4, 16, 16, 3)).astype(np.uint8))
+  looks = {"a": pictures[:3], "c": [pictures[0], pictures[3], pictures[3]]}
+  assert survey([first, like["c"]], {}, 8, looks=looks.get) == {}  # one of two looks like it
+  looks["c"][1] = pictures[1]
+  assert list(survey([first, like["c"]], {}, 8, looks=looks.get)) == ["c"]
