@@ -100,7 +100,11 @@ def _go_on(
   predictions = [answers[item.id] for item in items if item.id in answers]
   run |= {
     "counts": counts(predictions) | {"total": len(items)},
-    "timing": {"wall": seconds, "items_per_s": len(todo) / seconds if todo else None},
+    "timing": {
+      "wall": seconds,
+      "items_per_s": len(todo) / seconds if todo else None,
+      "shards": n,
+    },
     "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }
   if len(predictions) < len(items):

@@ -61,14 +61,17 @@ def open_weights(
 def weight_shapes(
   cfg: VideoReferConfig, weights: str, placement: Placement
 ) -> tuple[VideoReferConfig, dict[str, Any]]:
-  """As `open_weights`, of a model that is not there: shapes with dtype and sharding."""
+  """As `open_weights`, of a model that is not there: shapes with dtype and sharding.
+
+  Its files are taken to be in bfloat16, as the published ones are.
+  """
   parts, final = _computing(cfg, weights)
   parts["llm"] = fused_config(parts["llm"], placement.size("tensor"))
   cfg = dataclasses.replace(cfg, **parts)
   shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
 
   def held(path: str, leaf: Any) -> Any:
-    leaf = jax.ShapeDtypeStruct(leaf.shape, final(path, np.dtype(leaf.dtype)))
+    leaf = jax.ShapeDtypeStruct(leaf.shape, final(path, np.dtype(jnp.bfloat16)))
     if weights == "int8" and is_matrix(path):
       leaf = jax.eval_shape(functools.partial(quantized, path), leaf)
     return placement.shapes({path: leaf})[path]
