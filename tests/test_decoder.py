@@ -112,6 +112,17 @@ def test_the_fused_layout_is_the_same_model(cfg):
   assert_same_up_to_rounding(logits, expected[:, 7:], decoder_roundings(cfg, 11))
 
 
+def test_tables_of_an_odd_vocabulary_have_a_spare_row_in_two_shards():
+  """So that a tensor axis splits them over the vocabulary; no token is the spare row."""
+  cfg = dataclasses.replace(FAMILIES["qwen2"], vocab_size=101, heads=4, kv_heads=2)
+  params, (tokens, positions) = init(cfg), example(cfg)
+  expected = apply(cfg, params, tokens, positions)
+  fused, weights = fuse(cfg, params["params"], shards=2)
+  assert {len(table) for table in weights["embedder"].values()} == {102}
+  ours = apply(fused, {"params": weights}, tokens, positions)
+  assert_same_up_to_rounding(ours, expected, decoder_roundings(cfg, 11))
+
+
 def test_rows_of_different_length_equal_each_alone(cfg):
   params, (tokens, positions) = init(cfg), example(cfg)
   lengths = jnp.array([[11], [6]])
