@@ -10,12 +10,15 @@ import pytest
 from test_interop_videorefer import model, random_params
 
 from data_pipes.errors import InputError
+from vr_jax.inference import opening
 from vr_jax.inference.opening import free_memory, open_weights
 from vr_jax.inference.placement import Placement
 from vr_jax.models import layer
 from vr_jax.models.embedder import Embedder
 from vr_jax.models.fused import fuse
 from vr_jax.models.layer import widened
+from vr_jax.models.quantize import quantized
+from vr_jax.models.siglip import Siglip, SiglipConfig
 from vr_jax.params import Tree, by_path
 from vr_jax.sharding import make_mesh
 
@@ -79,6 +82,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(mesh, share, tiny)
   assert 1 << 28 < free_memory() < 1 << 50
 
 
+@pytest.mark.int8
+@pytest.mark.parametrize(
+  ("path", "shape"), [("mlp/gate_up", (64, 333)), ("attn/attn_vec_einsum/w", (4, 16, 100))]
+)
+def test_a_matrix_is_quantised_by_pieces_as_it_is_whole(path, shape, monkeypatch):
+  monkeypatch.setattr(opening, "PIECE", 1000)
+  w = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16)
+  pieces = opening._quantized(f"llm/layers_0/{path}", w, np.dtype(np.float32))
+  whole = quantized(f"llm/layers_0/{path}", jnp.asarray(w, jnp.float32))
+  jax.tree.map(np.testing.assert_array_equal, pieces, whole)
+
+
 # --- Matrices that a CPU widens ------------------------------------------------------------------
 
 
@@ -123,3 +138,16 @@ def test_no_matrix_is_whole_in_float32_while_answers_are_decoded(dtype, narrow):
   program = jax.jit(decode).lower(tables, matrices, tokens).compile()
   weights = 2 * (2 * 900 * 64 + 4 * 64 * 640)
   assert program.memory_analysis().temp_size_in_bytes < weights / 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernels_of_a_tower_are_widened_layer_by_layer(dtype):
+  cfg = SiglipConfig(image_size=28, width=64, depth=9, heads=2, mlp_dim=512, dtype=dtype)
+  tower, pixels = Siglip(cfg), jnp.zeros((1, 28, 28, 3))
+  wide = jax.jit(lambda: tower.init(jax.random.key(0), pixels)["params"])()
+  narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, wide)
+  program = jax.jit(lambda p: tower.apply({"params": p}, pixels)[0]).lower(narrow).compile()
+  held = sum(w.nbytes for w in jax.tree.leaves(narrow))
+  assert program.memory_analysis().temp_size_in_bytes < held / 2
+  again = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
+  np.testing.assert_array_equal(program(narrow), jax.jit(tower.apply)({"params": again}, pixels)[0])

@@ -27,6 +27,8 @@ from vr_jax.models.quantize import is_matrix, quantized
 from vr_jax.models.videorefer import PARTS, VideoReferConfig, init_params
 from vr_jax.params import Parameters, path_names
 
+PIECE = 1 << 24  # weights that are quantised at a time
+
 
 def open_weights(
   cfg: VideoReferConfig,
@@ -49,11 +51,14 @@ def open_weights(
   _refuse_too_much(params, final, int8, placement, memory_limit)
   ready: dict[str, Any] = {}
   for path, array in _leaves(parts["llm"], params, placement.size("tensor")):
-    leaf = np.asarray(array, final(path, array.dtype))
-    if int8:
-      leaf = quantized(path, jnp.asarray(leaf)) if is_matrix(path) else leaf
-    # Each before the next is read: what waits to be copied is in memory too.
+    dtype = final(path, array.dtype)
+    if int8 and is_matrix(path):
+      leaf = _quantized(path, array, dtype)
+    else:
+      leaf = np.asarray(array, dtype)
+    # Each before the next is read: what waits to be copied, or has a name, is in memory too.
     ready[path] = jax.block_until_ready(placement.put({path: leaf})[path])
+    del array, leaf
   parts["llm"] = fused_config(parts["llm"], placement.size("tensor"))
   return dataclasses.replace(cfg, **parts), flax.traverse_util.unflatten_dict(ready, sep="/")
 
@@ -99,6 +104,20 @@ def _computing(
     return dtype if narrow else computed
 
   return parts, final
+
+
+def _quantized(path: str, w: np.ndarray, dtype: np.dtype) -> Any:
+  """An int8 matrix with the scales of its columns, which are its last axis.
+
+  Some columns at a time, since a matrix and what it is made of take four times its place in the
+  file; each column has its own scale, so pieces give the same.
+  """
+  width = max(1, PIECE // (w.size // w.shape[-1]))
+  pieces = [
+    jax.device_get(quantized(path, jnp.asarray(w[..., i : i + width], dtype)))
+    for i in range(0, w.shape[-1], width)
+  ]
+  return jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *pieces)
 
 
 def _computes_in_dtype(path: str) -> bool:

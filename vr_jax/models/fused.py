@@ -149,6 +149,10 @@ def fused_leaves(
     parts = [read(f"layers/{name}/{kind}", (i,)) for name in projections]
     return np.concatenate([part.reshape(-1, *axes) for part in parts])[heads]
 
+  def gate_up(i: int) -> np.ndarray:
+    both = np.concatenate(list(read("layers/mlp/gating_einsum", (i,))), axis=-1)
+    return both if shards == 1 else both[:, columns]
+
   for path in paths:
     if not path.startswith("layers/"):
       array = read(path, ())
@@ -161,8 +165,7 @@ def fused_leaves(
       b = projected("b", i, cfg.head_dim)
       yield f"layers_{i}/attn/qkv/b", rearrange(b, "N H -> (N H)")
   for i in range(cfg.depth):
-    gate_up = np.concatenate(list(read("layers/mlp/gating_einsum", (i,))), axis=-1)
-    yield f"layers_{i}/mlp/gate_up", gate_up if shards == 1 else gate_up[:, columns]
+    yield f"layers_{i}/mlp/gate_up", gate_up(i)
   for name in names:
     if not name.startswith((*projections, "mlp/gating_einsum")):
       for i in range(cfg.depth):

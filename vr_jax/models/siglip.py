@@ -247,6 +247,25 @@ class Encoder1DBlock(nn.Module):
     return x, x if self.emit else None
 
 
+def run_narrow(
+  layer: nn.Module, params: Any, x: Float[Array, "X N D"], pictures: Pictures | None, count: int
+) -> tuple[Float[Array, "X N D"], Any]:
+  """One layer after the other, of parameters [K,...] in less than float32.
+
+  A CPU multiplies in float32. Left to the compiler, the kernels of all layers are widened before
+  the first one runs, and the tower takes three times its place; the barrier keeps that in the loop.
+  """
+
+  def run(x, i):
+    kept, i = jax.lax.platform_dependent(
+      params, i, cpu=lambda *same: jax.lax.optimization_barrier(same), default=lambda *same: same
+    )
+    one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), kept)
+    return layer.apply({"params": one}, x, pictures)
+
+  return jax.lax.scan(run, x, jnp.arange(count))
+
+
 class Encoder(nn.Module):
   """The layers that run, and the norm behind them if that is all of them."""
 
@@ -265,14 +284,20 @@ class Encoder(nn.Module):
     if intermediates:
       out["hidden"] = x[None]
     if c.layers:
-      layers = nn.scan(
-        remat(Encoder1DBlock, c.remat, scanned=True),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=c.layers,
-      )(c, intermediates, self.rules, name="encoderblock")
-      x, hidden = layers(x, pictures)
+      block = remat(Encoder1DBlock, c.remat, scanned=True)
+      params = self.variables.get("params", {}).get("encoderblock", {})
+      if any(w.dtype != jnp.float32 for w in jax.tree.leaves(params)):
+        layer = block(c, intermediates, self.rules, parent=None)
+        x, hidden = run_narrow(layer, params, x, pictures, c.layers)
+      else:
+        layers = nn.scan(
+          block,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          in_axes=nn.broadcast,
+          length=c.layers,
+        )(c, intermediates, self.rules, name="encoderblock")
+        x, hidden = layers(x, pictures)
       if intermediates:
         out["hidden"] = jnp.concatenate([out["hidden"], hidden])
     return LayerNorm(c.dtype, name="encoder_norm")(x) if c.select_layer is None else x
