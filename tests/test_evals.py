@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,8 +28,9 @@ from vr_jax.training.schedule import split_by_table
 from vr_jax.training.step import TrainState
 from vr_jax.training.videorefer_task import videorefer_task
 
-CONFIG = "tests/toy_config.py"
-HELD_OUT = {"files": ("held.json",), "every": 4, "limit": 21}
+TESTS = Path(__file__).parent
+CONFIG = str(TESTS / "toy_config.py")
+HELD_OUT = {"files": (str(TESTS / "toy_held_out.txt"),), "every": 4, "limit": 21}
 
 
 def config_of(evals, *overrides, **early_stop):
