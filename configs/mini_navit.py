@@ -7,6 +7,11 @@ The tower is that of mini_navit_tower.py, the decoder begins as vr-mini's. What 
 pixelrefer_stage1.py and pixelrefer_stage2.py, all but the tower: in stage 1 the region encoder ten
 times as fast as the decoder, and so the connector, which PixelRefer finds trained. Rates, batch and
 row length are those of a small model.
+
+The stages were not run to their end yet, so that no vr-mini-navit is packaged. Once they are, the
+result goes beside vr-mini:
+
+    vr convert W/stage2 vr_jax/assets/vr-mini-navit --to vr --dtype bfloat16
 """
 
 from ml_collections import ConfigDict
@@ -21,14 +26,14 @@ STAGES = {"1": (600, 4e-3, 0.1), "2": (1200, 1e-3, 1.0)}
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Stage `stage` on the set in folder `data`; a 0 is the stage's own number."""
-  arg = parse_arg(arg, stage="1", data="set", tower="", init="", steps=0, lr=0.0, batch=4)
+  arg = parse_arg(arg, stage="1", data="set", tower="tower", init="", steps=0, lr=0.0, batch=4)
   if arg.stage not in STAGES:
     raise InputError(f"argument stage={arg.stage!r}: accepted: {', '.join(STAGES)}")
   steps, lr, share = STAGES[arg.stage]
   config = base_config().unlock()
   config.model_name = "vr-mini-navit"
   config.tokenizer = str(VR_MINI_NAVIT)
-  config.model_init = (("img", arg.tower or str(VR_MINI_NAVIT)), ("llm", str(VR_MINI)))
+  config.model_init = (("img", arg.tower), ("llm", str(VR_MINI)))
   if arg.init:
     config.model_init = (("", arg.init),)
   config.input.media = arg.data
