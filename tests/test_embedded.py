@@ -1,5 +1,6 @@
 """The embedded set: the world, its files, and questions that give nothing away."""
 
+import dataclasses
 import json
 import re
 from collections import Counter, defaultdict
@@ -55,6 +56,21 @@ def test_tracks_follow_the_script():
       for name, moved in ((thing.steps[0], path[0]), (thing.steps[-1], path[-1])):
         np.testing.assert_array_equal(np.sign(np.round(moved, 2)), step[name.split()[-1]])
       assert motion(thing.steps) in MOTIONS
+
+
+def test_a_scene_is_drawn_at_any_scale():
+  scene = make_scene(5)
+  (frames, masks), (larger, over) = render(scene), render(scene, 2)
+  assert larger.shape == (FRAMES, 2 * HEIGHT, 2 * WIDTH, 3)
+  halved = larger.reshape(FRAMES, HEIGHT, 2, WIDTH, 2, 3).mean((2, 4))
+  assert np.abs(halved - frames).mean() < 6  # grain and noise are drawn anew
+  np.testing.assert_allclose(over.sum((1, 2, 3)) / masks.sum((1, 2, 3)), 4, rtol=0.15)
+  striped = dataclasses.replace(scene, things=[dataclasses.replace(t) for t in scene.things])
+  for thing in striped.things:
+    thing.texture = "striped"
+  fine, coarse = (render(striped, 1, marking)[0].astype(int) for marking in (1.0, 3.0))
+  changes = [np.abs(np.diff(drawn[0], axis=1)).sum() for drawn in (fine, coarse)]
+  assert changes[0] > 1.1 * changes[1]  # more edges
 
 
 def test_every_relation_occurs_and_occlusion_is_real():
