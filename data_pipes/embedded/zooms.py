@@ -46,8 +46,8 @@ def zooms(seed: int, count: int, tokens: int, max_length: int) -> list[Zoom]:
   scale = int(rng.choice(SCALES))
   scene = crowd(seed, RADII)
   states = thing_states(scene).astype(np.float16)
-  frames, masks = render(scene, scale)
-  frames = compressed(frames)
+  drawn, masks = render(scene, scale)
+  frames = compressed(drawn)
   made = []
   for n in np.sort(rng.permutation(FRAMES)[:count]):
     picture = to_patches(frames[n], max_length, STRIDE, pictures=4)
