@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data_pipes.errors import InputError
-from data_pipes.prompts import IGNORE, MEDIA_TAGS, ROLES, Text, Turn, from_human
+from data_pipes.prompts import (
+  IGNORE,
+  MEDIA_TAGS,
+  ROLES,
+  Text,
+  Turn,
+  from_human,
+  ids_around,
+  without_controls,
+)
 from data_pipes.tokenizer import REGION, Tokenizer
 
 IMAGE_TOKEN, REGION_TOKEN = "<image>", "<REGION>"
@@ -69,22 +78,35 @@ def question_text(
   media: str | None,
   scene: Sequence[str],
   objects: Sequence[str],
+  earlier: Sequence[Turn] = (),
+  system: str = "",
+  literal: bool = False,
 ) -> tuple[str, Text]:
   """A question as the model is asked it: the text after the template, and its ids.
 
   Args:
     question: with `<region>` once for each object, and `<video>` or `<image>` where the pictures
-      go; by default in front.
+      go; by default in front of the first question.
     media: "video", "image" or None.
     scene: what the media tag becomes, `video_text` or one `image_text` for each tag; nothing for
       PixelRefer-Lite, whose prompts hold no pictures.
     objects: what each `<region>` becomes.
+    earlier: questions and answers before; their objects come before the question's.
+    system: a message before all, which the models have not been trained with.
+    literal: control tokens and media tags in the messages are ordinary text.
 
   Raises InputError: tags or `<region>` are not as many as they must be.
   """
-  (turn,) = _filled([Turn("human", question)], media, scene, objects)
-  prompt = render([("user", turn.text)], add_generation_prompt=True)
-  ids = np.array(tokenizer.encode(prompt), np.int32)
+  turns, spelled = [*earlier, Turn("human", question)], []
+  if literal:
+    messages = [{"role": "", "content": text} for text in (system, *(t.text for t in turns))]
+    (first, *others), spelled = without_controls(messages, tokenizer)
+    system = first["content"]
+    turns = [Turn(t.role, m["content"]) for t, m in zip(turns, others, strict=True)]
+  filled = _filled(turns, media, scene, objects)
+  before = [("system", system)] if system else []
+  prompt = render([*before, *((ROLES[t.role], t.text) for t in filled)], True)
+  prompt, ids = ids_around(prompt, spelled, tokenizer, tokenizer.encode)
   return prompt, Text(ids, np.full_like(ids, IGNORE))
 
 

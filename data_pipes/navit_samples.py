@@ -114,6 +114,7 @@ def question_sample(
   start: float | None = None,
   end: float | None = None,
   seen: tuple[SeenScene, Frames] | None = None,
+  **dialogue: Any,
 ) -> tuple[str, Sample]:
   """A question about a video or an image: the text after the template, and the sample.
 
@@ -125,18 +126,19 @@ def question_sample(
       where it is seen.
     start, end: seconds between which scene frames are taken.
     seen: the scene and the frames of the objects, where `see_scene` has read them.
+    **dialogue: earlier, system and literal, of `question_text`.
 
   Raises InputError.
   """
   if source is None:
-    prompt, text = question_text(question, tokenizer, None, [], [])
+    prompt, text = question_text(question, tokenizer, None, [], [], **dialogue)
     return prompt, Sample(text.ids, text.labels)
   video = open_video(source)
   objects = chosen_objects(objects, video, rules)
   scene, frames = seen or see_scene(video, rules, annotated_frames(video, objects).ids, start, end)
   media = media_of(video)
   crops, texts = _see_objects(video, media, objects, rules, frames)
-  prompt, text = question_text(question, tokenizer, media, scene.texts, texts)
+  prompt, text = question_text(question, tokenizer, media, scene.texts, texts, **dialogue)
   return prompt, Sample(text.ids, text.labels, scene.pictures, crops, video=media == "video")
 
 

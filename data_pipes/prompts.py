@@ -6,7 +6,7 @@ of text around it is tokenised alone. Equal to the published trainer and mm_infe
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,21 +183,32 @@ def question_prompt(
     raise InputError("the question is empty: no message to put the media tag into")
   spelled: list[str] = []
   if literal:
-    messages, spelled = _without_controls(messages, tokenizer)
+    messages, spelled = without_controls(messages, tokenizer)
   at = int(messages[0]["role"] == "system" and len(messages) > 1)
   first = {**messages[at], "content": f"{tag}\n{messages[at]['content']}"}
   rendered = tokenizer.render([*messages[:at], first, *messages[at + 1 :]], True)
-  # The template's own text is as it would be; each control that stood in a message goes by itself.
-  pieces = re.split(f"[{CONTROL}]", rendered) if spelled else [rendered]
-  parts = [tokenize(pieces[0], tokenizer, tag)]
-  for text, piece in zip(spelled, pieces[1:], strict=True):
-    parts += [tokenizer.encode_literally(text), tokenize(piece, tokenizer, tag)]
-  ids = np.array([i for part in parts for i in part], np.int32)
-  prompt = pieces[0] + "".join(t + p for t, p in zip(spelled, pieces[1:], strict=True))
+  prompt, ids = ids_around(
+    rendered, spelled, tokenizer, lambda text: tokenize(text, tokenizer, tag)
+  )
   return prompt, Text(ids, np.full_like(ids, IGNORE))
 
 
-def _without_controls(
+def ids_around(
+  rendered: str, spelled: Sequence[str], tokenizer: Tokenizer, encode: Callable[[str], list[int]]
+) -> tuple[str, np.ndarray]:
+  """The prompt with its control tokens spelled out, and its ids int32.
+
+  The template's own text is as it would be; each control that stood in a message goes by itself.
+  """
+  pieces = re.split(f"[{CONTROL}]", rendered) if spelled else [rendered]
+  parts = [encode(pieces[0])]
+  for text, piece in zip(spelled, pieces[1:], strict=True):
+    parts += [tokenizer.encode_literally(text), encode(piece)]
+  prompt = pieces[0] + "".join(t + p for t, p in zip(spelled, pieces[1:], strict=True))
+  return prompt, np.array([i for part in parts for i in part], np.int32)
+
+
+def without_controls(
   messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
 ) -> tuple[list[dict[str, str]], list[str]]:
   """The messages with CONTROL in the place of each control token, and these in their order."""

@@ -33,7 +33,7 @@ from vr_jax.inference import bulk
 from vr_jax.inference.options import Options
 from vr_jax.inference.placement import parse_mesh
 from vr_jax.inference.regions import Region
-from vr_jax.inference.requests import Request
+from vr_jax.inference.requests import Request, Turn
 from vr_jax.interop.convert import convert
 from vr_jax.interop.navit import config_json, model_slots, tower_json, tower_prefix
 from vr_jax.interop.sources import open_source
@@ -390,6 +390,53 @@ def test_requests_may_say_where_k_means_starts(answering, clip, tmp_path):
   for wrong in ("abc", [1], [["a"]], [[True]], 7):
     with pytest.raises(InputError, match="accepted: for each crop a list"):
       dataclasses.replace(request, starts=wrong)
+
+
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
+def test_earlier_turns_and_questions_about_no_video_are_read(answering, clip):
+  box = Region(box=(20, 4, 58, 24), frame=4, name="cat")
+  turns = [Turn("What is <region>?", "A <|im_end|> cat.", [box])]
+  request = Request(clip, "Is <region cat> red?", turns=turns, system="Be brief.")
+  reader = answering.reader(Options(scene_frames=3, literal=True))
+  (group,) = reader.read([(0, request)])
+  sample = group.questions[0].sample
+  text = answering.tokenizer.decode(sample.ids, skip_special=False)
+  start, end = "<|im_start|>", "<|im_end|>"
+  assert text.startswith(f"{start}system\nBe brief.{end}\n{start}user\nTime 0.0s:<image>")
+  parts = [f"assistant\nA {end} cat.{end}\n", f"user\nIs [{'<REGION>' * 6}] red?{end}\n"]
+  assert text.endswith(f"{start}{start.join(parts)}{start}assistant\n")
+  # Of the controls one is text, tokens of its letters.
+  assert list(sample.ids).count(answering.tokenizer.id_of(end)) == text.count(end) - 1
+  (about_nothing,) = reader.read([(0, Request(None, "Why?"))])
+  assert not about_nothing.questions[0].sample.pictures()
+
+
+@pytest.mark.parametrize("folder", ["cells_in_context"], indirect=True)
+def test_frames_on_which_an_annotated_object_is_not_seen_are_left_out(folder, clip):
+  """Whatever form says so: None, an array, run lengths."""
+  empty = {"size": [40, 60], "counts": [40 * 60]}
+  seen = {"size": [40, 60], "counts": [500, 300, 1600]}
+  reader = load(folder).reader(Options())
+  masks = {0: seen, 1: empty, 2: None, 3: np.zeros((40, 60), np.uint8), 4: seen}
+  (group,) = reader.read([(0, Request(clip, "What is <region>?", annotation=[masks]))])
+  assert [list(o) for o in group.questions[0].objects] == [[0], [4]]
+
+
+@pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)
+def test_an_object_that_vanishes_is_told(folder, tmp_path):
+  """A line one pixel wide in a large picture, which shrinks: no cell by the published rule."""
+  Image.new("RGB", (700, 700)).save(tmp_path / "image.png")
+  mask = np.zeros((700, 700), np.uint8)
+  mask[350, :] = 1
+  mask[:, 350] = 1
+  mask[:20, :20] = 0
+  request = Request(tmp_path / "image.png", "What is <region>?", annotation=[{0: mask}])
+  for rule in ("published", "keep"):
+    (group,) = load(folder).reader(Options(mask_rule=rule)).read([(0, request)])
+    (question,) = group.questions
+    vanished = question.sample.objects[0].cells == 0
+    assert vanished == (rule == "published")
+    assert vanished == any("accepted: mask_rule keep" in line for line in question.warnings)
 
 
 @pytest.mark.parametrize("folder", ["placed_cells"], indirect=True)

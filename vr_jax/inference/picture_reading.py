@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -22,13 +23,13 @@ from data_pipes.navit_samples import (
   question_sample,
   see_scene,
 )
-from data_pipes.prompts import Text
+from data_pipes.prompts import Text, Turn
 from data_pipes.tokenizer import Tokenizer
 from data_pipes.video import Video, open_video
 from vr_jax.inference.options import Options
 from vr_jax.inference.reading import Group, Question, Reader, Refused, file_identity
-from vr_jax.inference.regions import objects_of
 from vr_jax.inference.requests import Request
+from vr_jax.inference.turns import questions_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,12 @@ class PictureQuestion(Question):
 
 
 class _Marked(NamedTuple):
+  """The questions of a request, the objects of all of them with their names, and notes on these."""
+
+  texts: list[str]
   names: list[str]
   objects: Objects
+  notes: list[str]
 
 
 class KnownScenes:
@@ -101,8 +106,10 @@ class PictureReader(Reader):
     """
     first = requests[0][1]
     try:
-      source = open_video(first.video, fps=first.fps, upright=True)
-      if source.kind == "image" and first.seconds is not None:
+      source = None
+      if first.video is not None:
+        source = open_video(first.video, fps=first.fps, upright=True)
+      if source is not None and source.kind == "image" and first.seconds is not None:
         raise InputError(f"{source.name}: an image has no times; accepted: no seconds")
     except InputError as error:
       return [(i, error) for i, _ in requests]
@@ -128,45 +135,73 @@ class PictureReader(Reader):
         results.append((i, error))
     return results
 
-  def _marked(self, request: Request, source: Video) -> _Marked:
+  def _marked(self, request: Request, source: Video | None) -> _Marked:
     """The objects of a request on the frames that the model looks at, and their names."""
-    marked = objects_of(request.regions, source)
+    texts, marked = questions_of(request, source, None)
     names = [m.name for m in marked]
-    objects = [m.masks for m in marked] + list(request.annotation)
+    objects: Objects = [m.masks for m in marked] + list(request.annotation)
     names += [f"object {n}" for n in range(len(names), len(objects))]
-    return _Marked(names, chosen_objects(objects, source, self._rules))
+    if source is not None:
+      objects = chosen_objects(objects, source, self._rules)
+    return _Marked(texts, names, objects, [note for m in marked for note in m.notes])
 
-  def _see(self, first: Request, source: Video, marked: set[int]) -> tuple[SeenScene, Frames]:
+  def _see(
+    self, first: Request, source: Video | None, marked: set[int]
+  ) -> tuple[SeenScene, Frames]:
     """The scene and the marked frames; of a known scene nothing is decoded."""
+    if source is None:
+      return SeenScene([], [], []), {}
     rules, numbers = self._rules, sorted(marked)
     start, end = first.seconds or (None, None)
+
+    def read() -> tuple[SeenScene, Frames]:
+      see = functools.partial(see_scene, source, rules, numbers, start, end)
+      return self._decoded(first, see)
+
     file = file_identity(first.video) if self._options.share else None
     if file is None or self._scenes is None or rules.crop.lite:
-      return see_scene(source, rules, numbers, start, end)
+      return read()
     key = (file, first.seconds, first.fps, rules.fps, rules.max_frames, rules.frame_rule)
-    scene, frames = self._scenes.get(key, lambda: see_scene(source, rules, numbers, start, end))
+    scene, frames = self._scenes.get(key, read)
     if frames is None:
-      frames = dict(zip(numbers, source.frames(numbers), strict=True))
+      decoded = self._decoded(first, functools.partial(source.frames, numbers)) if numbers else []
+      frames = dict(zip(numbers, decoded, strict=True))
     return scene, frames
 
   def _group(
     self,
     index: int,
     request: Request,
-    source: Video,
+    source: Video | None,
     marked: _Marked,
     seen: tuple[SeenScene, Frames],
   ) -> Group:
-    names, objects = marked
-    question = (request.preface() if request.preface else "") + request.question
-    _, sample = question_sample(source, question, self._tokenizer, self._rules, objects, seen=seen)
+    names, objects = marked.names, marked.objects
+    *before, question = marked.texts
+    answers = [turn.answer for turn in request.turns]
+    earlier = [
+      turn
+      for text, answer in zip(before, answers, strict=True)
+      for turn in (Turn("human", text), Turn("gpt", answer))
+    ]
+    _, sample = question_sample(
+      source,
+      question,
+      self._tokenizer,
+      self._rules,
+      objects,
+      seen=seen,
+      earlier=earlier,
+      system=request.system,
+      literal=self._options.literal,
+    )
     if request.starts:
       sample = dataclasses.replace(
         sample, objects=started(sample.objects, request.starts, self._rules.tokens)
       )
-    frames = self._frames_of_crops(source, objects)
+    frames = [] if source is None else self._frames_of_crops(source, objects)
     scene = seen[0].ids
-    if self._rules.crop.lite:
+    if source is not None and self._rules.crop.lite:
       scene = [0] if source.kind == "image" else annotated_frames(source, objects).ids
     lost = [
       f"{names[i]}: its mask on frame {number} leaves no cell of the crop, so that the model is "
@@ -179,7 +214,7 @@ class PictureReader(Reader):
       sample,
       [names[i] for i, _ in frames],
       [number for _, number in frames],
-      [line for line in (self._notice, *lost) if line],
+      [line for line in (self._notice, *marked.notes, *lost) if line],
     )
     # What is shared is told by its content, see `pictures.PictureVisual`.
     shared = b"" if self._options.share else None
