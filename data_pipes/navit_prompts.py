@@ -97,7 +97,8 @@ def question_text(
 
   Raises InputError: tags or `<region>` are not as many as they must be.
   """
-  turns, spelled = [*earlier, Turn("human", question)], []
+  turns = [*earlier, Turn("human", question)]
+  spelled: list[str] = []
   if literal:
     messages = [{"role": "", "content": text} for text in (system, *(t.text for t in turns))]
     (first, *others), spelled = without_controls(messages, tokenizer)

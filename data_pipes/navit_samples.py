@@ -88,7 +88,9 @@ def training_sample(
   Raises InputError, which names the record.
   """
   try:
-    seen, crops, object_texts = SeenScene([], [], []), [], []
+    seen = SeenScene([], [], [])
+    crops: list[Crop] = []
+    object_texts: list[str] = []
     if record.media is not None:
       video, given = _opened(record, media_root)
       objects = chosen_objects(record.objects, video, rules)

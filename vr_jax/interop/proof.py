@@ -172,15 +172,15 @@ def _fixed_pictures(cfg: VideoReferConfig, seed: int) -> Row:
 
   def crop(h: int, w: int, cells: int) -> Crop:
     mask = (np.arange(h * w) < cells).reshape(h, w).astype(np.uint8)
-    beside = {"local": picture(2, 3), "whole": picture(3, 3)} if lite else {}
-    return Crop(picture(h, w), mask, (3, 5, 40, 60, 48, 64), **beside)
+    local, whole = (picture(2, 3), picture(3, 3)) if lite else (None, None)
+    return Crop(picture(h, w), mask, (3, 5, 40, 60, 48, 64), local, whole)
 
   clip = [picture(2 * s, 2 * s, s) for _ in range(3)]
   clip.insert(2, Picture(clip[1].patches.copy(), clip[1].grid, s))
   still, side = [picture(3, 5)], math.isqrt(2 * K) + 2
   samples = []
   for scene, crops in ((clip, [crop(side, side, 2 * K), crop(3, 4, 2)]), (still, [crop(4, 4, 9)])):
-    scene = () if lite else scene
+    scene = [] if lite else scene
     words = rng.integers(0, cfg.llm.vocab_size - 2, (4, 6))
     ids = [words[0], np.full(sum(p.tokens for p in scene), image), words[1]]
     for i, one in enumerate(crops):
