@@ -234,27 +234,27 @@ class Theirs:
 # --- The rows ---------------------------------------------------------------------------------
 
 
-def read(model: PictureModel, asked: list[Request]) -> list[Sample]:
+def read(model: PictureModel, queries: list[Request]) -> list[Sample]:
   """Samples of requests, each read by itself as the published scripts do."""
   reader = model.reader(Options(scene_frames=FRAMES, share=False))
-  return [reader.read([(0, one)])[0].questions[0].sample for one in asked]
+  return [reader.read([(0, one)])[0].questions[0].sample for one in queries]
 
 
 def speed_of_answers(
-  model: PictureModel, theirs: Theirs, name: str, asked, count: int, goal: str, pairs: int
+  model: PictureModel, theirs: Theirs, name: str, queries, count: int, goal: str, pairs: int
 ):
   """Ours all together and shared; theirs two of them, one by one."""
   tokens: dict[str, list] = {}
-  two = [asked[0], asked[-1]]
-  batch = len(asked) if len(asked) > 2 else 1
+  two = [queries[0], queries[-1]]
+  batch = len(queries) if len(queries) > 2 else 1
 
   def ours():
     model.visual.forget()
     start = time.perf_counter()
-    answers = model.ask_many(asked, max_new_tokens=count, batch_size=batch, scene_frames=FRAMES)
+    answers = model.ask_many(queries, max_new_tokens=count, batch_size=batch, scene_frames=FRAMES)
     seconds = time.perf_counter() - start
     tokens["ours"] = [list(answers[0].token_ids), list(answers[-1].token_ids)]
-    return {"answers": len(asked) / seconds}
+    return {"answers": len(queries) / seconds}
 
   def torch():
     start = time.perf_counter()
@@ -395,14 +395,14 @@ def main() -> None:
     source, model = open_source(folder), load(folder)
     with torch_model(source) as (_, parts):
       theirs = Theirs(parts, source.model_config())
-      asked = requests()
+      queries = requests()
       if "prefill" in args.rows:
         speed_of_answers(
-          model, theirs, "cpu.successor_prefill_x", asked[:1], 1, ">= 1.5", args.pairs
+          model, theirs, "cpu.successor_prefill_x", queries[:1], 1, ">= 1.5", args.pairs
         )
       if "questions" in args.rows:
         speed_of_answers(
-          model, theirs, "cpu.successor_many_x", asked, NEW_TOKENS, ">= 8", args.pairs
+          model, theirs, "cpu.successor_many_x", queries, NEW_TOKENS, ">= 8", args.pairs
         )
       if "train" in args.rows:
         params = nested(arrays(source.params, "float32"))
