@@ -185,13 +185,13 @@ def s6(bench: Bench) -> None:
   before = compilations()
   temperatures = (0.1 + 0.013 * i for i in itertools.count())
 
-  def asked(**options: float) -> dict[str, float]:
+  def answered(**options: float) -> dict[str, float]:
     return {"rate": 1 / bench.ask(bench.request(0), SHORT, **options).total}
 
   rates = alternate(
     {
-      "new": lambda: asked(temperature=next(temperatures)),
-      "warm": lambda: asked(temperature=0.1),
+      "new": lambda: answered(temperature=next(temperatures)),
+      "warm": lambda: answered(temperature=0.1),
     },
     3 * bench.pairs,
   )

@@ -327,3 +327,29 @@ def test_prefixes_are_kept_up_to_so_many_bytes(model, requests, monkeypatch):
   assert model.visual.counts["prefixes"] == before
   model.ask_many([requests[1]], **OPTIONS)
   assert model.visual.counts["prefixes"] == before + 1
+
+
+@pytest.mark.slow
+def test_answers_move_to_more_rows_and_back(model, requests):
+  """300 requests of 32 clients; the rows of few answers are 1, those of more are 3."""
+  mixed = [(request, way) for request in requests for way in WAYS]
+  with Service(model, **SIZES | {"row_classes": (1,), "queue": 400, "per_client": None}) as running:
+    alone = [running.submit(r, **{"max_new_tokens": 8} | way).result(60) for r, way in mixed]
+    rows = {len(lane.rows._keys) for lane in running._scheduler._lanes.values()}
+    assert rows == {1}
+    before = compilations()
+    with ThreadPoolExecutor(32) as callers:
+
+      def ask(i):
+        request, way = mixed[i % len(mixed)]
+        ticket = running.submit(request, **{"max_new_tokens": 8} | way, stream=i % 3 == 0)
+        if i % 7 == 6:
+          ticket.cancel()
+          return None
+        return ticket.result(120)
+
+      answers = list(callers.map(ask, range(300)))
+    for i, answer in enumerate(answers):
+      assert answer is None or answer == alone[i % len(mixed)]
+    assert compilations() == before
+  assert [model.ask_many([r], **OPTIONS | way)[0] for r, way in mixed] == alone

@@ -127,8 +127,8 @@ def _chat(
     if not line:
       continue
     try:
-      asked = {"role": "user", "content": line, "regions": parse_regions(specs)}
-      answer = model.ask(video, [*messages, asked], on_text=show, **asdict(options))
+      message = {"role": "user", "content": line, "regions": parse_regions(specs)}
+      answer = model.ask(video, [*messages, message], on_text=show, **asdict(options))
     except InputError as error:
       print(f"vr ask: {error}", file=sys.stderr)
       specs = []
@@ -136,7 +136,7 @@ def _chat(
     print(json.dumps(answer.to_dict()) if output.json else "", flush=True)
     for warning in () if messages else answer.warnings:
       print(f"vr ask: warning: {warning}", file=sys.stderr)
-    messages += [asked, {"role": "assistant", "content": answer.text}]
+    messages += [message, {"role": "assistant", "content": answer.text}]
     specs = []
   return 0
 
