@@ -1,7 +1,7 @@
 """The routes of the server: OpenAI's, and what an object-level video model has besides."""
 
 import asyncio
-import contextlib
+import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -72,7 +72,8 @@ def make_app(engine: Engine) -> FastAPI:
   async def chat_completions(request: Request) -> Response:
     chat = read_chat(parse(await _text(request)))
     caller = Caller(request.state.owner, request.state.client, request.state.weight)
-    ticket, medium = await blocking(engine.ask, chat, caller, engine.listening.request_timeout)
+    ask = functools.partial(engine.ask, chat, caller, engine.listening.request_timeout)
+    ticket, medium = ask() if chat.media is None else await blocking(ask)
     return _Answering(engine, ticket, chat, medium, engine.completion())
 
   # --- Models
@@ -263,26 +264,20 @@ async def _events(
 ) -> AsyncIterator[Event | None]:
   """The events of a ticket; None after so many seconds without one. Raises Gone."""
   events = aiter(ticket)
-  step: asyncio.Future | None = None
-  try:
-    while True:
-      step = asyncio.ensure_future(anext(events))
+  event: Event | None = None
+  while not isinstance(event, Done | Failed):
+    step = asyncio.ensure_future(anext(events))
+    try:
       while not step.done():
         await asyncio.wait({step, gone}, timeout=silence, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-          raise Gone
         if not step.done():
+          if gone.done():
+            raise Gone
           yield None
-      try:
-        event = step.result()
-      except StopAsyncIteration:
-        return
-      yield event
-  finally:
-    if step is not None and not step.done():
-      step.cancel()
-      with contextlib.suppress(asyncio.CancelledError):
-        await step
+    finally:
+      step.cancel()  # of one that is done, nothing
+    event = step.result()
+    yield event
 
 
 async def _text(request: Request) -> str:

@@ -65,7 +65,8 @@ class Guard:
         status = message["status"]
         fixed = HEADERS | {"x-request-id": request_id}
         message["headers"] = [*message.get("headers", ()), *_encoded(fixed)]
-      await asyncio.wait_for(send(message), SEND_SECONDS)
+      async with asyncio.timeout(SEND_SECONDS):
+        await send(message)
 
     scope.setdefault("state", {})["request_id"] = request_id
     try:
@@ -148,7 +149,8 @@ class Guard:
       if is_whole:
         return await receive()  # until the client leaves
       try:
-        message = await asyncio.wait_for(receive(), PIECE_SECONDS)
+        async with asyncio.timeout(PIECE_SECONDS):
+          message = await receive()
       except TimeoutError:
         raise ApiError(408, f"no more of the body within {PIECE_SECONDS:g} s") from None
       count += len(message.get("body", b""))
