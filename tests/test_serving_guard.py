@@ -1,17 +1,27 @@
 """Who may call: hosts, origins and keys on every route that the server has, and bodies too long."""
 
 import asyncio
+import json
 import re
+import threading
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from data_pipes.errors import InputError
+from vr_jax.inference.options import Options
+from vr_jax.inference.requests import Answer, Request
+from vr_jax.inference.tickets import Busy, Closed, Text, Ticket
+from vr_jax.serving import app as app_module
 from vr_jax.serving import guard as guard_module
+from vr_jax.serving.answers import Completion
 from vr_jax.serving.app import make_app
-from vr_jax.serving.engine import Engine, model_name
+from vr_jax.serving.clips import ClipInfo
+from vr_jax.serving.engine import Engine, model_name, refusal
 from vr_jax.serving.guard import OPEN, Guard
-from vr_jax.serving.media import MediaOptions, Store
+from vr_jax.serving.media import MediaOptions, Medium, Store
 from vr_jax.serving.settings import Capacity, Keys, Listening, read_keys
 
 KEY = "sk-" + "a" * 30
@@ -256,3 +266,78 @@ def test_names_of_models_hold_no_path(tmp_path):
   assert model_name(str(tmp_path)) == tmp_path.name
   assert model_name("owner/name@0123") == "owner/name@0123"
   assert model_name("vr-mini") == "vr-mini"
+
+
+# --- Answers as they are sent, of a ticket that the test writes
+
+CLIP = Path("/srv/secret/clip.mp4")
+MEDIUM = Medium("cat.mp4", CLIP, ClipInfo("video", 4, 2.0, (8, 8), np.arange(4) / 2))
+
+
+@pytest.fixture
+def sent(make_client, monkeypatch):
+  """What a chat's response holds: its status and its text."""
+
+  def send(ticket, *, stream):
+    def ask(self, chat, caller, deadline):
+      return ticket, MEDIUM
+
+    monkeypatch.setattr(Engine, "ask", ask)
+    monkeypatch.setattr(Engine, "completion", lambda self: Completion("vr-mini", None, str))
+    body = {"model": "vr-mini", "messages": [{"role": "user", "content": "?"}], "stream": stream}
+    response = make_client()("POST", "/v1/chat/completions", json=body)
+    return response.status_code, response.text
+
+  return send
+
+
+def ticket_of(*events):
+  """A ticket that gives texts, and ends with the last."""
+  ticket = Ticket(Request(None, ""), Options(), stream=True)
+  for text in events[:-1]:
+    ticket.add(Text(text, (1,)))
+  if events[-1] is not None:
+    ticket.end(events[-1])
+  return ticket
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+  ("error", "status", "kind"),
+  [
+    (InputError(f"{CLIP}: damaged video"), 400, "invalid_request_error"),
+    (Busy("3 wait"), 429, "rate_limit_error"),
+    (Closed("closed"), 503, "overloaded_error"),
+    (ZeroDivisionError("division"), 500, "server_error"),
+  ],
+)
+def test_a_failure_before_the_first_piece_is_a_status(sent, stream, error, status, kind):
+  code, text = sent(ticket_of(error), stream=stream)
+  assert (code, json.loads(text)["error"]["type"]) == (status, kind)
+  assert "/srv" not in text
+  assert "division" not in text
+
+
+def test_a_failure_in_a_stream_is_its_last_event(sent):
+  code, text = sent(ticket_of("a cat", InputError(f"{CLIP}: damaged video")), stream=True)
+  assert code == 200
+  *_, last, rest = text.split("\n\n")
+  assert json.loads(last.removeprefix("data: "))["error"]["message"] == "cat.mp4: damaged video"
+  assert not rest
+  assert "[DONE]" not in text
+
+
+def test_a_silent_stream_says_that_it_lives(sent, monkeypatch):
+  monkeypatch.setattr(app_module, "KEEP_ALIVE_SECONDS", 0.02)
+  ticket = ticket_of(None)
+  timer = threading.Timer(0.2, ticket.end, (Answer("a cat", (1, 2), (), (), ()),))
+  timer.start()
+  code, text = sent(ticket, stream=True)
+  assert code == 200
+  assert text.count(": keep-alive\n\n") > 1
+  assert text.endswith("data: [DONE]\n\n")
+
+
+def test_busy_and_ending_servers_say_when_to_ask_again():
+  assert refusal(Busy("3 wait"), None).headers == {"retry-after": "1"}
+  assert refusal(Closed("closed"), None).code == "draining"
