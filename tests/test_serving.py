@@ -22,7 +22,12 @@ import vr_jax
 from data_pipes.errors import InputError
 from vr_jax import cli
 from vr_jax.inference.model import Model
+from vr_jax.inference.options import Options
+from vr_jax.inference.requests import Answer
+from vr_jax.inference.tickets import Ticket
 from vr_jax.serving import batch
+from vr_jax.serving.answers import Completion
+from vr_jax.serving.engine import Engine
 from vr_jax.serving.media import MediaOptions
 from vr_jax.serving.settings import Capacity
 
@@ -221,35 +226,58 @@ def test_what_the_engine_was_not_declared_for_names_the_option(server, clip):
   assert (long.status_code, long.json()["error"]["param"]) == (400, "messages")
 
 
-def test_a_batch_is_answered_as_by_the_server_and_goes_on(server, model, clip, answer, tmp_path):
-  bodies = [asking(clip), asking(clip, seed=1), asking(clip, max_tokens=0)]
-  lines = [
-    json.dumps({"custom_id": f"q{i}", "method": "POST", "url": batch.URL, "body": body})
-    for i, body in enumerate(bodies)
-  ]
+@pytest.fixture
+def run_batch(tmp_path, clip):
+  """Runs a batch of some bodies in one folder: its summary, and the records that it left."""
   requests, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-  requests.write_text("\n".join(lines))
   capacity = Capacity(rows=1, new_tokens=64, question_tokens=64, scene_frames=(4,))
   media = MediaOptions(media_root=(str(clip.parent),))
 
-  def run(checkpoint="a"):
+  def run(bodies, load=None, checkpoint="a"):
+    lines = [
+      json.dumps({"custom_id": f"q{i}", "method": "POST", "url": batch.URL, "body": body})
+      for i, body in enumerate(bodies)
+    ]
+    requests.write_text("\n".join(lines))
     name = "tiny_videorefer_qwen2"
-    return batch.run(lambda: model, checkpoint, name, requests, out, capacity, media)
+    summary = batch.run(load, checkpoint, name, requests, out, capacity, media)
+    return summary, [json.loads(line) for line in out.read_text().splitlines()]
 
-  assert run() == batch.Summary(2, 1, 0)
-  records = [json.loads(line) for line in out.read_text().splitlines()]
+  return run
+
+
+def test_a_batch_goes_on_and_tells_other_requests_from_its_own(run_batch, clip, monkeypatch):
+  def ask(self, chat, caller, deadline):
+    ticket = Ticket(vr_jax.Request(None, ""), Options())
+    ticket.end(Answer(f"seed {chat.options['seed']}", (1,), (), (), ()))
+    return ticket, None
+
+  monkeypatch.setattr(Engine, "start", lambda *_: None)
+  monkeypatch.setattr(Engine, "ask", ask)
+  monkeypatch.setattr(Engine, "completion", lambda self: Completion("m", None, str))
+  bodies = [asking(clip, seed=i) for i in range(3)]
+  bad = asking(clip, max_tokens=0)
+  summary, records = run_batch([*bodies[:2], bad])
+  assert summary == batch.Summary(2, 1, 0)
   assert [r["custom_id"] for r in records] == ["q0", "q1", "q2"]
-  for record in records[:2]:
-    assert record["response"]["body"]["choices"][0]["message"]["content"] == answer
+  texts = [r["response"]["body"]["choices"][0]["message"]["content"] for r in records[:2]]
+  assert texts == ["seed 0", "seed 1"]
   assert records[2]["response"]["status_code"] == 400
   assert records[2]["response"]["body"]["error"]["param"] == "max_tokens"
+  summary, records = run_batch(bodies)
+  assert (summary, len(records)) == (batch.Summary(1, 0, 2), 3)
   with pytest.raises(InputError, match="other weights"):
-    run("b")
-  requests.write_text("\n".join(lines[:2]))
-  assert run() == batch.Summary(0, 0, 2)
-  requests.write_text(lines[0].replace("doing", "seeing"))
+    run_batch(bodies, checkpoint="b")
   with pytest.raises(InputError, match="answers another request"):
-    run()
+    run_batch(bodies[1:])
+
+
+@pytest.mark.slow
+def test_a_batch_is_answered_as_by_the_server(server, run_batch, model, clip):
+  bodies = [asking(clip), asking(clip, temperature=1.0, seed=3)]
+  _, records = run_batch(bodies, lambda: model)
+  choices = [record["response"]["body"]["choices"] for record in records]
+  assert choices == [post(server, body).json()["choices"] for body in bodies]
 
 
 @pytest.mark.parametrize(
