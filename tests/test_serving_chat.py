@@ -203,6 +203,7 @@ BAD = [
   (body(), "messages", "list of 1 to"),
   (body(MESSAGE, region=[BOX]), "region", "did you mean 'regions'"),
   (body(MESSAGE, temprature=1), "temprature", "did you mean 'temperature'"),
+  (body(MESSAGE, **{"\ud800": 1}), "\\ud800", "unknown field"),
   (body(MESSAGE, n=2), "n", "not supported"),
   (body(MESSAGE, tools=[{"type": "function"}]), "tools", "not supported"),
   (body(MESSAGE, response_format={"type": "json_object"}), "response_format", "not supported"),
@@ -282,6 +283,7 @@ def test_what_is_wrong_is_named_by_its_path(record, path, words):
   error = refused(record)
   assert error.status == 400
   assert error.param == path
+  json.dumps(error.to_dict(), ensure_ascii=False).encode()
   assert words in str(error)
   assert error.to_dict()["error"]["type"] == "invalid_request_error"
 

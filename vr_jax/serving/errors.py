@@ -29,8 +29,9 @@ class ApiError(Exception):
   def __init__(
     self, status: int, message: str, *, param: str | None = None, code: str | None = None
   ):
-    super().__init__(one_line(message, 600))
-    self.status, self.param, self.code = status, param, code
+    super().__init__(_encodable(one_line(message, 600)))
+    self.status, self.code = status, code
+    self.param = None if param is None else _encodable(param[:600])
 
   @property
   def headers(self) -> dict[str, str]:
@@ -42,3 +43,8 @@ class ApiError(Exception):
     kind = TYPES.get(self.status, "invalid_request_error")
     error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
     return {"error": error}
+
+
+def _encodable(text: str) -> str:
+  """Text that UTF-8 can hold: JSON of a client may hold half a surrogate pair."""
+  return text.encode("utf-8", "backslashreplace").decode()

@@ -43,6 +43,7 @@ PIECE = 4 << 20  # bytes that are copied, or characters that are decoded, at onc
 ID = re.compile(r"file-[0-9a-f]{32}")
 KNOWN = 1024  # clips of which the description is kept
 PICTURES = 64 << 20  # bytes of encoded frames that are kept
+ADDRESS = 8192  # characters, of all but data URLs
 FORMS = "a file id, data:, file:// or https://"
 
 
@@ -312,8 +313,11 @@ class Store:
     if not isinstance(node.value, str):
       raise node.error(FORMS)
     address = node.value
+    if not address.isascii():
+      raise node.error(f"{FORMS}, other characters as %XX")
     if address.startswith("data:"):
       return self._from_data(node, owner)
+    node.text(ADDRESS)
     if address.startswith("file:"):
       return self._below_root(node)
     if address.startswith("https:"):
@@ -362,7 +366,10 @@ class Store:
         self._at_work.pop(key, None)
 
   def _below_root(self, node: Node) -> Medium:
-    address = urlsplit(node.value)
+    try:
+      address = urlsplit(node.value)
+    except ValueError:
+      raise node.error("file:///PATH") from None
     path = os.path.realpath(unquote(address.path)) if "\0" not in unquote(address.path) else ""
     root = next((r for r in self._roots if path.startswith(os.path.join(r, ""))), None)
     if root is None or address.netloc not in ("", "localhost"):
