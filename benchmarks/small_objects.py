@@ -5,7 +5,7 @@
 The embedded set's world at 640x480, in which all things of a scene have one size, 6 to 120 pixels
 across (they are 75 to 120 in the set itself, which is 128x96, at this scale). Each thing whose
 colour stays is asked about twice, with four options and one mask where it is seen best: chance is a
-quarter. Asked are vr-mini with masks on its grid as published, vr-mini with "keep", which leaves
+quarter. Posed are vr-mini with masks on its grid as published, vr-mini with "keep", which leaves
 every object a cell, and with --checkpoint a model whose crops show objects larger.
 """
 
@@ -34,7 +34,7 @@ FIRST = TEST_SEED + 10_000_000
 KINDS = ("colour", "shape")
 
 
-class Asked(NamedTuple):
+class Posed(NamedTuple):
   """A question, its video, and the mask {frame: COCO segmentation} of its object."""
 
   size: int
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
   mask: dict[int, dict]
 
 
-def ask_about(seed: int, size: int, balance: Balance, folder: Path) -> list[Asked]:
+def ask_about(seed: int, size: int, balance: Balance, folder: Path) -> list[Posed]:
   """Writes the video of a scene whose things are `size` pixels across; the questions about it."""
   scene = make_scene(seed)
   for thing in scene.things:
@@ -54,29 +54,29 @@ def ask_about(seed: int, size: int, balance: Balance, folder: Path) -> list[Aske
   best = masks.sum((2, 3)).argmax(1)
   questions = [q for q in candidates(scene) if q.kind == BASIC and q.template in KINDS]
   changing = {i for i, t in enumerate(scene.things) if (t.change or "").startswith("turns")}
-  asked = []
+  posed = []
   for question in questions:
     (i,) = question.things
     frame = int(best[i])
     if i not in changing and masks[i, frame].any():
       mask = {frame: encode_mask(masks[i, frame].astype(np.uint8))}
-      asked.append(Asked(size, balance.choose(question), video, mask))
-  return asked
+      posed.append(Posed(size, balance.choose(question), video, mask))
+  return posed
 
 
-def right(model: Model, asked: list[Asked], **options) -> np.ndarray:
+def right(model: Model, posed: list[Posed], **options) -> np.ndarray:
   """Which questions a model answers rightly."""
   bench = benchmark("bench-q")
   prompt = bench.prompts.get(model.cfg.region.kind, bench.prompt)
   requests = [
     vr_jax.Request(a.video, prompt(question_text(a.choice), a.choice.options), annotation=[a.mask])
-    for a in asked
+    for a in posed
   ]
   answers = model.ask_many(requests, max_new_tokens=16, **options)
   return np.array(
     [
       grade(str(answer), f"({a.choice.letter})", a.choice.options).correct
-      for answer, a in zip(answers, asked, strict=True)
+      for answer, a in zip(answers, posed, strict=True)
     ]
   )
 
@@ -88,21 +88,21 @@ def main() -> None:
   parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="pixels across")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    balance, asked = Balance(0), []
+    balance, posed = Balance(0), []
     for n, size in enumerate(args.sizes):
       for k in range(args.videos):
-        asked += ask_about(FIRST + n * args.videos + k, size, balance, Path(folder))
+        posed += ask_about(FIRST + n * args.videos + k, size, balance, Path(folder))
     small = vr_jax.load()
     columns = {
-      "vr-mini": right(small, asked, mask_rule="published"),
-      "vr-mini keep": right(small, asked),
+      "vr-mini": right(small, posed, mask_rule="published"),
+      "vr-mini keep": right(small, posed),
     }
     if args.checkpoint:
-      columns[args.checkpoint] = right(vr_jax.load(args.checkpoint), asked)
+      columns[args.checkpoint] = right(vr_jax.load(args.checkpoint), posed)
   print("| pixels | questions | " + " | ".join(f"{c}: {k}" for c in columns for k in KINDS) + " |")
   print("|---|---|" + "---|" * len(KINDS) * len(columns))
-  sizes = np.array([a.size for a in asked])
-  kinds = np.array([a.choice.question.template for a in asked])
+  sizes = np.array([a.size for a in posed])
+  kinds = np.array([a.choice.question.template for a in posed])
   for size in args.sizes:
     cells = [
       f"{verdicts[(sizes == size) & (kinds == kind)].mean():.0%}"

@@ -95,7 +95,7 @@ def kept(path: Path | None, make: Callable[[], Arrays]) -> Arrays:
     arrays = make()
   try:
     with replaced(path, durable=False, alone=False) as part, open(part, "wb") as file:
-      np.savez(file, **arrays)
+      np.savez(file, **arrays)  # type: ignore[arg-type]  # arrays, not allow_pickle
   except OSError as error:
     log.info("%s: not kept: %s", path, error)
   return arrays

@@ -105,7 +105,7 @@ def pin(name: str) -> Pinned | None:
   if not constants.HF_HUB_OFFLINE:
     try:
       page = HfApi(library_name="vr_jax").model_info(repo, revision=revision, timeout=10)
-      card = page.card_data or {}
+      card: Any = page.card_data or {}
       commit, licence = page.sha, card.get("license_name") or card.get("license")
     except Exception:  # no network, no such page: what is cached may serve
       pass

@@ -220,7 +220,7 @@ def make_bucketed_dataset(
     local, bucket = numbers[process_index::process_count], buckets[b]
     if names:
       return [name for index in local for name in bucket.names(index)]
-    shape = bucket.shape_of(numbers)
+    shape = bucket.shape_of(list(numbers))
     batch = shape.empty(batch_size // process_count)
     for index, row in zip(local, rows_of(batch), strict=False):  # the last ones may stay empty
       _fill(bucket, row, shape, index, failures, int(bucket.numbers[index]), total)

@@ -60,7 +60,7 @@ class Picture:
   def digest(self) -> bytes:
     """A hash of all that it is."""
     content = hashlib.blake2b(b"%d %d %d:" % (*self.grid, self.merge), digest_size=16)
-    content.update(np.ascontiguousarray(self.patches))
+    content.update(np.ascontiguousarray(self.patches).data)
     return content.digest()
 
   def positions(self) -> np.ndarray:

@@ -184,8 +184,8 @@ def differences(
     common = [number for number in base if number in ours]
     if group == baseline or not common:
       continue
-    pairs = [[part[number] for number in common] for part in (ours, base)]
-    gap = paired_difference(*pairs, [videos[number] for number in common])
+    here, there = ([part[number] for number in common] for part in (ours, base))
+    gap = paired_difference(here, there, [videos[number] for number in common])
     texts = [
       ("+" if value > 0 else "") + shown(value, unit).removesuffix(" %")
       for value in (gap.value, gap.interval.low, gap.interval.high)

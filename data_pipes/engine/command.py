@@ -116,7 +116,7 @@ def probe(config: Mapping[str, Any]) -> list[Probed]:
   return probe_backends({role: settings["roles"][role] for role in stages.roles_of(settings)})
 
 
-def open_store(settings: dict[str, Any], workdir: str | Path) -> tuple[Store, dict[str, Any]]:
+def open_store(settings: Mapping[str, Any], workdir: str | Path) -> tuple[Store, dict[str, Any]]:
   """The run's folder, and the settings as it keeps them.
 
   The first run fixes the number of shards and the commits of models of the Hub.

@@ -127,7 +127,7 @@ def check_settings(config: Mapping[str, Any], workdir: str | os.PathLike) -> dic
 
 
 def pin_models(
-  settings: dict[str, Any], stored: Mapping[str, Any]
+  settings: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """The settings with the commit of each model of the Hub, and the licences that the Hub names.
 
