@@ -204,6 +204,7 @@ def test_answers_come_as_they_are_done(ends, requests, answers):
   assert [found[i] for i in range(8)] == ends.ask_many(requests, batch_size=3, **OPTIONS)
 
 
+@pytest.mark.slow  # test_service counts compilations
 def test_nothing_is_compiled_after_the_warm_up(tiny, requests):
   model = vr_jax.load(tiny)
   options = {"batch_size": 4, **OPTIONS}
@@ -330,6 +331,7 @@ def test_a_mesh_that_does_not_divide_the_heads(tiny):
     vr_jax.load(tiny, mesh=make_mesh([("fsdp", 2)], jax.devices()[:2]))
 
 
+@pytest.mark.slow  # test_opening compares the arrays
 def test_weights_by_name(tiny, requests):
   half = vr_jax.load(tiny, weights="bfloat16")
   assert half.params["llm"]["layers_0"]["mlp"]["gate_up"].dtype == "bfloat16"

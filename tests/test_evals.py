@@ -236,6 +236,7 @@ def test_a_benchmark_is_answered_as_the_published_scripts_answer_it(asked, golde
   assert values["accuracy_low"] <= values["accuracy"] <= values["accuracy_high"]
 
 
+@pytest.mark.slow
 def test_by_likelihood_the_option_counts_whose_label_the_model_finds_likeliest(asked, monkeypatch):
   questions, state, mesh = asked(by="likelihood", limit=2)
   answers = []

@@ -201,7 +201,7 @@ def test_a_run_that_was_divided_by_items_goes_on(model, golden, data, tmp_path):
   assert (old / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("order", [pytest.param("sorted", marks=pytest.mark.slow), "shuffled"])
 def test_each_frame_is_encoded_once_whatever_the_order_of_the_file(order, embedded, tmp_path):
   """vr-mini on twelve clips, more than prefixes are kept; no two neighbours on one clip."""
   model, data = embedded

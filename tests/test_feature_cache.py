@@ -57,6 +57,7 @@ def direct(folder, golden, model):
   return loss, loss(model.params, collate([samples[i] for i in range(len(shards))]))
 
 
+@pytest.mark.slow
 def test_rows_of_a_cache_give_the_same_loss_without_mask_frames(folder, golden, model, direct):
   shards, cache = ShardSet(folder / "s"), FeatureShards(folder / "c")
   cache.check(tower_hash(model.config, model.params["img"], RULES), len(shards))

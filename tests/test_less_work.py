@@ -118,6 +118,7 @@ def test_the_prefix_split_gives_the_same_loss_and_gradients(params):
   assert float(jnp.abs(split["region"]["fc1"]["kernel"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_the_prefix_split_with_windows_and_remat(params):
   llm = dataclasses.replace(CFG.llm, pattern=("local", "global"), window=9, remat="dots")
   cfg = dataclasses.replace(CFG, llm=llm)
@@ -192,7 +193,15 @@ def test_saved_dots_are_not_computed_again():
 # --- Images: encoded once, one slot of the connector -------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["stc_connector_v35", "stc_connector", "stp_connector", "linear"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    pytest.param("stc_connector_v35", marks=pytest.mark.slow),
+    "stc_connector",
+    "stp_connector",
+    "linear",
+  ],
+)
 def test_a_frame_that_stands_for_many_gives_the_tokens_of_equal_frames(kind):
   connector = Connector(ConnectorConfig(kind=kind, width=24))
   x = jax.random.normal(jax.random.key(0), (2, 1, 25, 16))

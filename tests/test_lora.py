@@ -302,6 +302,7 @@ def config_of(golden, base, monkeypatch):
   return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", ["float32", *INT8])
 def test_a_run_goes_on_exactly_and_opens_as_a_merged_model(
   config_of, base, frozen_dtype, tmp_path, monkeypatch

@@ -551,7 +551,9 @@ def test_on_sigterm_streams_end_whole(server, clip):
   body = asking(clip, stream=True, max_tokens=64, temperature=1.0)
   with concurrent.futures.ThreadPoolExecutor(8) as threads:
     replies = [threads.submit(post, server, {**body, "seed": i}) for i in range(8)]
-    _until(lambda: server.metric("vr_requests_running") > 0)
+    levels = ("vr_requests_running", "vr_requests_waiting")
+    # All have come: what comes to a server that ends is refused.
+    _until(lambda: sum(map(server.metric, levels)) + sum(r.done() for r in replies) >= 8)
     server.signal()
     server.wait_for("(SIGTERM): answers under way")
     assert all(streamed(reply.result())[1] for reply in replies)

@@ -156,6 +156,7 @@ def test_patch_embedding_is_the_valid_convolution():
   assert_same_up_to_rounding(ours, conv.reshape(2, 16, 144), 8 * 8 * 3)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   cfg = dataclasses.replace(SMALL, select_layer=-1, pool=False)
   params, pixels = random_params(cfg), images(cfg, number=1)

@@ -122,6 +122,7 @@ def test_a_killed_moved_and_upgraded_run_ends_as_its_twin_and_sees_every_example
   assert [m["loss"] for m in ours] == [m["loss"] for m in theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_extended_run_ends_as_its_twin_that_was_extended_at_the_same_step(
   tmp_path, monkeypatch

@@ -65,6 +65,7 @@ def config_of(golden, model, tmp_path):
   return make
 
 
+@pytest.mark.slow  # test_parity_training repeats published runs
 @pytest.mark.multiprocess
 def test_the_first_loss_is_the_published_one_and_the_checkpoint_answers_for_itself(
   config_of, golden, model, tmp_path

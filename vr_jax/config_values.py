@@ -197,7 +197,8 @@ def check_values(config: ConfigDict, fields: ConfigDict) -> None:
       )
   if values.get("sweep_budget.steps") and values["sweep_budget.metric"] is None:
     raise InputError(
-      "config.sweep_budget: steps without a metric; accepted: metric=eval/NAME/METRIC"
+      f"config.sweep_budget.steps={values['sweep_budget.steps']!r}: no sweep_budget.metric; "
+      "accepted: () or, beside it, metric=eval/NAME/METRIC"
     )
 
 
