@@ -44,7 +44,10 @@ def programs_on_disk(tmp_path_factory) -> Path:
 
   By the environment too: commands and processes that tests start use it, not the user's cache.
   """
-  folder = tmp_path_factory.mktemp("programs")
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # of all workers: each would compile the small models anew
+  folder = folder / "programs"
   os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # needs, plans, indices
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
   return keep_on_disk(folder)
