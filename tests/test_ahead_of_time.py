@@ -82,6 +82,7 @@ def small_config(monkeypatch):
   return ahead_of_time._set(config, sharding_strategy=((".*", "fsdp('fsdp', 0)"),), loss_chunk=64)
 
 
+@pytest.mark.slow
 def test_the_real_step_is_compiled_and_accounted_for(small_config):
   mesh = make_mesh(small_config.mesh)
   step = make_abstract_step(small_config, mesh)

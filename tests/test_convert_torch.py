@@ -486,6 +486,7 @@ def test_successors_go_out_and_back(kind, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["placed_cells", "cells_in_context"])
 def test_a_pytorch_only_process_repeats_the_answer_of_a_successor(kind, golden, tmp_path, capsys):
   from vr_jax import cli

@@ -63,6 +63,7 @@ def plain(params):
   return loop
 
 
+@pytest.mark.slow  # test_engine compares rows with each alone
 def test_greedy_rows_of_different_length_equal_each_alone(params, plain):
   rows = prompts([12, 5, 1])
   tokens, lengths = run(params, rows)
