@@ -422,6 +422,22 @@ assert not {"jax", "flax", "vr_jax", "data_pipes"} & {name.split(".")[0] for nam
 """
 
 
+def answered_by_pytorch(tmp_path, video, question, regions):
+  """Token ids, as JSON, and text of the folder `out`, from a process without JAX."""
+  environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+  program = (IS_WITHOUT_JAX if PYTORCH_ONLY else WITHOUT_JAX) + ANSWER
+  done = subprocess.run(
+    [PYTORCH_ONLY or sys.executable, "-c", program, str(tmp_path / "out"), video, question,
+     *regions],
+    capture_output=True,
+    text=True,
+    env=environment,
+    cwd=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout.rstrip("\n").split("\n", 1)
+
+
 @pytest.mark.parametrize("clip", ["clip_mp4.mp4", pytest.param("dog.mp4", marks=pytest.mark.media)])
 def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
   clip, golden, tmp_path, capsys, request
@@ -443,18 +459,7 @@ def test_a_pytorch_only_process_repeats_the_answer_of_vr_ask(
   command += [word for region in regions for word in ("--region", region)]
   assert cli.main([*command, "--question", question, "--max-new-tokens", "24"]) == 0
   answer = json.loads(capsys.readouterr().out)
-  environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-  program = (IS_WITHOUT_JAX if PYTORCH_ONLY else WITHOUT_JAX) + ANSWER
-  done = subprocess.run(
-    [PYTORCH_ONLY or sys.executable, "-c", program, str(tmp_path / "out"), video, question,
-     *regions],
-    capture_output=True,
-    text=True,
-    env=environment,
-    cwd=tmp_path,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  ids, text = done.stdout.rstrip("\n").split("\n", 1)
+  ids, text = answered_by_pytorch(tmp_path, video, question, regions)
   assert len(set(answer["token_ids"])) > 3
   assert json.loads(ids) == list(answer["token_ids"])
   assert text == answer["text"]
@@ -498,18 +503,7 @@ def test_a_pytorch_only_process_repeats_the_answer_of_a_successor(kind, golden, 
   command = ["ask", "--checkpoint", str(folder), "--video", video, "--json", "--region", *regions]
   assert cli.main([*command, "--question", question, "--max-new-tokens", "24"]) == 0
   answer = json.loads(capsys.readouterr().out)
-  environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-  program = (IS_WITHOUT_JAX if PYTORCH_ONLY else WITHOUT_JAX) + ANSWER
-  done = subprocess.run(
-    [PYTORCH_ONLY or sys.executable, "-c", program, str(tmp_path / "out"), video, question,
-     *regions],
-    capture_output=True,
-    text=True,
-    env=environment,
-    cwd=tmp_path,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  ids, text = done.stdout.rstrip("\n").split("\n", 1)
+  ids, text = answered_by_pytorch(tmp_path, video, question, regions)
   assert json.loads(ids) == list(answer["token_ids"])
   assert text == answer["text"]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from data_pipes.errors import InputError, shown
 from data_pipes.files import JsonLines, read_json_lines
+from vr_jax.inference.bulk import Summary
 from vr_jax.inference.model import Model
 from vr_jax.serving.body import Node
 from vr_jax.serving.chat import read_chat
@@ -42,19 +43,6 @@ class Line:
   def sha256(self) -> str:
     """Tells an answer to this request from one to another of the same id."""
     return sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Summary:
-  """How many requests were answered now, refused now, and answered by an earlier run."""
-
-  answered: int
-  refused: int
-  before: int
-
-  def __str__(self) -> str:
-    earlier = f", {self.before} answered before" if self.before else ""
-    return f"{self.answered} answered, {self.refused} refused{earlier}"
 
 
 def run(
